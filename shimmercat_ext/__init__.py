@@ -1,0 +1,1 @@
+"""What shimmercat.py can do without: companions and the native engine."""

@@ -1,0 +1,349 @@
+"""The servers that are compared, each started as its users start it."""
+
+import contextlib
+import http.client
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+START_SECONDS = 20
+STOP_SECONDS = 15
+#: every server may keep an idle connection for so long
+IDLE_SECONDS = 900
+
+
+class Server:
+    """One server over one folder; a context manager that ends what it
+    started, by process id."""
+
+    name = ""
+
+    def __init__(self, bench, port):
+        """Serves the files of `bench` on a port of 127.0.0.1."""
+        self.bench = bench
+        self.port = port
+        self.folder = bench.folder / self.name
+        self.log = self.folder / "access.log"
+        self.process = None
+
+    @classmethod
+    def program(cls):
+        """Path of the program, or None where it is not installed."""
+        return shutil.which(cls.name) or shutil.which(
+            cls.name, path="/usr/sbin:/usr/local/sbin")
+
+    @classmethod
+    def version(cls):
+        """What the program says of its version, in one line."""
+        return first_line(cls.program(), "--version")
+
+    def prepare(self):
+        """Write what the server reads at its start."""
+
+    def command(self):
+        """Return the command line, a list of words."""
+        raise NotImplementedError
+
+    def __enter__(self):
+        self.folder.mkdir()
+        self.prepare()
+        words = ["taskset", "-c", str(self.bench.server_core),
+                 *map(str, self.command())]
+        with open(self.folder / "output", "wb") as output:
+            self.process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, cwd=self.folder,
+                env=os.environ | {"HOME": str(self.folder)})
+        try:
+            self._wait_until_it_serves()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def stop(self):
+        """End the server and whatever it started."""
+        family = self.processes()
+        self.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_SECONDS)
+        for pid in family:
+            # A pid that ended is free; nothing else takes it this soon.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def processes(self):
+        """Return the ids of the server's processes, those of its children
+        among them."""
+        found = [self.process.pid]
+        for pid in found:
+            with contextlib.suppress(FileNotFoundError):
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    found += map(int, (task / "children").read_text().split())
+        return found
+
+    def memory_bytes(self):
+        """Return the proportional set size of all processes together."""
+        total = 0
+        for pid in self.processes():
+            with contextlib.suppress(FileNotFoundError):
+                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+                total += 1024 * sum(
+                    int(line.split()[1]) for line in rollup.splitlines()
+                    if line.startswith("Pss:"))
+        return total
+
+    def forget_log(self):
+        """Make the access log empty, so that no disk fills."""
+        with contextlib.suppress(FileNotFoundError):
+            os.truncate(self.log, 0)
+
+    def get(self, path):
+        """Return the body of an asset, asked for over HTTP/1.1."""
+        context = ssl.create_default_context(cafile=self.bench.certificate)
+        connection = http.client.HTTPSConnection(
+            "localhost", self.port, timeout=5, context=context)
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            body = answer.read()
+            if answer.status != 200:
+                raise ConnectionError(f"{self.name}: status {answer.status}")
+            return body
+
+    def _wait_until_it_serves(self):
+        end = time.monotonic() + START_SECONDS
+        while self.process.poll() is None:
+            try:
+                self.get("/1k.js")
+                return
+            except OSError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(0.05)
+        raise RuntimeError(f"{self.name} ended:\n" + (
+            self.folder / "output").read_text(errors="replace"))
+
+
+class Shimmercat(Server):
+    """The pure engine: arbiter, Redis, artisan and one worker."""
+
+    name = "shimmercat"
+
+    @classmethod
+    def program(cls):
+        """Path of shimmercat.py in this checkout."""
+        path = HERE.parent.parent / "shimmercat.py"
+        return path if path.exists() else None
+
+    @classmethod
+    def version(cls):
+        """Version of the checkout and of its Python."""
+        text = cls.program().read_text(encoding="utf-8")
+        version = text.partition('__version__ = "')[2].partition('"')[0]
+        return f"{version}, Python {sys.version.split()[0]}"
+
+    def prepare(self):
+        """Write devlove.yaml, and the certificate to where it is looked
+        for."""
+        (self.folder / "devlove.yaml").write_text(
+            "shimmercat-devlove:\n"
+            "  domains:\n"
+            "    elec localhost:\n"
+            f"      root-dir: {self.bench.www}\n")
+        scratch = self.folder / ".shimmercat.loves.devs"
+        scratch.mkdir(0o700)
+        shutil.copy(self.bench.certificate, scratch / "cert.pem")
+        for key in ("privkey.pem", "privkey.unencrypted-pkcs8.pem"):
+            shutil.copy(self.bench.key, scratch / key)
+
+    def command(self):
+        """Internet mode with a log line per request."""
+        return [sys.executable, self.program(), "internet",
+                "--working-dir", self.folder,
+                "--listen", f"127.0.0.1:{self.port}",
+                "--workers", "1", "--log-file", self.log]
+
+
+class Nginx(Server):
+    """Master and one worker; the log is buffered."""
+
+    name = "nginx"
+
+    @classmethod
+    def version(cls):
+        """The line of `nginx -v`."""
+        return first_line(cls.program(), "-v").rpartition("/")[2]
+
+    def prepare(self):
+        """Write nginx.conf; a thousand requests per connection, the default,
+        would end the load's connections."""
+        (self.folder / "nginx.conf").write_text(f"""
+daemon off;
+user root;
+worker_processes 1;
+worker_rlimit_nofile 20000;
+pid {self.folder}/pid;
+error_log {self.folder}/error.log;
+events {{ worker_connections 19000; }}
+http {{
+    types {{ text/javascript js; }}
+    sendfile on;
+    tcp_nopush on;
+    access_log {self.log} combined buffer=64k flush=1s;
+    keepalive_timeout {IDLE_SECONDS};
+    keepalive_requests 1000000000;
+    server {{
+        listen 127.0.0.1:{self.port} ssl http2 backlog=4096;
+        ssl_certificate {self.bench.certificate};
+        ssl_certificate_key {self.bench.key};
+        root {self.bench.www};
+    }}
+}}
+""")
+
+    def command(self):
+        """In the foreground, with no file of /etc/nginx."""
+        return [self.program(), "-p", self.folder, "-e", "error.log",
+                "-c", self.folder / "nginx.conf"]
+
+
+class H2o(Server):
+    """One process with one thread."""
+
+    name = "h2o"
+
+    @classmethod
+    def version(cls):
+        """The first line of `h2o --version`."""
+        return first_line(cls.program(), "--version").split()[-1]
+
+    def prepare(self):
+        """Write h2o.conf."""
+        (self.folder / "h2o.conf").write_text(f"""
+user: root
+num-threads: 1
+max-connections: 19000
+http1-request-timeout: {IDLE_SECONDS}
+http2-idle-timeout: {IDLE_SECONDS}
+access-log: {self.log}
+error-log: {self.folder}/error.log
+listen:
+  host: 127.0.0.1
+  port: {self.port}
+  ssl:
+    certificate-file: {self.bench.certificate}
+    key-file: {self.bench.key}
+hosts:
+  "localhost:{self.port}":
+    paths:
+      /:
+        file.dir: {self.bench.www}
+""")
+
+    def command(self):
+        """In the foreground."""
+        return [self.program(), "-m", "worker", "-c",
+                self.folder / "h2o.conf"]
+
+
+class Caddy(Server):
+    """One process; Go's scheduler sees the one core."""
+
+    name = "caddy"
+
+    @classmethod
+    def version(cls):
+        """The first word of `caddy version`."""
+        return first_line(cls.program(), "version").split()[0]
+
+    def prepare(self):
+        """Write the Caddyfile."""
+        (self.folder / "Caddyfile").write_text(f"""{{
+    admin off
+    auto_https off
+    servers {{
+        protocols h1 h2
+        timeouts {{
+            idle {IDLE_SECONDS}s
+        }}
+    }}
+}}
+https://localhost:{self.port} {{
+    bind 127.0.0.1
+    tls {self.bench.certificate} {self.bench.key}
+    root * {self.bench.www}
+    file_server
+    log {{
+        output file {self.log} {{
+            roll_disabled
+        }}
+    }}
+}}
+""")
+
+    def command(self):
+        """In the foreground."""
+        return [self.program(), "run", "--adapter", "caddyfile",
+                "--config", self.folder / "Caddyfile"]
+
+
+class Hypercorn(Server):
+    """Parent and one worker; the application holds the files in memory."""
+
+    name = "hypercorn"
+
+    @classmethod
+    def program(cls):
+        """The program of this virtual environment."""
+        beside = Path(sys.executable).parent / "hypercorn"
+        return beside if beside.exists() else super().program()
+
+    @classmethod
+    def version(cls):
+        """Version of the installed distribution."""
+        text = first_line(
+            sys.executable, "-c", "import importlib.metadata as m; "
+            "print(m.version('hypercorn'), 'h2', m.version('h2'))")
+        return f"{text}, Python {sys.version.split()[0]}"
+
+    def prepare(self):
+        """Write the configuration; connections are ended after 5 s by
+        default."""
+        (self.folder / "hypercorn.toml").write_text(f"""
+bind = "127.0.0.1:{self.port}"
+certfile = "{self.bench.certificate}"
+keyfile = "{self.bench.key}"
+workers = 1
+accesslog = "{self.log}"
+keep_alive_timeout = {IDLE_SECONDS}
+keep_alive_max_requests = 1000000000
+""")
+        shutil.copy(HERE / "application.py", self.folder)
+        (self.folder / "www").symlink_to(self.bench.www)
+
+    def command(self):
+        """With asyncio, its default."""
+        return [self.program(), "--config", "hypercorn.toml",
+                "application:application"]
+
+
+def first_line(*words):
+    """Return the first line that a program prints, wherever it prints."""
+    done = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=20, check=False)
+    return done.stdout.decode(errors="replace").partition("\n")[0].strip()
+
+
+#: in the order of the tables' columns
+SERVERS = (Shimmercat, Nginx, H2o, Caddy, Hypercorn)

@@ -1,0 +1,586 @@
+"""Room 8, Scratch."""
+
+import contextlib
+import datetime
+import os
+import select
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+import shimmercat
+from shimmercat import (
+    LOG,
+    CertificateError,
+    CertificateStore,
+    ScratchBusy,
+    ScratchError,
+    ScratchFolder,
+    write_atomically,
+)
+
+NAMES = ["www.example.com", "example.com", "bücher.example"]
+KEY = "privkey.unencrypted-pkcs8.pem"
+
+
+@pytest.fixture
+def scratch(tmp_path):
+    folder = ScratchFolder(tmp_path / "scratch")
+    for part in (folder.path, folder.cache, folder.sni_certificates):
+        part.mkdir()
+    return folder
+
+
+@pytest.fixture
+def make_store(scratch, tmp_path):
+    """Make stores of one scratch folder whose CA is not the user's."""
+    def make(names=NAMES, **options):
+        return CertificateStore(
+            scratch, names, authority_dir=tmp_path / "ca", **options)
+    return make
+
+
+@pytest.fixture
+def said():
+    """What is said to the log."""
+    records = []
+    before = LOG.sink
+    LOG.configure(sink=records.append)
+    yield records
+    LOG.configure(sink=before)
+
+
+@contextlib.contextmanager
+def program(text, *arguments, **environment):
+    """A Python process that has shimmercat; killed at the end."""
+    path = str(Path(shimmercat.__file__).parent)
+    child = subprocess.Popen(
+        [sys.executable, "-c", text, *map(str, arguments)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path, **environment})
+    with child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def output_of(text, *arguments, **environment):
+    """What a Python process prints until it ends."""
+    with program(text, *arguments, **environment) as child:
+        printed, _ = child.communicate(timeout=60)
+        assert child.returncode == 0
+        return printed
+
+
+def leaf(folder):
+    return x509.load_pem_x509_certificate((folder / "cert.pem").read_bytes())
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def write_operators_pair(folder, names, begin=-1, end=90, key=None):
+    """A certificate by a CA that is not ours, valid for the days given."""
+    key = key or rsa.generate_private_key(65537, 2048)
+    folder.mkdir(parents=True, exist_ok=True)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    name = x509.Name([])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1,
+                                now + datetime.timedelta(days=begin),
+                                now + datetime.timedelta(days=end))
+        .add_extension(x509.SubjectAlternativeName(
+            [x509.DNSName(name) for name in names]), False)
+        .sign(key, hashes.SHA256()))
+    pem = serialization.Encoding.PEM
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(pem))
+    (folder / KEY).write_bytes(key.private_bytes(
+        pem, serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption()))
+
+
+class Visitor:
+    """A TLS client and a server's socket, at the ends of one socketpair."""
+
+    def __init__(self, server_context, name, ca_file=None, newest=None):
+        near, self.far = socket.socketpair()
+        near.setblocking(False)
+        self.server = server_context.wrap_socket(
+            near, server_side=True, do_handshake_on_connect=False)
+        context = ssl.create_default_context(
+            cafile=ca_file and str(ca_file))
+        if ca_file is None:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        if newest:
+            context.maximum_version = newest
+        context.set_alpn_protocols(["h2"])
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.client = context.wrap_bio(
+            self.incoming, self.outgoing, server_hostname=name)
+
+    def turn(self, step, *arguments):
+        """One step of either side, then what the client has to send."""
+        with contextlib.suppress(ssl.SSLWantReadError):
+            result = step(*arguments)
+            self.move()
+            return result
+        self.move()
+        return None
+
+    def move(self):
+        """Carry bytes between the client and the socket."""
+        if self.outgoing.pending:
+            self.far.send(self.outgoing.read())
+        while select.select([self.far], [], [], 0)[0]:
+            received = self.far.recv(65536)
+            if not received:
+                break
+            self.incoming.write(received)
+
+    def shake_hands(self):
+        for _ in range(4):
+            self.turn(self.client.do_handshake)
+            self.turn(self.server.do_handshake)
+        return self
+
+    def close(self):
+        self.server.close()
+        self.far.close()
+
+
+def shown_certificate(context, name):
+    """DNS names in the certificate that a client gets for a name."""
+    visitor = Visitor(context, name).shake_hands()
+    shown = x509.load_der_x509_certificate(
+        visitor.client.getpeercert(binary_form=True))
+    visitor.close()
+    return dns_names(shown)
+
+
+def dns_names(certificate):
+    return certificate.extensions.get_extension_for_class(
+        x509.SubjectAlternativeName).value.get_values_for_type(x509.DNSName)
+
+
+class TestScratchFolder:
+    def test_nothing_is_created_before_the_folder_is_occupied(self, tmp_path):
+        ScratchFolder(tmp_path / "scratch")
+        assert not list(tmp_path.iterdir())
+
+    def test_all_parts_are_there_and_private_afterwards(self, tmp_path):
+        assert output_of(OCCUPY, tmp_path / "a/scratch") == "occupied\n"
+        folder = ScratchFolder(tmp_path / "a/scratch")
+        parts = [folder.path, folder.cache, folder.sni_certificates]
+        assert [mode(part) for part in parts] == [0o700] * 3
+
+    def test_a_second_instance_is_told_who_holds_the_folder(self, tmp_path):
+        with program(OCCUPY + WAIT, tmp_path) as holder:
+            assert holder.stdout.readline() == "occupied\n"
+            with pytest.raises(ScratchBusy, match=f"process {holder.pid};"):
+                ScratchFolder(tmp_path).occupy()
+        assert ScratchBusy.exit_code == 75
+
+    def test_forks_that_survive_the_holder_do_not_hold_the_folder(
+            self, tmp_path):
+        with program(OCCUPY_AND_FORK + WAIT, tmp_path) as holder:
+            child = int(holder.stdout.readline())
+            holder.kill()
+            holder.wait()
+            try:
+                assert output_of(OCCUPY, tmp_path) == "occupied\n"
+                os.kill(child, 0)
+            finally:
+                os.kill(child, signal.SIGKILL)
+
+    def test_a_folder_that_cannot_be_made_is_named(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(ScratchError, match=str(tmp_path / "file")):
+            ScratchFolder(tmp_path / "file/scratch").occupy()
+
+    def test_a_path_too_long_for_a_socket_gets_a_private_short_one(
+            self, tmp_path):
+        with tempfile.TemporaryDirectory() as temporary:
+            path = output_of(SOCKET, tmp_path / ("x" * 99), TMPDIR=temporary)
+            folder = Path(temporary, f"shimmercat-{os.getuid()}")
+            assert Path(path).parent == folder
+            assert mode(folder) == 0o700
+
+    def test_a_socket_folder_open_to_others_is_refused(self, tmp_path):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary, f"shimmercat-{os.getuid()}")
+            folder.mkdir()
+            folder.chmod(0o777)
+            path = output_of(SOCKET, tmp_path / ("x" * 99), TMPDIR=temporary)
+            assert f"{folder} must be a folder of user" in path
+
+
+class TestDevelopmentCertificates:
+    def test_the_leaf_names_all_domains_and_this_machine(
+            self, make_store, scratch):
+        make_store().ensure()
+        assert dns_names(leaf(scratch.path)) == [
+            "www.example.com", "example.com", "xn--bcher-kva.example",
+            "localhost"]
+
+    def test_the_leaf_lasts_no_longer_than_browsers_allow(
+            self, make_store, scratch):
+        make_store().ensure()
+        made = leaf(scratch.path)
+        span = made.not_valid_after_utc - made.not_valid_before_utc
+        assert datetime.timedelta(days=396) < span
+        assert span < datetime.timedelta(days=398)
+
+    def test_files_have_the_products_names_and_keys_are_private(
+            self, make_store, scratch):
+        make_store().ensure()
+        modes = {path.name: mode(path) for path in scratch.path.iterdir()
+                 if path.is_file()}
+        assert modes == {"cert.pem": 0o644, "cert.csr": 0o644, KEY: 0o600,
+                         "privkey.pem": 0o600}
+        text = (scratch.path / "privkey.pem").read_text()
+        assert text.startswith("-----BEGIN EC PRIVATE KEY-----")
+
+    def test_the_signing_request_covers_all_domains(
+            self, make_store, scratch):
+        make_store().ensure()
+        request = x509.load_pem_x509_csr(
+            (scratch.path / "cert.csr").read_bytes())
+        assert request.is_signature_valid
+        assert dns_names(request) == [
+            "www.example.com", "example.com", "xn--bcher-kva.example"]
+
+    def test_a_name_longer_than_a_common_name_may_be_works(
+            self, make_store, scratch):
+        name = "a" * 60 + ".example.com"
+        make_store([name]).ensure()
+        assert dns_names(leaf(scratch.path))[0] == name
+
+    def test_a_client_that_has_the_ca_trusts_the_leaf(self, make_store):
+        store = make_store()
+        store.ensure()
+        visitor = Visitor(store.context(), "bücher.example", store.ca_file)
+        visitor.shake_hands()
+        assert visitor.client.version() == "TLSv1.3"
+        visitor.close()
+
+    def test_the_ca_is_private_and_signs_leaves_only(
+            self, make_store, tmp_path):
+        store = make_store()
+        store.ensure()
+        both = tmp_path / "ca/ca_key_and_cert.pem"
+        assert (mode(both.parent), mode(both)) == (0o700, 0o600)
+        authority = x509.load_pem_x509_certificate(
+            store.ca_file.read_bytes())
+        limits = authority.extensions.get_extension_for_class(
+            x509.BasicConstraints).value
+        assert (limits.ca, limits.path_length) == (True, 0)
+
+    def test_a_second_site_of_the_user_has_the_same_ca(
+            self, make_store, tmp_path):
+        first = make_store()
+        first.ensure()
+        other = ScratchFolder(tmp_path / "other")
+        other.path.mkdir()
+        second = CertificateStore(other, ["b.example"],
+                                  authority_dir=tmp_path / "ca")
+        second.ensure()
+        assert first.ca_file == second.ca_file
+        leaf(other.path).verify_directly_issued_by(
+            x509.load_pem_x509_certificate(first.ca_file.read_bytes()))
+
+    def test_several_makers_of_the_ca_at_once_agree_on_one(self, tmp_path):
+        with contextlib.ExitStack() as stack:
+            children = [stack.enter_context(program(
+                MAKE_LEAF, tmp_path / f"scratch{n}", tmp_path / "ca"))
+                for n in range(6)]
+            for child in children:
+                assert child.stdout.readline() == "ready\n"
+            for child in children:
+                child.stdin.write("go\n")
+                child.stdin.flush()
+            printed = {child.communicate(timeout=60)[0]
+                       for child in children}
+        assert len(printed) == 1
+        assert not list((tmp_path / "ca").glob(".draft*"))
+
+    def test_the_ca_moves_to_the_scratch_folder_when_home_refuses(
+            self, scratch, tmp_path, said):
+        (tmp_path / "file").touch()
+        store = CertificateStore(scratch, NAMES,
+                                 authority_dir=tmp_path / "file/shimmercat")
+        store.ensure()
+        assert store.ca_file.is_relative_to(scratch.path)
+        assert 40032 in [record.code for record in said]
+
+    def test_that_ca_is_known_at_the_next_start(self, scratch, tmp_path):
+        (tmp_path / "file").touch()
+        stores = [CertificateStore(scratch, NAMES,
+                                   authority_dir=tmp_path / "file/shimmercat")
+                  for _ in range(2)]
+        for store in stores:
+            store.ensure()
+        assert stores[0].ca_file == stores[1].ca_file != None  # noqa: E711
+
+    def test_a_broken_ca_is_named(self, make_store, tmp_path):
+        (tmp_path / "ca").mkdir()
+        (tmp_path / "ca/ca_key_and_cert.pem").write_text("nonsense")
+        with pytest.raises(CertificateError, match="ca_key_and_cert.pem"):
+            make_store().ensure()
+
+    def test_a_good_leaf_is_kept(self, make_store, scratch):
+        make_store().ensure()
+        before = leaf(scratch.path)
+        store = make_store()
+        store.ensure()
+        assert leaf(scratch.path) == before
+        assert store.ca_file.is_file()
+
+    def test_a_new_domain_renews_the_leaf_but_not_the_key(
+            self, make_store, scratch):
+        make_store(["a.example"]).ensure()
+        key = (scratch.path / KEY).read_bytes()
+        make_store(["a.example", "b.example"]).ensure()
+        assert "b.example" in dns_names(leaf(scratch.path))
+        assert (scratch.path / KEY).read_bytes() == key
+
+    def test_a_leaf_near_its_end_is_renewed(self, make_store, scratch):
+        short = make_store()
+        short.leaf_days = 29
+        short.ensure()
+        before = leaf(scratch.path)
+        make_store().ensure()
+        assert leaf(scratch.path) != before
+
+    def test_an_operators_certificate_is_never_touched(
+            self, make_store, scratch):
+        write_operators_pair(scratch.path, ["other.example"], -9, -1)
+        before = {path: path.read_bytes() for path in scratch.path.iterdir()
+                  if path.is_file()}
+        store = make_store()
+        store.ensure()
+        assert store.ca_file is None
+        assert {path: path.read_bytes() for path in scratch.path.iterdir()
+                if path.is_file()} == before
+
+
+class TestProblems:
+    def test_a_good_pair_has_none(self, make_store, scratch):
+        write_operators_pair(scratch.path, ["*.example.com", "Example.com"])
+        assert make_store(["www.example.com"]).problems() == []
+
+    def test_a_missed_domain_is_named(self, make_store, scratch):
+        write_operators_pair(scratch.path, ["*.example.com"])
+        assert make_store(["a.example.com", "a.b.example.com"]).problems() == [
+            f"{scratch.path}/cert.pem misses the domain a.b.example.com"]
+
+    @pytest.mark.parametrize("begin, end, words", [
+        (-9, -1, "has expired on"), (1, 9, "is not valid before")])
+    def test_a_wrong_time_is_named(
+            self, make_store, scratch, begin, end, words):
+        write_operators_pair(scratch.path, NAMES[:2], begin, end)
+        [problem] = make_store(NAMES[:2]).problems()
+        assert f"{scratch.path}/cert.pem {words}" in problem
+
+    def test_a_key_of_another_certificate_is_named(
+            self, make_store, scratch, tmp_path):
+        write_operators_pair(scratch.path, NAMES[:2])
+        write_operators_pair(tmp_path / "other", NAMES[:2])
+        (tmp_path / "other" / KEY).rename(scratch.path / KEY)
+        store = make_store(NAMES[:2])
+        expected = (f"{scratch.path}/cert.pem does not match its key"
+                    f" {scratch.path}/{KEY}")
+        assert store.problems() == [expected]
+        with pytest.raises(CertificateError, match=expected):
+            store.context()
+
+    @pytest.mark.parametrize("name", ["cert.pem", KEY])
+    def test_a_file_that_is_missing_or_nonsense_is_named(
+            self, make_store, scratch, name):
+        write_operators_pair(scratch.path, NAMES[:2])
+        store = make_store(NAMES[:2])
+        for spoil in (lambda path: path.write_text("x"), Path.unlink):
+            spoil(scratch.path / name)
+            [problem] = store.problems()
+            assert f"{scratch.path}/{name}" in problem
+            with pytest.raises(CertificateError, match=name):
+                store.context()
+
+    def test_a_certificate_for_one_name_is_checked_for_that_name(
+            self, make_store, scratch):
+        write_operators_pair(scratch.path, ["a.example"])
+        folder = scratch.sni_certificates / "b.example"
+        write_operators_pair(folder, ["c.example"])
+        assert make_store(["a.example", "b.example"]).problems() == [
+            f"{folder}/cert.pem misses the domain b.example"]
+
+
+class TestContexts:
+    @pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
+    def test_both_versions_are_spoken_with_forward_secrecy(
+            self, make_store, version):
+        store = make_store()
+        store.ensure()
+        newest = ssl.TLSVersion[version.replace(".", "_")]
+        visitor = Visitor(store.context(), NAMES[0], store.ca_file, newest)
+        visitor.shake_hands()
+        assert visitor.server.version() == version
+        assert visitor.server.selected_alpn_protocol() == "h2"
+        suite = visitor.server.cipher()[0]
+        assert suite.startswith(("ECDHE-", "TLS_")), suite
+        assert "GCM" in suite or "CHACHA20" in suite
+        visitor.close()
+
+    def test_tls_1_2_is_refused_where_1_3_is_the_minimum(self, make_store):
+        store = make_store(tls_minimum="1.3")
+        store.ensure()
+        visitor = Visitor(store.context(), NAMES[0],
+                          newest=ssl.TLSVersion.TLSv1_2)
+        with pytest.raises(ssl.SSLError):
+            visitor.shake_hands()
+        visitor.close()
+
+    def test_bytes_go_both_ways_and_the_end_is_seen(self, make_store):
+        store = make_store()
+        store.ensure()
+        visitor = Visitor(store.context(), NAMES[0]).shake_hands()
+        with pytest.raises(ssl.SSLWantReadError):
+            visitor.server.recv(10)
+        visitor.turn(visitor.client.write, b"question")
+        assert visitor.server.recv(5) == b"quest"
+        assert visitor.server.pending() == 3
+        assert visitor.server.recv(10) == b"ion"
+        assert visitor.turn(visitor.server.send, b"answer") == 6
+        assert visitor.client.read(10) == b"answer"
+        visitor.far.close()
+        assert visitor.server.recv(10) == b""
+        visitor.close()
+
+    def test_a_name_with_its_own_certificate_is_shown_that(
+            self, make_store, scratch):
+        write_operators_pair(scratch.path, ["a.example"])
+        write_operators_pair(scratch.sni_certificates / "b.example",
+                             ["b.example"])
+        context = make_store(["a.example", "b.example"]).context()
+        assert shown_certificate(context, "B.example") == ["b.example"]
+        assert shown_certificate(context, "a.example") == ["a.example"]
+
+    @pytest.mark.parametrize("patch", ["patched", "plain"])
+    @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+    def test_a_session_begun_with_one_worker_is_resumed_by_another(
+            self, tmp_path, patch, version):
+        with program(WORKERS, tmp_path, patch) as arbiter:
+            first, second = (int(port) for port in
+                             arbiter.stdout.readline().split())
+            context = ssl.create_default_context()
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+            context.maximum_version = ssl.TLSVersion[version]
+            session, before = visit(context, first, None)
+            _, after = visit(context, second, session)
+        assert (before, after) == (False, True)
+
+
+def visit(context, port, session):
+    """The session of a connection, and whether it was an old one."""
+    with socket.create_connection(("127.0.0.1", port), 30) as plain:
+        with context.wrap_socket(plain, session=session,
+                                 server_hostname="localhost") as tls:
+            # Tickets of TLS 1.3 come with the first bytes.
+            assert tls.recv(10) == b"ready"
+            return tls.session, tls.session_reused
+
+
+class TestWriteAtomically:
+    def test_content_and_mode_are_as_asked(self, tmp_path):
+        write_atomically(tmp_path / "file", b"old")
+        write_atomically(tmp_path / "file", b"new", 0o640)
+        assert (tmp_path / "file").read_bytes() == b"new"
+        assert mode(tmp_path / "file") == 0o640
+
+    def test_a_failure_leaves_no_draft(self, tmp_path):
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(IsADirectoryError):
+            write_atomically(tmp_path / "folder", b"content")
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+OCCUPY = """
+import sys, shimmercat
+shimmercat.ScratchFolder(sys.argv[1]).occupy()
+print("occupied", flush=True)
+"""
+OCCUPY_AND_FORK = """
+import os, sys, shimmercat
+shimmercat.ScratchFolder(sys.argv[1]).occupy()
+child = os.fork()
+if child:
+    print(child, flush=True)
+"""
+WAIT = """
+sys.stdin.readline()
+"""
+SOCKET = """
+import sys, shimmercat
+folder = shimmercat.ScratchFolder(sys.argv[1])
+try:
+    folder.occupy()
+    print(folder.redis_socket, end="")
+except shimmercat.ScratchError as error:
+    print(error)
+"""
+MAKE_LEAF = """
+import sys, shimmercat
+from pathlib import Path
+scratch = shimmercat.ScratchFolder(sys.argv[1])
+scratch.occupy()
+store = shimmercat.CertificateStore(
+    scratch, ["a.example"], authority_dir=Path(sys.argv[2]))
+print("ready", flush=True)
+sys.stdin.readline()
+store.ensure()
+print(store.ca_file.read_text())
+"""
+WORKERS = """
+import sys
+if sys.argv[2] == "patched":
+    from gevent import monkey
+    monkey.patch_all()
+import os, signal, socket, shimmercat
+from pathlib import Path
+path = Path(sys.argv[1])
+scratch = shimmercat.ScratchFolder(path / "scratch")
+scratch.occupy()
+store = shimmercat.CertificateStore(
+    scratch, ["localhost"], authority_dir=path / "ca")
+store.ensure()
+context = store.context()
+listeners = [socket.socket(), socket.socket()]
+children = []
+for listener in listeners:
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        worker = context.wrap_socket(listener.accept()[0], server_side=True)
+        worker.send(b"ready")
+        worker.recv(1)
+        os._exit(0)
+    children.append(child)
+print(*(listener.getsockname()[1] for listener in listeners), flush=True)
+for child in children:
+    os.waitpid(child, 0)
+"""
