@@ -280,7 +280,8 @@ class YamlSheet:
         try:
             node = yaml.compose(self.path.read_bytes(), yaml.SafeLoader)
         except (OSError, RecursionError) as error:
-            self.blame(0, (), f"cannot be read: {error}")
+            reason = getattr(error, "strerror", error)
+            self.blame(0, (), f"cannot be read: {reason}")
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             words = str(getattr(error, "problem", None) or error).split()
@@ -368,8 +369,10 @@ class YamlEntry(typing.NamedTuple):
             if name not in fields:
                 self.blame(f"the key {name} is missing")
         for name in fields.keys() - readers.keys():
-            hint = nearest(name, readers) or " or ".join(readers)
-            fields[name].blame(f"unknown key, expected {hint}")
+            known = nearest(name, readers)
+            fields[name].blame("unknown key, " + (
+                f"nearest known: {known}" if known
+                else f"expected {', '.join(readers)}"))
         values = {name.replace("-", "_"): entry.take(readers[name])
                   for name, entry in fields.items() if name in readers}
         return {name: value for name, value in values.items()
@@ -457,28 +460,22 @@ class Message(typing.NamedTuple):
 MESSAGES = {
     1: Message("connection from {} opened", "a client connected"),
     2: Message("connection from {} closed", "a connection ended"),
-    3: Message("TLS handshake with {} failed: {}",
-               "scanners cause it; many: check the certificate"),
+    3: Message("TLS handshake with {} failed: {}", "many: check certificate"),
     4: Message("{} opens no more streams: code {}", "GOAWAY from a client"),
     5: Message("{} broke the protocol: error {}, {}", "ended with GOAWAY"),
-    6: Message("{} took too long: {}",
-               "handshake, head, idle, send or linger time of tweaks.yaml"),
-    10001: Message("shimmercat {} in {} mode, working folder {}",
-                   "version, mode and place"),
+    6: Message("{} took too long: {}", "the seconds of tweaks.yaml"),
+    10001: Message("shimmercat {} in {} mode, working folder {}, process {}",
+                   "the start; signals go to that process"),
     10002: Message("serving on {}", "an address with HTTP/2 and HTTP/1.1"),
     10003: Message("redirecting plain HTTP on {} to https", "option -t"),
     10004: Message("domain {}: {}", "what is served under the name"),
-    10005: Message("Redis is {} (from {}), socket {}",
-                   "which program keeps the queue and the log"),
+    10005: Message("Redis is {} (from {}), socket {}", "keeps queue and log"),
     10006: Message("certificates are signed by the development CA {}",
                    "import this file where a browser shall trust them"),
-    10007: Message("{} workers, scratch folder {}",
-                   "the start is complete when each says ready"),
-    20001: Message("worker {} started as process {}",
-                   "forked; it accepts connections once it is ready"),
+    10007: Message("{} workers, scratch folder {}", "each will say ready"),
+    20001: Message("worker {} started as process {}", "it is not ready yet"),
     20002: Message("worker {} is ready", "it accepts connections"),
-    20003: Message("artisan started as process {}",
-                   "makes smaller forms of assets"),
+    20003: Message("artisan started as process {}", "makes smaller assets"),
     20004: Message("{} made from {}: {} bytes instead of {}",
                    "a smaller form of an asset is served from here on"),
     30001: Message("worker {} left: {}", "it finished, then ended"),
@@ -493,8 +490,7 @@ MESSAGES = {
                    "TERM was received; a second signal ends at once"),
     40005: Message("ended after {} s", "the last line of a run"),
     40006: Message("ending at once", "INT, QUIT or a second signal"),
-    40010: Message("accepting paused on {}: {}",
-                   "out of descriptors or memory; raise ulimit -n"),
+    40010: Message("accepting paused on {}: {}", "often: raise ulimit -n"),
     40011: Message("accepting resumed on {}", "the shortage is over"),
     40012: Message("connection from {} ended: too many {}",
                    "a client broke a limit of tweaks.yaml; often an attack"),
@@ -505,16 +501,14 @@ MESSAGES = {
                    "the link ended before Redis had acknowledged them"),
     40016: Message("a Redis left over on {} is asked to end",
                    "its arbiter was killed; ours starts when it has gone"),
-    40017: Message("{} was cut off: {}",
-                   "a file changed while it was sent; the stream was reset"),
+    40017: Message("{} was cut off: {}", "changed while sent; stream reset"),
     40018: Message("the arbiter is gone: finishing and leaving",
                    "it was killed; start it again"),
     40019: Message("{} connections cut: they took too long to finish",
                    "graceful-seconds or replacement-seconds is over"),
     40020: Message("USR2 is refused: start again to change the program",
                    "an upgrade in place is not offered yet"),
-    40021: Message("{} cannot be done: {}",
-                   "a signal asked for it; nothing changed"),
+    40021: Message("{} cannot be done: {}", "a signal asked; nothing changed"),
     40022: Message("worker {} leaves after {} s and is replaced",
                    "apoptosis, planned: nothing to do"),
     40031: Message("Redis socket is {}: the path of {} is too long",
@@ -528,30 +522,22 @@ MESSAGES = {
     50002: Message("{} {} redirected with status {}",
                    "a request on the plain HTTP port was answered",
                    ("client", "target", "status")),
-    50003: Message("ready: {}, process {}",
-                   "all that shall serve does; signals go to that process"),
-    60001: Message("internal error: {}\n{}",
-                   "a fault of shimmercat: please report the traceback"),
-    60002: Message("worker {} died: {}",
-                   "it is replaced; see the lines before"),
+    50003: Message("ready: {}, process {}", "signals go to that process"),
+    60001: Message("internal error: {}\n{}", "report this traceback"),
+    60002: Message("worker {} died: {}", "replaced; see the lines before"),
     60003: Message("worker {} died early {} times, next start in {} s",
                    "crash loop; the first lines of the worker tell why"),
     60004: Message("worker {} gave no sign of life for {} s: killed",
                    "its loop stalled; it is replaced"),
     60005: Message("Redis died: {}", "started again; serving goes on"),
-    60006: Message("{} log lines were lost: {}",
-                   "the reader or Redis was away longer than lines are kept"),
-    60007: Message("malformed log record: {}",
-                   "another program publishes on the sc_log_ channels"),
-    60008: Message("Redis is away: {}",
-                   "log lines wait, no jobs are queued; serving goes on"),
-    60009: Message("artisan died: {}",
-                   "started again; assets are served in what form there is"),
+    60006: Message("{} log lines were lost: {}", "reader or Redis was away"),
+    60007: Message("malformed log record: {}", "a foreign program publishes"),
+    60008: Message("Redis is away: {}", "log lines wait; serving goes on"),
+    60009: Message("artisan died: {}", "started again; serving goes on"),
     60010: Message("no alternate of {}: {}", "the asset is served as it is"),
-    60011: Message("certificate: {}",
-                   "clients will complain; renew or replace the file"),
-    60012: Message("r-cache {} takes no more files: {}",
-                   "disk full; assets are served in what form there is"),
+    60011: Message("certificate: {}", "clients complain; renew or replace it"),
+    60012: Message("{} is not forked: {}; next try in {} s", "out of memory?"),
+    60014: Message("r-cache takes no more files: {}", "disk full?"),
 }
 
 #: what `connection` means in --log-codes: all about clients' connections
@@ -570,10 +556,9 @@ _PIECE_BYTES = 4096
 #: lines that wait for a stopped terminal, in bytes; then the oldest go
 _BACKLOG_BYTES = 1 << 20
 
-_CODE_WORD = re.compile(r"[A-Za-z0-9_-]+|\S")
 _NUMBER = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
-_COLOURS = ("\x1b[2m", "\x1b[36m", "\x1b[35m", "\x1b[2m", "\x1b[33m",
-            "\x1b[32m", "\x1b[1;31m")
+#: ANSI: dim, cyan, magenta, dim, yellow, green, red
+_COLOURS = (2, 36, 35, 2, 33, 32, 31)
 _json_text = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -617,18 +602,16 @@ class LogRecord(typing.NamedTuple):
     def unpack(cls, packed: bytes) -> "LogRecord":
         """The record in `packed`; raises MalformedRecord if it is not one."""
         if len(packed) < _HEADER.size:
-            raise MalformedRecord(f"{len(packed)} bytes, shorter than the"
-                                  f" header of {_HEADER.size}")
+            raise MalformedRecord(f"{len(packed)} bytes are no header")
         worker, seconds, microseconds, severity, code, length = (
             _HEADER.unpack_from(packed))
         content = packed[_HEADER.size:]
         if length != len(content):
-            raise MalformedRecord(f"{len(content)} bytes of pieces, the"
-                                  f" header says {length}")
+            raise MalformedRecord(f"{len(content)} bytes, not {length}")
         if (seconds > _LAST_SECOND or microseconds > 999_999
                 or severity > Severity.ERROR):
             raise MalformedRecord(f"time {seconds}.{microseconds:06d} or"
-                                  f" severity {severity} out of range")
+                                  f" severity {severity} is out of range")
         moment = ((seconds - _MJD_SECONDS) * 1_000_000 + microseconds) / 1e6
         text = content.decode("utf-8", "replace")
         return cls(worker.decode("utf-8", "replace").rstrip(" \0"), moment,
@@ -652,7 +635,7 @@ class LogRecord(typing.NamedTuple):
             text = "\n    ".join(map(_escaped, lines))
         code = f"M{self.code:05d}"
         if colour:
-            code = f"{_COLOURS[self.severity]}{code}\x1b[0m"
+            code = f"\x1b[{_COLOURS[self.severity]}m{code}\x1b[0m"
         return (f"{_stamp(self.moment, time.localtime, ' ')} {code}"
                 f" {_escaped(self.worker):8} {text}\n")
 
@@ -665,7 +648,8 @@ class LogRecord(typing.NamedTuple):
             "worker": self.worker, "code": f"M{self.code:05d}",
             "severity": Severity(self.severity).name.lower(),
             "message": self.text(),
-            **(dict(zip(names, values)) if names else {"pieces": values}),
+            **(dict(zip(names, values, strict=False)) if names
+               else {"pieces": values}),
         }) + "\n"
 
 
@@ -708,64 +692,34 @@ class CodeSet:
         "connection": _CONNECTION_CODES,
     }
 
-    def __init__(self, expression: str):
-        """Takes the expression apart; `parse` is the way in."""
-        self._words = [(match[0], match.start() + 1)
-                       for match in _CODE_WORD.finditer(expression)][::-1]
-        self._end = ("", len(expression) + 1)
-        if len(self._words) > 200:
-            self._refuse(self._words[-201], "at most 200 words")
-
     @classmethod
     def parse(cls, expression: str) -> frozenset[int]:
         """The codes that `expression` means, as in `all\\connection+M00003`.
 
-        Operators `+` and `\\` are taken from left to right.  Raises
-        CodeSetError.
+        Operators `+` (union) and `\\` (difference) are taken from left to
+        right.  Raises CodeSetError.
         """
-        parser = cls(expression)
-        codes = parser._union()
-        if parser._words:
-            parser._refuse(parser._words[-1], "+, \\ or the end")
+        codes, place = frozenset(), 1
+        words = re.split(r"([+\\])", "+" + expression)[1:]
+        for operator, word in zip(words[::2], words[1::2], strict=True):
+            meant = cls._meant(word.strip(), place)
+            codes = codes | meant if operator == "+" else codes - meant
+            place += len(word) + 1
         return codes
 
-    def _next(self):
-        return self._words.pop() if self._words else self._end
-
-    def _union(self):
-        """Terms joined by operators, up to a parenthesis or the end."""
-        codes = self._term()
-        while self._words and self._words[-1][0] in ("+", "\\"):
-            operator, _ = self._next()
-            term = self._term()
-            codes = codes | term if operator == "+" else codes - term
-        return codes
-
-    def _term(self):
-        """One name, one code, or an expression in parentheses."""
-        word, place = self._next()
-        if word == "(":
-            codes = self._union()
-            closing = self._next()
-            if closing[0] != ")":
-                self._refuse(closing, "+, \\ or )")
-            return codes
-        if word in self.NAMED:
-            return self.NAMED[word]
+    @classmethod
+    def _meant(cls, word, place):
+        """The codes of a named set, or the one that a number means."""
+        if word in cls.NAMED:
+            return cls.NAMED[word]
         number = re.fullmatch("[Mm]?([0-9]{1,5})", word)
-        if not number or int(number[1]) not in MESSAGES:
-            self._refuse((word, place), f"{', '.join(self.NAMED)}, a code"
-                         " that `messages` lists, or (")
-        return frozenset((int(number[1]),))
-
-    def _refuse(self, token, expected):
-        """Raises CodeSetError about a word and its place."""
-        word, place = token
-        found = f"found {word!r}" if word else "it ends too early"
-        known = nearest(word, [*self.NAMED, *map("M{:05d}".format, MESSAGES)])
-        hint = f"; nearest known: {known}" if word and known else ""
-        raise CodeSetError(f"--log-codes, character {place}: {found},"
-                           f" expected {expected}{hint}")
+        if number and int(number[1]) in MESSAGES:
+            return frozenset((int(number[1]),))
+        known = nearest(word, [*cls.NAMED, *map("M{:05d}".format, MESSAGES)])
+        raise CodeSetError(
+            f"--log-codes, character {place}: found {word[:40]!r}, expected"
+            f" {', '.join(cls.NAMED)} or a code that `messages` lists"
+            + (f"; nearest known: {known}" if known else ""))
 
 
 def wants_colour(fd: int) -> bool:
@@ -892,7 +846,6 @@ class Log:
     """Where the process says things: tests the code set, stamps, hands on."""
 
     def __init__(self):
-        """Says what `default` means, on stderr, until configured."""
         self.worker = "main"
         self.enabled = CodeSet.NAMED["default"]
         self.sink = _to_stderr
@@ -1113,7 +1066,7 @@ class DomainSettings:
     change_url: tuple[str, ...] = ()
     cache_key: str | None = None
     #: tOld and tNew in seconds
-    changelist: tuple[float, float] | None = None
+    changelist_settings: tuple[float, float] | None = None
     prob_accelerator_kicks_in: float = 1.0
     bot_protection_enabled: bool = False
 
@@ -1169,7 +1122,7 @@ def load_settings(flags: argparse.Namespace,
 
 def tweaks_text() -> str:
     """Text of tweaks.yaml: every key with its meaning and its default."""
-    return "# What is left out here has its default.\n" + "".join(
+    return "# Technical settings. A missing key has its default.\n" + "".join(
         f"\n# {option.text}\n# Expected: {option.expected()}\n"
         f"{option.name}: {option.shown(option.default)}\n"
         for option in _TWEAKS)
@@ -1345,19 +1298,19 @@ def _changelist(entry):
     return values.get("tOld"), values.get("tNew")
 
 
-_NUMBER = r"\d{1,15}(?:\.\d{1,6})?"
+_DECIMAL = r"\d{1,15}(?:\.\d{1,6})?"
 #: {kind: (written form, conversion, words for it, YAML types)}
 _KINDS = {
     "address": (".*", NetworkAddress.parse, "an address", "str int float"),
     "choice": (".*", str, "", "str float"),
     "codes": (".*", CodeSet.parse, "sets of messages", "str"),
     "count": (r"\d{1,15}", int, "a whole number", "int str"),
-    "interval": (f"{_NUMBER}-{_NUMBER}", lambda text: tuple(
+    "interval": (f"{_DECIMAL}-{_DECIMAL}", lambda text: tuple(
         sorted(map(float, text.split("-")))), "MIN-MAX", "str"),
     "name": (r"(?!\.{1,2}$)[^/\0]+", str, "a name without /", "str"),
-    "number": (_NUMBER, float, "a number", "int float str"),
+    "number": (_DECIMAL, float, "a number", "int float str"),
     "path": (r"[^\0]+", Path, "a path (numbers in quotes)", "str"),
-    "seconds": (_NUMBER, float, "seconds", "int float str"),
+    "seconds": (_DECIMAL, float, "seconds", "int float str"),
     "size": (".*", parse_size, "a size such as 64 KiB", "int str"),
     "switch": ("(?i:true|yes|on|false|no|off)", lambda text: text.lower() in (
         "true", "yes", "on"), "true or false", "bool"),
@@ -1885,11 +1838,15 @@ class EngineLimits(typing.NamedTuple):
     streams: int = 100
     #: octets of body that may be under way on a stream before we took them
     window_bytes: int = 65535
+    #: requests that an HTTP/1.1 connection may carry
+    requests: int = 2**30
 
 
 class Engine:
     """The protocol of one connection as seen by a server."""
 
+    #: its name in ALPN
+    protocol = ""
     #: sum of the points (`_POINTS`) of what the peer sent
     nuisance = 0
     #: whether the connection is to be closed once `output` is written
@@ -1931,6 +1888,8 @@ class Engine:
 
 class Http2Engine(Engine):
     """RFC 9113 through the h2 library."""
+
+    protocol = "h2"
 
     def __init__(self, limits: EngineLimits):
         self._limits = limits
@@ -2158,6 +2117,8 @@ class Http2Engine(Engine):
 class Http1Engine(Engine):
     """RFC 9112 through httptools (llhttp), whose `on_` calls it takes."""
 
+    protocol = "http/1.1"
+
     def __init__(self, limits: EngineLimits):
         self._limits = limits
         self._parser = httptools.HttpRequestParser(self)
@@ -2235,7 +2196,8 @@ class Http1Engine(Engine):
         self._heads[self._stream] = _Http1Head(
             version, parser.should_keep_alive(), parser.get_method() == b"HEAD")
         status = self._fault(version)
-        self._leaving = self._leaving or bool(status)
+        if status or self._stream >= 2 * self._limits.requests - 1:
+            self._leaving = True
         self._waiting.append(
             RequestRefused(self._stream, status) if status else self._started())
 
@@ -2939,7 +2901,7 @@ def _demand_anchor(text, column, action):
 #
 #    Offers   ScratchFolder, ScratchError, ScratchBusy, CertificateStore,
 #             CertificateError, write_atomically
-#    Uses     0 Threshold, 1 Words, 2 Messages
+#    Uses     1 Words, 2 Messages
 # ---------------------------------------------------------------------------
 
 #: longest path that fits sockaddr_un.sun_path, without its zero byte
@@ -3156,6 +3118,7 @@ def write_atomically(path: Path, content: bytes, mode: int = 0o600,
         place(draft, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
+            # Not there: it was renamed, as it should.
             os.unlink(draft)
 
 
@@ -3207,6 +3170,7 @@ class _Authority(typing.NamedTuple):
         both = folder / "ca_key_and_cert.pem"
         if not both.exists():
             with contextlib.suppress(FileExistsError):
+                # Another process was faster: its CA is ours as well.
                 write_atomically(both, _new_authority(), place=os.link)
         try:
             authority = cls.load(folder)
@@ -3392,7 +3356,9 @@ _JOB_LIST = "sc_jobs"
 _TICK_SECONDS = 0.05
 _BATCH_RECORDS = 200
 #: Redis answers in well under a millisecond; silent for so long it is away
-_ANSWER_SECONDS = 10.0
+_ANSWER_SECONDS = 2.0
+#: giving up an unanswered batch may double its lines: better to wait long
+_STALL_SECONDS = 30.0
 #: a job that waits or runs longer than this may be queued a second time
 _QUEUED_SECONDS = 3600
 _RUNNING_SECONDS = 600
@@ -3431,7 +3397,6 @@ class RedisLink:
     """The way to Redis; connects when first used and after a loss again."""
 
     def __init__(self, socket_path: Path | str):
-        """Leads to the Redis that listens on the Unix socket."""
         self.socket_path = str(socket_path)
         # Retrying is our callers' business: they know what can wait.
         self.client = redis.Redis(
@@ -3452,7 +3417,8 @@ class _Wire:
     def __init__(self, path, socket_class, seconds):
         """Connects; raises RedisAway."""
         self._path = str(path)
-        self._reader = hiredis.Reader()
+        # The default, False, would equal the reply 0.
+        self._reader = hiredis.Reader(notEnoughData=...)
         self.socket = socket_class(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.settimeout(seconds)
         try:
@@ -3480,23 +3446,20 @@ class _Wire:
             if not received:
                 raise ConnectionResetError("connection ended")
             self._reader.feed(received)
-            # The reader answers False for "not enough", which no reply is.
-            return list(iter(self._reader.gets, False))
+            return list(iter(self._reader.gets, ...))
 
     def close(self):
-        """Ends the connection."""
         self.socket.close()
 
 
 class LogTap:
     """Sink of a process's log: gathers records and publishes them.
 
-    While Redis is away, or nobody listens there, records wait.  What does
-    not fit is dropped from the old end, and a record says how many.
+    While Redis is away, or nobody listens there, at most `limit` records
+    wait.  The oldest are dropped for newer ones; a record says how many.
     """
 
     def __init__(self, link: RedisLink, limit: int = 10_000):
-        """Keeps at most `limit` records."""
         self._path, self._limit = link.socket_path, limit
         self._ring = collections.deque()
         self._lost = 0
@@ -3573,7 +3536,7 @@ class LogTap:
         """Publishes a batch and collects an answer for each record."""
         wire, self._wire = self._wire, None
         if wire is None:
-            wire = _Wire(self._path, socket.socket, _ANSWER_SECONDS)
+            wire = _Wire(self._path, gevent.socket.socket, _STALL_SECONDS)
         unsure = 0
         try:
             wire.send(*(
@@ -3614,7 +3577,6 @@ class LogSubscription:
     """The log of all workers, for a process that has no gevent hub."""
 
     def __init__(self, socket_path: Path | str):
-        """Reads from the Redis at the socket, once connected."""
         self._path = socket_path
         self._wire = None
         self._early = []
@@ -3622,12 +3584,12 @@ class LogSubscription:
     def connect(self) -> None:
         """Subscribes, and waits until that is so; raises RedisAway."""
         self.close()
-        wire = _Wire(self._path, _plain("socket", "socket"), 2.0)
-        self._wire = wire
-        wire.send((b"PSUBSCRIBE", _LOG_CHANNEL + "*"))
+        self._wire = _Wire(self._path, _plain("socket", "socket"),
+                           _ANSWER_SECONDS)
+        self._wire.send((b"PSUBSCRIBE", _LOG_CHANNEL + "*"))
         while not self._early:
-            self._early = wire.replies()
-        wire.socket.settimeout(0)
+            self._early = self._wire.replies()
+        self._wire.socket.settimeout(0)
 
     def fileno(self) -> int:
         """Descriptor to select for reading."""
@@ -3638,14 +3600,17 @@ class LogSubscription:
 
         Raises RedisAway when the link is gone; what came before was returned.
         """
-        if self._wire is None:
-            raise RedisAway(f"{self._path}: not connected")
         replies, self._early = self._early, []
-        for _ in range(16):
-            arrived = self._arrived(bool(replies))
-            if not arrived:
-                break
-            replies += arrived
+        try:
+            for _ in range(16):
+                arrived = self._wire.replies()
+                if not arrived:
+                    break
+                replies += arrived
+        except RedisAway:
+            # A socket at its end says so again at the next read.
+            if not replies:
+                raise
         return [_record_of(reply) for reply in replies
                 if isinstance(reply, list) and reply[0] == b"pmessage"]
 
@@ -3654,16 +3619,6 @@ class LogSubscription:
         if self._wire is not None:
             self._wire.close()
         self._wire, self._early = None, []
-
-    def _arrived(self, has_replies):
-        """Replies of one more read; the end waits while there are others."""
-        try:
-            return self._wire.replies()
-        except RedisAway:
-            # A socket at its end says so again at the next read.
-            if has_replies:
-                return []
-            raise
 
 
 def _record_of(reply):
@@ -3680,7 +3635,6 @@ class Lease:
     """The right to do something that only one process at a time shall do."""
 
     def __init__(self, link: RedisLink):
-        """Agrees with the other processes through the link's Redis."""
         self._link = link
 
     def take(self, name: str, seconds: float) -> str | None:
@@ -3700,7 +3654,6 @@ class JobQueue:
     """Jobs for the artisan, each queued or running only once."""
 
     def __init__(self, link: RedisLink, limit: int = 1000):
-        """Lets at most `limit` jobs wait."""
         self._link, self._limit = link, limit
 
     def put(self, job: dict) -> bool:
@@ -3714,8 +3667,8 @@ class JobQueue:
         return False
 
     def take(self, seconds: float) -> dict | None:
-        """The next job, or None after at most 5 s; raises RedisAway."""
-        taken = self._link.call("BLPOP", _JOB_LIST, min(seconds, 5.0))
+        """The next job, or None after at most a second; raises RedisAway."""
+        taken = self._link.call("BLPOP", _JOB_LIST, min(seconds, 1.0))
         if taken is None:
             return None
         self._link.call("EXPIRE", _job_lease(taken[1]), _RUNNING_SECONDS)
@@ -3772,7 +3725,6 @@ class Announcements:
     """News for all workers; who is not listening misses them."""
 
     def __init__(self, link: RedisLink):
-        """Spreads them through the link's Redis."""
         self._link = link
 
     def publish(self, text: str) -> None:
@@ -3794,7 +3746,8 @@ class Announcements:
     def _heard(self):
         """Texts as they come; raises RedisAway when the link ends."""
         path = self._link.socket_path
-        with contextlib.closing(_Wire(path, socket.socket, None)) as wire:
+        with contextlib.closing(
+                _Wire(path, gevent.socket.socket, None)) as wire:
             wire.send((b"SUBSCRIBE", _NEWS_CHANNEL))
             while True:
                 for reply in wire.replies():
@@ -3806,7 +3759,6 @@ class LocalAnnouncements:
     """News within one process."""
 
     def __init__(self):
-        """Has no listeners yet."""
         self._callbacks = []
 
     def publish(self, text: str) -> None:
@@ -3822,8 +3774,7 @@ class LocalAnnouncements:
 # ---------------------------------------------------------------------------
 # 10. Representations: everything that can be served again
 #
-#    Offers   StoredAlternate, StoreFull, AlternateStore, Representation,
-#             Source, Asset, Repository, file_identity, content_type,
+#    Offers   Representation, Source, Asset, Repository, file_identity, content_type,
 #             is_compressible
 #    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP
 # ---------------------------------------------------------------------------
@@ -3842,154 +3793,6 @@ class LocalAnnouncements:
 # Alternates come at two speeds.  The first visitor who wants a coding has it
 # made at a cheap level in a thread (brotli and zlib release the lock); the
 # artisan makes the best one, stores it, and announces the source's hash.
-
-
-class StoreFull(ShimmerCatError):
-    """The folder of alternates takes no more files; the text says why."""
-
-    message_code = 60012
-
-
-class StoredAlternate(typing.NamedTuple):
-    """An alternate in the store; its file's name tells all of this."""
-
-    coding: str
-    level: int
-    #: length of the body, bytes
-    size: int
-    #: first 16 hex digits of the body's SHA-256
-    digest: str
-    path: Path
-
-
-class AlternateStore:
-    """Alternates of sources, as files under the SHA-256 of the source.
-
-        r-cache/v1/<2 digits>/<sha256>/<coding>-<level>.<size>.<digest>
-
-    Heals itself: what is damaged is removed and counts as not there, what
-    has another name is left alone, and the folder may be cleared any time.
-    """
-
-    #: a file's time of use is kept to this precision, seconds
-    used_precision_seconds = 3600
-    _file_name = re.compile(r"([a-z]+)-(\d{1,3})\.(\d{1,12})\.([0-9a-f]{16})")
-    _sha_form = re.compile(r"[0-9a-f]{64}")
-
-    def __init__(self, folder: Path):
-        """Keeps the files in `folder`, which need not exist."""
-        self._root = Path(folder) / "v1"
-        #: bytes that may come before the limit is looked at again
-        self._unchecked_bytes = 0
-
-    def put(self, source_sha: str, coding: str, level: int,
-            body: bytes) -> StoredAlternate:
-        """Stores an alternate in place of its like; raises StoreFull."""
-        folder = self._folder(source_sha)
-        digest = _body_digest(body)
-        path = folder / f"{coding}-{level}.{len(body)}.{digest}"
-        stored = StoredAlternate(coding, level, len(body), digest, path)
-        try:
-            self._write(path, body)
-        except OSError as error:
-            raise StoreFull(f"{self._root}: {error}") from error
-        self._unchecked_bytes -= len(body)
-        for other in self.find(source_sha):
-            if other[:2] == stored[:2] and other.path != path:
-                _remove_stored(other.path)
-        return stored
-
-    def find(self, source_sha: str) -> list[StoredAlternate]:
-        """The alternates of a source, smallest first; their bodies unread."""
-        folder = self._folder(source_sha)
-        try:
-            names = os.listdir(folder)
-        except OSError:
-            # Nothing was made yet, or it was cleared away.
-            return []
-        found = [StoredAlternate(match[1], int(match[2]), int(match[3]),
-                                 match[4], folder / name)
-                 for name in names
-                 if (match := self._file_name.fullmatch(name))]
-        return sorted(found, key=lambda stored: (stored.size, stored.coding))
-
-    def load(self, stored: StoredAlternate) -> bytes | None:
-        """The body, or None when it is gone; a damaged file is removed."""
-        try:
-            with open(stored.path, "rb", opener=_open_stored) as stream:
-                body = stream.read(stored.size + 1)
-                age = time.time() - os.fstat(stream.fileno()).st_mtime
-                if not 0 <= age <= self.used_precision_seconds:
-                    os.utime(stream.fileno())
-        except OSError:
-            # Cleared away, most likely; in any case nothing to serve.
-            return None
-        if len(body) == stored.size and _body_digest(body) == stored.digest:
-            return body
-        LOG.say(40013, stored.path)
-        _remove_stored(stored.path)
-        return None
-
-    def evict(self, limit_bytes: int) -> int:
-        """Removes the least used files above the limit; returns bytes freed.
-
-        Costs nothing unless enough was stored since the last time.
-        """
-        if self._unchecked_bytes > 0:
-            return 0
-        self._unchecked_bytes = limit_bytes // 20
-        files = sorted(self._files())
-        total = left = sum(size for _, size, _ in files)
-        # Somewhat below the limit, else the next put would come back here.
-        goal = limit_bytes * 9 // 10 if total > limit_bytes else limit_bytes
-        for _, size, path in files:
-            if left <= goal:
-                break
-            _remove_stored(path)
-            left -= size
-        return total - left
-
-    def _folder(self, source_sha):
-        if not self._sha_form.fullmatch(source_sha):
-            raise ValueError(f"{source_sha!r} is no SHA-256 in lower case")
-        return self._root / source_sha[:2] / source_sha
-
-    def _write(self, path, body):
-        """Once more if eviction or somebody's rm took the folder away."""
-        try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_atomically(path, body)
-        except FileNotFoundError:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_atomically(path, body)
-
-    def _files(self):
-        """(time of use, size, path) of all files, drafts left behind too."""
-        for folder, _, names in os.walk(self._root):
-            for name in names:
-                path = Path(folder, name)
-                with contextlib.suppress(FileNotFoundError):
-                    found = path.lstat()
-                    yield found.st_mtime, found.st_size, path
-
-
-def _remove_stored(path):
-    """Removes a file of the store, and its folder when that is empty."""
-    try:
-        os.unlink(path)
-        os.rmdir(path.parent)
-    except OSError:
-        # Another process was faster, or the folder is not empty.
-        return
-
-
-def _open_stored(path, flags):
-    """Opens without following a link or waiting for a fifo's writer."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-
-
-def _body_digest(body):
-    return hashlib.sha256(body).hexdigest()[:16]
 
 
 class Representation:
@@ -4014,18 +3817,8 @@ class Asset:
     """One source and its representations."""
 
     __slots__ = (
-        "best",
-        "identity",
-        "key",
-        "modified",
-        "path",
-        "probed",
-        "quiet",
-        "representations",
-        "sha",
-        "type",
-        "untried",
-    )
+        "best", "identity", "key", "modified", "path", "probed", "quiet",
+        "representations", "sha", "type", "untried")
 
     def __init__(self, key: tuple, source: "Source", sha: str):
         self.key = key
@@ -4071,8 +3864,7 @@ class Asset:
             return
         forms = {**self.representations, representation.coding: representation}
         self.representations = dict(
-            sorted(forms.items(), key=lambda item: item[1].length)
-        )
+            sorted(forms.items(), key=lambda item: item[1].length))
         self.untried -= {representation.coding}
 
     def memory(self) -> int:
@@ -4123,8 +3915,8 @@ def file_identity(status: os.stat_result) -> tuple:
 class Repository:
     """The assets that this process knows, least used forgotten first."""
 
-    def __init__(self, tweaks: Tweaks, store: AlternateStore, jobs):
-        """`jobs` takes `put(job)`, the artisan's orders."""
+    def __init__(self, tweaks: Tweaks, store, jobs):
+        """`store` has the artisan's work, `jobs` takes orders for it."""
         self._tweaks = tweaks
         self._store = store
         self._jobs = jobs
@@ -4148,8 +3940,7 @@ class Repository:
         hold still.  May wait.
         """
         return self.peek(key) or self._once(
-            key, lambda: self._read(key, fetch)
-        )
+            key, lambda: self._read(key, fetch))
 
     def _once(self, key, work):
         """Has `work` done by one greenlet, whose result all waiters get."""
@@ -4229,8 +4020,7 @@ class Repository:
             if body is None:
                 continue
             form = self._form(
-                asset, stored.coding, stored.size, f"-{stored.level}"
-            )
+                asset, stored.coding, stored.size, f"-{stored.level}")
             if stored.size <= self._tweaks.small_file_bytes:
                 form.body = body
             form.path = str(stored.path)
@@ -4264,15 +4054,12 @@ class Repository:
         html_page = asset.type.startswith(b"text/html")
         tweaks = self._tweaks
         value = (
-            tweaks.cache_control_html if html_page else tweaks.cache_control
-        )
+            tweaks.cache_control_html if html_page else tweaks.cache_control)
         return value.encode()
 
     def hasten(self, asset: Asset, coding: str) -> None:
         """Makes a cheap alternate of a coding, if that is smaller. Waits."""
-        self._once(
-            (asset.sha, coding), lambda: self._hasten(asset, coding)
-        )
+        self._once((asset.sha, coding), lambda: self._hasten(asset, coding))
 
     def _hasten(self, asset, coding):
         source = asset.representations["identity"]
@@ -4521,17 +4308,171 @@ def _is_below(path, folder):
 # ---------------------------------------------------------------------------
 # 13. Artisan: makes alternates, never serves
 #
-#    Offers   make_alternates, Artisan
-#    Uses     0 Threshold, 1 Words, 2 Messages, 3 Settings, 8 Scratch,
-#             9 Redis, 10 Representations
+#    Offers   Artisan, AlternateError, make_alternates
+#    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 9 Redis,
+#             10 Representations
 # ---------------------------------------------------------------------------
+class StoreFull(ShimmerCatError):
+    """The folder of alternates takes no more files; the text says why."""
 
-#: bytes given to brotli at a time: a quarter of a second of its level 11
-_BROTLI_PIECE_BYTES = 128 * KIB
-#: an alternate must save this share, else decoding costs more than it brings
+    message_code = 60014
+
+
+class StoredAlternate(typing.NamedTuple):
+    """An alternate in the store; its file's name tells all of this."""
+
+    coding: str
+    level: int
+    #: length of the body, bytes
+    size: int
+    #: first 16 hex digits of the body's SHA-256
+    digest: str
+    path: Path
+
+
+class AlternateStore:
+    """Alternates of sources, as files under the SHA-256 of the source.
+
+        r-cache/v1/<2 digits>/<sha256>/<coding>-<level>.<size>.<digest>
+
+    Heals itself: what is damaged is removed and counts as not there, what
+    has another name is left alone, and the folder may be cleared any time.
+    """
+
+    #: a file's time of use is kept to this precision, seconds
+    used_precision_seconds = 3600
+    _file_name = re.compile(r"([a-z]+)-(\d{1,3})\.(\d{1,12})\.([0-9a-f]{16})")
+    _sha_form = re.compile(r"[0-9a-f]{64}")
+
+    def __init__(self, folder: Path):
+        """Keeps the files in `folder`, which need not exist."""
+        self._root = Path(folder) / "v1"
+        #: bytes that may come before the limit is looked at again
+        self._unchecked_bytes = 0
+
+    def put(self, source_sha: str, coding: str, level: int,
+            body: bytes) -> StoredAlternate:
+        """Stores an alternate in place of its like; raises StoreFull."""
+        folder = self._folder(source_sha)
+        digest = _body_digest(body)
+        path = folder / f"{coding}-{level}.{len(body)}.{digest}"
+        stored = StoredAlternate(coding, level, len(body), digest, path)
+        try:
+            self._write(path, body)
+        except OSError as error:
+            raise StoreFull(f"{self._root}: {error}") from error
+        self._unchecked_bytes -= len(body)
+        for other in self.find(source_sha):
+            if other[:2] == stored[:2] and other.path != path:
+                _remove_stored(other.path)
+        return stored
+
+    def find(self, source_sha: str) -> list[StoredAlternate]:
+        """The alternates of a source, smallest first; their bodies unread."""
+        folder = self._folder(source_sha)
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            # Nothing was made yet, or it was cleared away.
+            return []
+        found = [StoredAlternate(match[1], int(match[2]), int(match[3]),
+                                 match[4], folder / name)
+                 for name in names
+                 if (match := self._file_name.fullmatch(name))]
+        return sorted(found, key=lambda stored: (stored.size, stored.coding))
+
+    def load(self, stored: StoredAlternate) -> bytes | None:
+        """The body, or None when it is gone; a damaged file is removed."""
+        try:
+            with open(stored.path, "rb", opener=_open_stored) as stream:
+                body = stream.read(stored.size + 1)
+                age = time.time() - os.fstat(stream.fileno()).st_mtime
+                if not 0 <= age <= self.used_precision_seconds:
+                    os.utime(stream.fileno())
+        except OSError:
+            # Cleared away, most likely; in any case nothing to serve.
+            return None
+        if len(body) == stored.size and _body_digest(body) == stored.digest:
+            return body
+        LOG.say(40013, stored.path)
+        _remove_stored(stored.path)
+        return None
+
+    def evict(self, limit_bytes: int) -> int:
+        """Removes the least used files above the limit; returns bytes freed.
+
+        Costs nothing unless enough was stored since the last time.
+        """
+        if self._unchecked_bytes > 0:
+            return 0
+        self._unchecked_bytes = limit_bytes // 20
+        files = sorted(self._files())
+        total = left = sum(size for _, size, _ in files)
+        # Somewhat below the limit, else the next put would come back here.
+        goal = limit_bytes * 9 // 10 if total > limit_bytes else limit_bytes
+        for _, size, path in files:
+            if left <= goal:
+                break
+            _remove_stored(path)
+            left -= size
+        return total - left
+
+    def _folder(self, source_sha):
+        if not self._sha_form.fullmatch(source_sha):
+            raise ValueError(f"{source_sha!r} is no SHA-256 in lower case")
+        return self._root / source_sha[:2] / source_sha
+
+    def _write(self, path, body):
+        """Once more when eviction or an rm takes the folder away meanwhile."""
+        for is_last in (False, False, True):
+            try:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                return write_atomically(path, body)
+            except FileNotFoundError:
+                if is_last:
+                    raise
+
+    def _files(self):
+        """(time of use, size, path) of all files that may be removed."""
+        for folder, _, names in os.walk(self._root):
+            for name in names:
+                path = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):
+                    # Another process may remove it before we look.
+                    found = path.lstat()
+                    if not self._is_being_written(name, found.st_mtime):
+                        yield found.st_mtime, found.st_size, path
+
+    def _is_being_written(self, name, modified):
+        """Whether it is a draft, and not one that a crash has left."""
+        return (not self._file_name.fullmatch(name)
+                and time.time() - modified < self.used_precision_seconds)
+
+
+def _remove_stored(path):
+    """Removes a file of the store, and its folder when that is empty."""
+    try:
+        os.unlink(path)
+        os.rmdir(path.parent)
+    except OSError:
+        # Another process was faster, or the folder is not empty.
+        return
+
+
+def _open_stored(path, flags):
+    """Opens without following a link or waiting for a fifo's writer."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def _body_digest(body):
+    return hashlib.sha256(body).hexdigest()[:16]
+
+
+
+#: bytes encoded between two beats: a quarter of a second of brotli's best
+_ENCODED_BYTES = 128 * KIB
+#: share of the source that an alternate may have; above, it brings too little
 _WORTHWHILE = 0.95
-
-
 #: what the encoders and decoders raise
 _CODEC_ERRORS = (MemoryError, ValueError, OSError, EOFError, zlib.error,
                  *((brotli.error,) if brotli else ()))
@@ -4568,6 +4509,7 @@ class Artisan:
         self._settle()
         publishing = gevent.spawn(self._tap.run)
         with contextlib.suppress(_Leaving):
+            # The one way out, from the midst of a job too.
             while True:
                 self._beat()
                 self._turn()
@@ -4705,21 +4647,26 @@ def _alternate(maker, source, kind, beat):
 
 
 def _best_brotli(source, kind, beat):
-    """In pieces, so that beats come in between; the size stays the same."""
+    """Text is what the mode of that name is for, fonts and wasm are not."""
     mode = (brotli.MODE_TEXT if kind.startswith("text/")
             else brotli.MODE_GENERIC)
     encoder = brotli.Compressor(mode=mode, quality=11, lgwin=22)
+    return _in_pieces(encoder.process, encoder.finish, source, beat)
+
+
+def _best_gzip(source, _kind, beat):
+    """No time is inside: the same source always gives the same bytes."""
+    encoder = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    return _in_pieces(encoder.compress, encoder.flush, source, beat)
+
+
+def _in_pieces(encode, finish, source, beat):
+    """As small as at one go, but beats and signals come in between."""
     body = []
-    for n in range(0, len(source), _BROTLI_PIECE_BYTES):
-        body.append(encoder.process(
-            source[n:n + _BROTLI_PIECE_BYTES]))
+    for n in range(0, len(source), _ENCODED_BYTES):
+        body.append(encode(source[n:n + _ENCODED_BYTES]))
         beat()
-    return b"".join([*body, encoder.finish()])
-
-
-def _best_gzip(source, _kind, _beat):
-    """Without a time inside: the same source gives the same bytes."""
-    return gzip.compress(source, 9, mtime=0)
+    return b"".join([*body, finish()])
 
 
 class _Maker(typing.NamedTuple):
@@ -4727,8 +4674,10 @@ class _Maker(typing.NamedTuple):
 
     coding: str
     level: int
+    #: (source, content type, beat) -> body
     make: typing.Callable
     decode: typing.Callable
+    #: content type as bytes -> whether this is worth a try
     is_for: typing.Callable
 
 
@@ -4780,7 +4729,7 @@ _UNKNOWN = Urgency(3, True)
 # ---------------------------------------------------------------------------
 # 15. Site: from request to response
 #
-#    Offers   NotServed, NotServedYet, Site, error_page
+#    Offers   NotServed, NotServedYet, Site, RedirectSite, error_page
 #    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 7 Paths,
 #             10 Representations, 11 Consultants, 12 Fetch backends
 # ---------------------------------------------------------------------------
@@ -4807,7 +4756,8 @@ class NotServedYet(NotServed):
 class Site:
     """The domains of this instance, without a socket in sight."""
 
-    def __init__(self, settings: Settings, repository: Repository):
+    def __init__(
+        self, settings: Settings, repository: Repository | None = None):
         """Nothing is read before the first request."""
         self._settings = settings
         self._repository = repository
@@ -4864,9 +4814,7 @@ class Site:
         head = (
             (b"content-type", b"text/html; charset=utf-8"),
             (b"content-length", b"%d" % len(body)),
-            (b"cache-control", b"no-store"),
-            *fields,
-        )
+            (b"cache-control", b"no-store"), *fields)
         return Response(status, head, body, "error", "page")
 
     def _timed(self, request, response):
@@ -4874,10 +4822,8 @@ class Site:
         if self._open:
             spent = (time.monotonic() - request.started) * 1000
             timing = b'site;desc="%b, %b";dur=%.2f' % (
-                response.answered.encode(),
-                response.representation.encode(),
-                spent,
-            )
+                response.answered.encode(), response.representation.encode(),
+                spent)
             response.fields = (*response.fields, (b"server-timing", timing))
         return response
 
@@ -4938,10 +4884,8 @@ class Site:
             return self._options()
         if request.method not in _READS:
             raise NotServed(
-                405,
-                f"{request.method} is not for statics",
-                ((b"allow", _ALLOW),),
-            )
+                405, f"{request.method} is not for statics",
+                ((b"allow", _ALLOW),))
         request.note("file " + os.path.join(backend.root, *components))
         for _ in range(_ATTEMPTS):
             asset = self._find(request, backend, components)
@@ -4952,8 +4896,7 @@ class Site:
     def _find(self, request, backend, components):
         """The asset with what this client's coding needs. Waits."""
         asset = self._repository.find(
-            (backend.root, request.path), lambda: backend.fetch(components)
-        )
+            (backend.root, request.path), lambda: backend.fetch(components))
         if coding := asset.lacks(request.headers.get(b"accept-encoding")):
             self._repository.hasten(asset, coding)
         if self._repository.is_due(asset, request.started):
@@ -4988,8 +4931,7 @@ class Site:
         """The octets that memory does not hold, from the file system."""
         try:
             source = Source.adopt(
-                os.open(form.path, os.O_RDONLY | os.O_CLOEXEC), form.path
-            )
+                os.open(form.path, os.O_RDONLY | os.O_CLOEXEC), form.path)
         except OSError as error:
             self._repository.forget(asset)
             raise SourceChanged(f"{form.path}: {error}") from error
@@ -5006,8 +4948,7 @@ class Site:
         if len(ranges) > 1:
             boundary = secrets.token_hex(16).encode()
             replaced, body = multipart_ranges(
-                body, ranges, fields[b"content-type"], boundary
-            )
+                body, ranges, fields[b"content-type"], boundary)
             fields.update(replaced)
             return Response(206, tuple(fields.items()), body, "static", name)
         start, stop = ranges[0]
@@ -5018,6 +4959,21 @@ class Site:
         else:
             body = Chain([body.part(start, stop)], body)
         return Response(206, tuple(fields.items()), body, "static", name)
+
+
+class RedirectSite(Site):
+    """What the plain HTTP port serves: the way to the same URL on HTTPS."""
+
+    def ready(self, request: Request) -> Response:
+        """A 301, or a page for hosts that are not ours."""
+        if request.host not in self._settings.domains:
+            return self.refuse(NotServed(421, "no such host here"), request)
+        port = self._settings.listen.port
+        suffix = "" if port in (None, 443) else f":{port}"
+        target = "/" if request.target == "*" else request.target
+        place = f"https://{request.host}{suffix}{target}".encode()
+        fields = ((b"location", place), (b"content-length", b"0"))
+        return Response(301, fields, b"", "redirect", "https")
 
 
 def error_page(status: int, trail: tuple[str, ...]) -> bytes:
@@ -5073,48 +5029,35 @@ class Service:
 
     def __init__(self, settings: Settings, site: Site):
         """Serves `site` within the limits of the tweaks."""
-        tweaks = settings.tweaks
-        self.tweaks = tweaks
+        self.settings = settings
+        self.tweaks = tweaks = settings.tweaks
         self.site = site
-        self.domains = settings.domains
         self.limits = EngineLimits(
             header_bytes=tweaks.max_header_bytes,
-            header_count=tweaks.max_headers,
-            streams=tweaks.max_streams,
-        )
-        self.port = settings.listen.port
+            header_count=tweaks.max_headers, streams=tweaks.max_streams)
         self.loop = gevent.get_hub().loop
         self.connections = set()
-        self.listeners = []
         self.draining = False
         #: exchanges that wait in greenlets
         self.waiting = 0
-        self.date = self._date_field()
-        self._sweeper = None
+        self.date = _date_field()
 
     def start(self) -> None:
         """Begins to look after times."""
-        self._sweeper = gevent.spawn(self._sweep_forever)
+        gevent.spawn(self._sweep_forever)
 
     def _sweep_forever(self):
         while True:
             gevent.sleep(_SWEEP_SECONDS)
-            self.date = self._date_field()
+            self.date = _date_field()
             now = time.monotonic()
             for connection in tuple(self.connections):
                 connection.look_after_time(now)
-
-    def _date_field(self):
-        return b"date", http_date(time.time()).encode()
 
     @property
     def active(self) -> int:
         """Number of open connections."""
         return len(self.connections)
-
-    def has_room(self) -> bool:
-        """Whether one more connection may be accepted."""
-        return self.active < self.tweaks.connections_per_worker
 
     def drain(self) -> None:
         """Lets every connection finish what it has in hand, then leave."""
@@ -5128,29 +5071,28 @@ class Service:
             connection.close()
 
 
+def _date_field():
+    return b"date", http_date(time.time()).encode()
+
+
 class _Outgoing:
     """A response whose body is under way."""
 
-    __slots__ = ("body", "left", "request", "response", "sent")
+    __slots__ = "left", "request", "response", "sent"
 
     def __init__(self, request, response):
         self.request = request
         self.response = response
         body = response.body
-        if isinstance(body, bytes):
-            self.left = len(body)
-            body = memoryview(body)
-        else:
-            self.left = body.length
-        self.body = body
+        self.left = len(body) if isinstance(body, bytes) else body.length
         self.sent = 0
 
     def take(self, count):
         """The next piece; raises SourceChanged."""
         count = min(count, self.left)
-        body = self.body
-        if isinstance(body, memoryview):
-            piece = body[self.sent : self.sent + count]
+        body = self.response.body
+        if isinstance(body, bytes):
+            piece = body[self.sent:self.sent + count]
         else:
             piece = body.read(count)
         self.sent += count
@@ -5158,45 +5100,28 @@ class _Outgoing:
         return piece
 
     def close(self):
-        if not isinstance(self.body, memoryview):
-            self.body.close()
+        if not isinstance(self.response.body, bytes):
+            self.response.body.close()
 
 
 class Conversation:
     """The exchanges of one connection, without its socket."""
 
     __slots__ = (
-        "_calm",
-        "_client",
-        "_early",
-        "_outgoing",
-        "_protocol",
-        "_scheduler",
-        "_service",
-        "_unfinished",
-        "_waiting",
-        "_wake",
-        "engine",
-    )
+        "_calm", "_client", "_early", "_outgoing", "_scheduler",
+        "_service", "_site", "_unfinished", "_waiting", "_wake", "engine")
 
     def __init__(
-        self,
-        service: Service,
-        protocol: str,
-        client: str,
-        wake: typing.Callable[[], None],
-    ):
+        self, service: Service, site: Site, engine: Engine, client: str,
+        wake: typing.Callable[[], None]):
         """`wake` is called when there is output that nobody asked for."""
-        tweaks = service.tweaks
         self._service = service
-        self._protocol = protocol
+        self._site = site
         self._client = client
         self._wake = wake
-        self.engine = make_engine(protocol, service.limits)
+        self.engine = engine
         self._scheduler = Scheduler()
-        self._calm = _CalmMeter(
-            tweaks.calm_points_burst, tweaks.calm_points_per_second
-        )
+        self._calm = _CalmMeter(service.tweaks)
         self._outgoing = {}
         #: streams that a greenlet works for
         self._waiting = set()
@@ -5252,15 +5177,14 @@ class Conversation:
         request = None
         try:
             request = Request.from_fields(
-                event.fields, self._protocol, self._client
-            )
+                event.fields, self.engine.protocol, self._client)
             request.started = time.monotonic()
             if not event.ended:
                 self._expect_body(stream, request)
         except ShimmerCatError as error:
-            self._respond(stream, request, service.site.refuse(error))
+            self._respond(stream, request, self._site.refuse(error))
             return
-        response = service.site.ready(request)
+        response = self._site.ready(request)
         if response is not None:
             self._respond(stream, request, response)
         elif service.waiting < service.tweaks.max_waiting:
@@ -5269,7 +5193,7 @@ class Conversation:
             gevent.spawn(self._exchange, stream, request)
         else:
             busy = NotServed(503, "too many requests wait", _RETRY)
-            refusal = service.site.refuse(busy, request)
+            refusal = self._site.refuse(busy, request)
             self._respond(stream, request, refusal)
 
     def _expect_body(self, stream, request):
@@ -5282,11 +5206,11 @@ class Conversation:
     def _exchange(self, stream, request):
         """Greenlet for an answer that may have to wait."""
         try:
-            response = self._service.site.answer(request)
+            response = self._site.answer(request)
         except Exception:
             # Top of a greenlet: the client is owed an answer all the same.
-            LOG.say(60001, traceback.format_exc())
-            response = self._service.site.fail(request)
+            LOG.say(60001, request.target, traceback.format_exc())
+            response = self._site.fail(request)
         finally:
             self._service.waiting -= 1
         if stream in self._waiting:
@@ -5319,29 +5243,17 @@ class Conversation:
         if self._unfinished.pop(stream, None) is not None:
             # RFC 9113 section 8.1: the rest of the request is of no use.
             self.engine.reset(stream, 0)
-        spent = 0.0
-        if request is None:
-            request = _NO_REQUEST
-        else:
-            spent = (time.monotonic() - request.started) * 1000
+        request = request or _Unread
+        spent = max(0, time.monotonic() - request.started) * 1000
         LOG.say(
-            50001,
-            self._client,
-            request.method,
-            request.host,
-            request.target,
-            response.status,
-            sent,
-            "%.1f" % spent,
-            self._protocol,
-            answered or response.answered,
-            response.representation,
-        )
+            50001, self._client, request.method, request.host, request.target,
+            response.status, sent, "%.1f" % spent, self.engine.protocol,
+            answered or response.answered, response.representation)
 
     def _on_refused(self, event):
         reason = f"the request's head ends in status {event.status}"
         error = NotServed(event.status, reason)
-        self._respond(event.stream, None, self._service.site.refuse(error))
+        self._respond(event.stream, None, self._site.refuse(error))
 
     def _on_body(self, event):
         """Bodies have no taker yet: they are counted and let go."""
@@ -5372,12 +5284,8 @@ class Conversation:
     def _end(self, stream, outgoing, answered=None):
         outgoing.close()
         self._complete(
-            stream,
-            outgoing.request,
-            outgoing.response,
-            outgoing.sent,
-            answered,
-        )
+            stream, outgoing.request, outgoing.response, outgoing.sent,
+            answered)
 
     def _on_priority(self, event):
         urgency = Urgency.parse(event.field, Urgency())
@@ -5430,16 +5338,17 @@ class _Unread:
     """Stands in the log for a request whose head could not be read."""
 
     method = host = target = "-"
+    started = math.inf
 
 
 class _CalmMeter:
     """Compares what a client costs with what one in good faith would."""
 
-    __slots__ = ("_burst", "_credit", "_moment", "_rate", "_seen")
+    __slots__ = "_burst", "_credit", "_moment", "_rate", "_seen"
 
-    def __init__(self, burst, rate):
-        self._burst = self._credit = burst
-        self._rate = rate
+    def __init__(self, tweaks):
+        self._burst = self._credit = tweaks.calm_points_burst
+        self._rate = tweaks.calm_points_per_second
         self._seen = 0
         self._moment = time.monotonic()
 
@@ -5455,48 +5364,36 @@ class _CalmMeter:
 
 
 class Connection:
-    """The TLS socket of one client and the times it must keep."""
+    """The socket of one client and the times it must keep."""
 
     __slots__ = (
-        "_client",
-        "_clock",
-        "_conversation",
-        "_deadline",
-        "_events",
-        "_farewell",
-        "_service",
-        "_socket",
-        "_stage",
-        "_unsent",
-        "_watcher",
-    )
+        "_client", "_clock", "_conversation", "_deadline", "_events",
+        "_farewell", "_service", "_socket", "_stage", "_unsent", "_watcher")
 
     def __init__(
-        self,
-        sock: socket.socket,
-        context: ssl.SSLContext,
-        service: Service,
-        client: str,
-    ):
-        """Takes an accepted non-blocking socket over; raises OSError."""
+        self, sock: socket.socket, context: ssl.SSLContext, service: Service,
+        client: str):
+        """Takes an accepted socket over; raises OSError."""
         self._service = service
         self._client = client
-        self._socket = context.wrap_socket(
-            sock, server_side=True, do_handshake_on_connect=False
-        )
-        self._socket.setblocking(False)
-        self._conversation = None
-        self._unsent = None
+        self._conversation = self._unsent = None
         #: when we leave: "begun", then "said" which stream was the last
         self._farewell = None
-        self._stage = self._handshake
-        self._clock = "handshake"
-        self._deadline = Deadline(service.tweaks.handshake_seconds)
+        self._socket, self._stage = self._open(sock, context)
+        self._socket.setblocking(False)
         self._events = _READ
         self._watcher = service.loop.io(self._socket.fileno(), _READ)
         self._watcher.start(self._turn)
         service.connections.add(self)
         LOG.say(1, client)
+
+    def _open(self, sock, context):
+        """The socket to speak through, and what comes first."""
+        self._clock = "handshake"
+        self._deadline = Deadline(self._service.tweaks.handshake_seconds)
+        return context.wrap_socket(
+            sock, server_side=True,
+            do_handshake_on_connect=False), self._handshake
 
     def _turn(self):
         """Goes on after the loop said that the socket is ready."""
@@ -5513,24 +5410,23 @@ class Connection:
             self.close()
         except Exception:
             # The loop calls us: beyond here nobody could end the connection.
-            LOG.say(60001, traceback.format_exc())
+            LOG.say(60001, self._client, traceback.format_exc())
             self.close()
 
     def _handshake(self):
         try:
             self._socket.do_handshake()
         except ssl.SSLWantReadError:
-            self._watch(_READ)
-            return
+            return self._watch(_READ)
         except ssl.SSLWantWriteError:
-            self._watch(_WRITE)
-            return
+            return self._watch(_WRITE)
+        protocol = self._socket.selected_alpn_protocol()
+        engine = make_engine(protocol or "http/1.1", self._service.limits)
+        self._begin(engine, self._service.site)
+
+    def _begin(self, engine, site):
         self._conversation = Conversation(
-            self._service,
-            self._socket.selected_alpn_protocol() or "http/1.1",
-            self._client,
-            self.flush,
-        )
+            self._service, site, engine, self._client, self.flush)
         self._stage = self._converse
         if self._service.draining:
             self.drain()
@@ -5539,14 +5435,11 @@ class Connection:
     def _converse(self):
         """Reads what came, answers, writes what fits."""
         if self._write() and self._conversation.engine.hungry():
-            try:
-                data = self._socket.read(_RECORD_BYTES)
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                data = None
-            if data:
-                self._conversation.receive(data)
-            elif data is not None:
-                self._stage = self._finish_up
+            with contextlib.suppress(*_WOULD_WAIT):
+                if data := self._socket.recv(_RECORD_BYTES):
+                    self._conversation.receive(data)
+                else:
+                    self._stage = self._finish_up
         self._send()
 
     def _finish_up(self):
@@ -5584,12 +5477,11 @@ class Connection:
     def _write(self):
         """Whether all that was to be written is written."""
         while self._unsent:
-            try:
+            count = 0
+            with contextlib.suppress(*_WOULD_WAIT):
                 count = self._socket.send(self._unsent)
-            except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
-                count = 0
             if not count:
-                # gevent's way to say that it would have to wait
+                # gevent's TLS says so that it would have to wait.
                 return False
             self._unsent = self._unsent[count:]
             # Progress: the clock for stalled clients starts anew.
@@ -5621,13 +5513,12 @@ class Connection:
             self._deadline = Deadline(seconds)
 
     def _watch(self, events):
-        if events == self._events:
-            return
-        self._events = events
-        self._watcher.stop()
-        if events:
-            self._watcher.events = events
-            self._watcher.start(self._turn)
+        if events != self._events:
+            self._events = events
+            self._watcher.stop()
+            if events:
+                self._watcher.events = events
+                self._watcher.start(self._turn)
 
     def look_after_time(self, now: float) -> None:
         """Ends what takes too long; the sweep calls it."""
@@ -5636,21 +5527,19 @@ class Connection:
         if self._deadline.moment > now:
             return
         LOG.say(6, self._client, self._clock)
-        if self._clock == "head":
-            self._guard(self._give_up_head)
-        elif self._clock == "idle":
-            self._guard(self._leave_idle)
+        if self._clock in ("head", "idle"):
+            self._guard(self._give_up)
         else:
             self.close()
 
-    def _give_up_head(self):
-        self._conversation.time_out()
-        self._conversation.engine.closing = True
-        self._send()
-
-    def _leave_idle(self):
-        self._conversation.engine.goodbye()
-        self._conversation.engine.closing = True
+    def _give_up(self):
+        """Ends the conversation politely when nothing more comes."""
+        talk = self._conversation
+        if self._clock == "head":
+            talk.time_out()
+        else:
+            talk.engine.goodbye()
+        talk.engine.closing = True
         self._send()
 
     def drain(self) -> None:
@@ -5673,9 +5562,10 @@ class Connection:
     def _part(self):
         """Ends the conversation so that the client gets the last octets."""
         self._conversation.abandon_all()
-        # Waiting for the client's close_notify is not worth a round trip.
-        with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            self._socket.unwrap()
+        if isinstance(self._socket, ssl.SSLSocket):
+            # The client's close_notify is not worth waiting for.
+            with contextlib.suppress(*_WOULD_WAIT):
+                self._socket.unwrap()
         self._socket.shutdown(socket.SHUT_WR)
         self._stage = self._linger
         self._set_clock("linger", _LINGER_SECONDS)
@@ -5700,25 +5590,40 @@ class Connection:
         LOG.say(2, self._client)
 
 
+class _PlainConnection(Connection):
+    """A client of the redirect port: one answer, three seconds (seed)."""
+
+    __slots__ = ()
+
+    def _open(self, sock, site):
+        self._clock = "redirect"
+        self._deadline = Deadline(_REDIRECT_SECONDS)
+        engine = Http1Engine(_REDIRECT_LIMITS)
+        return sock, lambda: self._begin(engine, site)
+
+    def _set_clock(self, clock, seconds):
+        """Does nothing: the time is set once for all."""
+
+
 class TlsListener:
     """Accepts on one listening socket, which stays its owner's."""
 
+    _connection = Connection
+
     def __init__(
-        self, sock: socket.socket, context: ssl.SSLContext, service: Service
-    ):
+        self, sock: socket.socket, context: ssl.SSLContext, service: Service):
         """`sock` is non-blocking and not patched."""
         self._socket = sock
         self._context = context
         self._service = service
+        self._name = sock.getsockname()
         self._watcher = service.loop.io(sock.fileno(), _READ)
         self._pause = None
-        self._name = sock.getsockname()
         if sock.family != socket.AF_UNIX:
             lowat = service.tweaks.notsent_lowat_bytes
             tcp = socket.IPPROTO_TCP
             sock.setsockopt(tcp, socket.TCP_NODELAY, 1)
             sock.setsockopt(tcp, _TCP_NOTSENT_LOWAT, lowat)
-        service.listeners.append(self)
 
     def start(self) -> None:
         """Begins to accept."""
@@ -5740,111 +5645,55 @@ class TlsListener:
 
     def _accept(self):
         """Takes a connection; whether there may be more of them."""
-        if not self._service.has_room():
-            self._rest("as many connections as allowed")
-            return False
+        service = self._service
+        if service.active >= service.tweaks.connections_per_worker:
+            return self._rest("as many connections as allowed")
         try:
             sock, address = self._socket.accept()
         except BlockingIOError:
             return False
         except OSError as error:
             if error.errno in _OUT_OF_RESOURCES:
-                self._rest(error)
-                return False
+                return self._rest(error)
             # The client left while it was queued.
             LOG.say(3, "-", error)
             return True
         client = address[0] if address else "unix"
-        self._greet(sock, client)
-        return True
-
-    def _greet(self, sock, client):
         try:
-            Connection(sock, self._context, self._service, client)
+            self._connection(sock, self._context, service, client)
         except (ssl.SSLError, OSError) as error:
             LOG.say(3, client, error)
             sock.close()
+        return True
 
     def _rest(self, reason):
         """Stops for a while; trying at once would burn the processor."""
         LOG.say(40010, self._name, reason)
         self._watcher.stop()
         self._pause = gevent.spawn_later(_PAUSE_SECONDS, self._resume)
+        return False
 
     def _resume(self):
         LOG.say(40011, self._name)
         self._pause = None
         if not self._service.draining:
-            self._watcher.start(self._turn)
+            self.start()
 
 
 class RedirectListener(TlsListener):
     """The plain HTTP port, which only ever says where HTTPS is."""
 
+    _connection = _PlainConnection
+
     def __init__(self, sock: socket.socket, service: Service):
         """Needs no TLS."""
-        super().__init__(sock, None, service)
-        self._talks = gevent.pool.Pool(_MOST_REDIRECTS)
-
-    def _greet(self, sock, client):
-        sock = gevent.socket.socket(fileno=sock.detach())
-        if self._talks.full():
-            sock.close()
-        else:
-            self._talks.start(gevent.Greenlet(self._redirect, sock, client))
-
-    def _redirect(self, sock, client):
-        """Greenlet: one request, one answer, three seconds (seed)."""
-        engine = Http1Engine(_REDIRECT_LIMITS)
-        with contextlib.closing(sock), gevent.Timeout(_REDIRECT_SECONDS, False):
-            try:
-                while not engine.closing:
-                    data = sock.recv(_RECORD_BYTES)
-                    if not data:
-                        return
-                    for event in engine.receive(data):
-                        self._point(engine, event, client)
-                sock.sendall(engine.output())
-                sock.shutdown(socket.SHUT_WR)
-            except OSError as error:
-                LOG.say(3, client, error)
-
-    def _point(self, engine, event, client):
-        if engine.closing or isinstance(event, BodyReceived | RequestEnded):
-            return
-        if isinstance(event, RequestStarted):
-            status, fields, target = self._direct(event.fields, client)
-        else:
-            status, fields, target = getattr(event, "status", 400), (), "-"
-        body = error_page(status, ())
-        engine.goodbye()
-        head = [
-            (b":status", b"%d" % status),
-            (b"content-type", b"text/html; charset=utf-8"),
-            (b"content-length", b"%d" % len(body)),
-            *fields,
-        ]
-        engine.headers(event.stream, head)
-        engine.body(event.stream, body, True)
-        LOG.say(50002, client, target, status)
-
-    def _direct(self, fields, client):
-        """Status, extra fields and target of the answer to a request."""
-        try:
-            request = Request.from_fields(fields, "http/1.1", client)
-        except ShimmerCatError as error:
-            return error.status, (), "-"
-        if request.host not in self._service.domains:
-            return 421, (), request.target
-        port = self._service.port
-        suffix = "" if port in (None, 443) else f":{port}"
-        target = "/" if request.target == "*" else request.target
-        place = f"https://{request.host}{suffix}{target}"
-        return 301, ((b"location", place.encode()),), request.target
+        super().__init__(sock, RedirectSite(service.settings), service)
 
 
 _READ, _WRITE = 1, 2
 _ENHANCE_YOUR_CALM, _INTERNAL_ERROR = 0xB, 0x2
+#: what a non-blocking socket raises, with TLS and without
+_WOULD_WAIT = ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError
 #: octets of one TLS record, the most that one read can give
 _RECORD_BYTES = 16384
 _SWEEP_SECONDS = 0.5
@@ -5852,13 +5701,11 @@ _LINGER_SECONDS = 2
 _PAUSE_SECONDS = 0.5
 _ACCEPTS_A_TURN = 32
 _MOST_QUEUED = 65536
-_MOST_REDIRECTS = 256
 _REDIRECT_SECONDS = 3
-_REDIRECT_LIMITS = EngineLimits(header_bytes=16384)
+_REDIRECT_LIMITS = EngineLimits(header_bytes=16384, requests=1)
 _TCP_NOTSENT_LOWAT = 25
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _RETRY = ((b"retry-after", b"2"),)
-_NO_REQUEST = _Unread()
 
 
 # ---------------------------------------------------------------------------

@@ -135,7 +135,12 @@ class Exchange:
         self.heads = []
         self.body = b""
         self.ended = False
-        self.reset = None
+        self.resets = []
+
+    @property
+    def reset(self) -> int | None:
+        """The code of the first RST_STREAM, None as long as there is none."""
+        return self.resets[0] if self.resets else None
 
     @property
     def status(self) -> int:
@@ -371,7 +376,7 @@ class Client:
             self._fragments = b""
 
     def _take_rststream(self, taken, exchange):
-        exchange.reset = taken.error_code
+        exchange.resets.append(taken.error_code)
 
     def _take_settings(self, taken, exchange):
         if "ACK" in taken.flags:

@@ -361,11 +361,6 @@ def test_4_3_the_block_of_a_stream_that_was_reset_counts(client):
     ], answered(1)),
     case("5.1-rst-stream-meets-the-end", lambda c: [c.get(1), reset(1)],
          alive),
-    case("5.1-frames-under-way-to-a-stream-reset-by-the-server", lambda c: [
-        frame(HEADERS, END_HEADERS, 1, block((b"UPPER", b""), *c.fields())),
-        body(1, b"under way", end=False), window_update(1, 1),
-        body(1, b"under way", end=False), head(1, (b"x-sum", b"1")),
-    ], malformed(1)),
     case("5.1.1-even-stream", lambda c: [c.get(2)],
          connection_error(PROTOCOL_ERROR)),
     case("5.1.1-lower-than-the-last", lambda c: [c.get(5), c.get(3)],
@@ -413,6 +408,18 @@ def test_5_1_1_the_last_number_of_all_can_be_used(client):
     client.send(client.get(LARGEST_STREAM))
     exchange = client.answer(LARGEST_STREAM)
     assert exchange.body == client.target.content
+
+
+def test_5_1_frames_under_way_to_a_stream_that_was_reset_are_dropped(client):
+    """Without a second RST_STREAM: section 5.4.2 wants one."""
+    bad = block((b"UPPER", b""), *client.fields(b"POST"))
+    client.send(
+        frame(HEADERS, END_HEADERS, 1, bad),
+        body(1, b"under way", end=False), window_update(1, 1),
+        body(1, b"under way", end=False), head(1, (b"x-sum", b"1")),
+    )
+    client.assert_malformed(1)
+    assert client.goaway or client.exchanges[1].resets == [PROTOCOL_ERROR]
 
 
 def test_5_1_data_on_a_stream_that_was_reset_is_given_back(client):
@@ -854,7 +861,7 @@ ALL = END_HEADERS | END_STREAM
     ], connection_error(PROTOCOL_ERROR)),
     case("6.2-padding-over-the-priority", lambda c: [
         frame(HEADERS, ALL | PADDED | WITH_PRIORITY, 1, b"\4" + bytes(7))
-    ], connection_error(PROTOCOL_ERROR, FRAME_SIZE_ERROR)),
+    ], stream_error(1, PROTOCOL_ERROR, FRAME_SIZE_ERROR)),
     case("6.2-no-room-for-the-length-of-padding", lambda c: [
         frame(HEADERS, ALL | PADDED, 1)
     ], connection_error(FRAME_SIZE_ERROR, PROTOCOL_ERROR)),

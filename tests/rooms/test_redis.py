@@ -5,9 +5,11 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import time
 
 import gevent
+import harness
 import pytest
 import redis
 
@@ -30,14 +32,9 @@ JOB = {"sha": "ab" * 32, "path": "/srv/www/a.css", "type": "text/css"}
 
 
 def eventually(predicate, seconds=10.0):
-    """The first true value of the predicate; fails when there is none."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        value = predicate()
-        if value:
-            return value
-        gevent.sleep(0.01)
-    raise AssertionError("it did not happen in time")
+    """The first true value of the predicate; greenlets run meanwhile."""
+    return harness.eventually(lambda: gevent.sleep(0.005) or predicate(),
+                              seconds)
 
 
 class RedisChild:
@@ -134,7 +131,7 @@ def test_each_record_is_one_message_on_the_workers_channel(tap, link):
         pubsub.psubscribe("sc_log_*")
         assert pubsub.get_message(timeout=5)["type"] == "psubscribe"
         tap.append(numbered(1))
-        message = pubsub.get_message(timeout=5)
+        message = eventually(lambda: pubsub.get_message(timeout=0))
     assert message["channel"] == b"sc_log_w0"
     assert message["data"] == numbered(1).pack()
 
@@ -162,12 +159,18 @@ def test_records_wait_while_redis_is_away_and_the_lost_are_counted(
     assert numbers(records) == [*range(301, 1301)]
 
 
-def test_records_wait_until_somebody_reads_them(tap, child):
+def test_records_wait_until_somebody_reads_them(tap, link, child):
     tap.append(numbered(1))
-    gevent.idle()
+
+    def was_tried_again():
+        tried = link.call("INFO", "commandstats").get("cmdstat_publish")
+        return tried and tried["calls"] > 1
+
+    eventually(was_tried_again)
     late = LogSubscription(child.path)
     late.connect()
-    assert read_until(late, 1) == [numbered(1)]
+    tap.append(numbered(2))
+    assert read_until(late, 2) == [numbered(1), numbered(2)]
     late.close()
 
 
@@ -249,7 +252,7 @@ def test_what_is_no_record_is_reported_and_the_others_are_read(
     tap.append(numbered(1))
     records = read_until(subscription, 2)
     assert [x.code for x in records] == [60007, 40013]
-    assert "shorter than the header" in records[0].pieces[0]
+    assert "are no header" in records[0].pieces[0]
 
 
 def test_a_subscription_can_be_selected_like_a_file(tap, subscription):
@@ -266,8 +269,6 @@ def test_subscribing_without_redis_says_so(tmp_path):
     subscription = LogSubscription(tmp_path / "no.sock")
     with pytest.raises(RedisAway, match=r"no\.sock"):
         subscription.connect()
-    with pytest.raises(RedisAway, match="not connected"):
-        subscription.read()
 
 
 def test_a_subscription_works_in_a_thread_without_a_hub(child, tap):
@@ -381,12 +382,24 @@ def test_everything_works_again_after_redis_was_killed(link, child):
     assert queue.take(1) == JOB
 
 
-def test_waiting_for_a_job_lets_other_greenlets_run(link):
-    queue = JobQueue(link)
-    taking = gevent.spawn(queue.take, 5)
-    gevent.sleep(0)
-    assert queue.put(JOB)
-    assert taking.get(timeout=5) == JOB
+WAITER = """
+from gevent import monkey
+monkey.patch_all()
+import sys
+import gevent
+sys.path.insert(0, sys.argv[1])
+from shimmercat import JobQueue, RedisLink
+queue = JobQueue(RedisLink(sys.argv[2]))
+taking = gevent.spawn(queue.take, 5)
+gevent.sleep(0)
+assert not taking.ready() and queue.put({"sha": "1"})
+assert taking.get(timeout=4) == {"sha": "1"}
+"""
+
+
+def test_in_a_patched_process_waiting_lets_other_greenlets_run(child):
+    subprocess.run([sys.executable, "-c", WAITER, harness.PROGRAM.parent,
+                    child.path], check=True, timeout=30)
 
 
 def test_local_jobs_are_done_one_by_one_each_once():

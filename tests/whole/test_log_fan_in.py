@@ -1,0 +1,164 @@
+"""Lines of all processes come together, and never hold anybody up."""
+
+import json
+import os
+import pty
+import re
+import socket
+import subprocess
+
+from harness import Server, eventually, make_site
+
+
+def test_lines_of_all_workers_come_in_their_order(server):
+    for n in range(40):
+        server.fetch(f"/{n}", "http/1.1")
+    lines = server.await_line("M50001", 40)
+    assert {line.worker for line in lines} == set(server.workers())
+    for worker in server.workers():
+        numbers = [int(re.search(r"/(\d+) 404", line.text)[1])
+                   for line in lines if line.worker == worker]
+        assert numbers == sorted(numbers)
+
+
+def test_json_lines_can_be_read_by_machines(site):
+    log = site / "log.json"
+    server = Server(site, "--log-format", "json", "--log-file", str(log))
+    server.start()
+    try:
+        eventually(lambda: log.exists() and "M50003" in log.read_text(), 30)
+        server.fetch("/index.html")
+        eventually(lambda: "M50001" in log.read_text())
+        objects = [json.loads(line) for line in log.read_text().splitlines()]
+        request = next(entry for entry in objects
+                       if entry["code"] == "M50001")
+        assert request["path"] == "/index.html"
+        assert request["status"] == 200
+        server.signal(15)
+        assert server.wait() == 0
+    finally:
+        server.kill()
+
+
+def test_a_reader_that_does_not_read_stops_nobody(tmp_path):
+    make_site(tmp_path, tweaks={"heartbeat-seconds": 2})
+    reading, writing = os.pipe()
+    server = Server(tmp_path, "--workers", "1", stdout=writing)
+    server.start()
+    os.close(writing)
+    try:
+        eventually(lambda: answers(server), 30)
+        with server.client() as client:
+            for n in range(400):
+                assert client.get(f"/{'x' * 200}{n}").status_code == 404
+        os.set_blocking(reading, False)
+        said = b""
+        server.signal(15)
+
+        def has_all():
+            nonlocal said
+            try:
+                said += os.read(reading, 1 << 20)
+            except BlockingIOError:
+                return False
+            return b"M40005" in said
+        eventually(has_all)
+        assert server.wait() == 0
+        assert said.count(b"M50001") == 400
+    finally:
+        os.close(reading)
+        server.kill()
+
+
+def answers(server):
+    """Return whether somebody listens."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", server.port)) == 0
+
+
+def test_without_a_standard_output_the_program_serves(site):
+    server = Server(site)
+    server._command = ["sh", "-c", 'exec "$@" >&- 2>&- <&-', "sh",
+                       *server._command]
+    server.start()
+    try:
+        eventually(lambda: answers(server), 30)
+        eventually(lambda: server.fetch().status_code == 200)
+        server.signal(15)
+        assert server.wait() == 0
+    finally:
+        server.kill()
+
+
+def test_no_line_is_written_when_none_is_wanted(site):
+    server = Server(site, "--log-codes", "empty")
+    server.start()
+    try:
+        eventually(lambda: answers(server), 30)
+        server.fetch()
+        server.signal(15)
+        assert server.wait() == 0
+        assert server.output.read_text() == ""
+    finally:
+        server.kill()
+
+
+def coloured(server, site):
+    """Return what a server writes to a terminal until it is ready."""
+    ours, theirs = pty.openpty()
+    server._stdout = theirs
+    server.start()
+    os.close(theirs)
+    said = b""
+    try:
+        while b"M50003" not in said:
+            said += os.read(ours, 4096)
+        server.signal(15)
+        assert server.wait() == 0
+    finally:
+        os.close(ours)
+        server.kill()
+    return b"\x1b[" in said
+
+
+def test_colours_are_for_terminals_that_want_them(site):
+    plain = {"NO_COLOR": "", "TERM": "xterm"}
+    assert coloured(Server(site, environment=plain), site)
+    assert not coloured(Server(site, environment={"NO_COLOR": "1"}), site)
+    with Server(site) as server:
+        assert "\x1b" not in server.output.read_text()
+
+
+def test_a_reader_that_goes_away_stops_nobody(site):
+    reading, writing = os.pipe()
+    server = Server(site, stdout=writing)
+    server.start()
+    os.close(writing)
+    os.close(reading)
+    try:
+        eventually(lambda: answers(server), 30)
+        eventually(lambda: server.fetch().status_code == 200)
+        server.signal(15)
+        assert server.wait() == 0
+    finally:
+        server.kill()
+
+
+def test_the_log_can_be_heard_by_others(server):
+    folder = server.folder / ".shimmercat.loves.devs"
+    listener = subprocess.Popen(
+        ["redis-cli", "-s", str(folder / "redis.sock"),
+         "psubscribe", "sc_log_*"], stdout=subprocess.PIPE,
+        stdin=subprocess.DEVNULL)
+    try:
+        for _ in range(3):
+            listener.stdout.readline()
+        server.fetch("/for-others")
+        said = b""
+        while b"/for-others" not in said:
+            said += listener.stdout.readline()
+        assert b"sc_log_w" in said
+    finally:
+        listener.terminate()
+        listener.wait(10)
+        listener.stdout.close()
