@@ -3336,7 +3336,7 @@ def _user_folder():
 
 def _from_now(**span):
     """The moment that lies a timedelta from now."""
-    return (datetime.datetime.now(datetime.timezone.utc)
+    return (datetime.datetime.now(datetime.UTC)
             + datetime.timedelta(**span))
 
 
@@ -7155,8 +7155,14 @@ def _domain_lines(domain):
     yield f"{domain.kind} {domain.name} ({domain.place})"
     if domain.port:
         yield f"    everything from {domain.port}"
-    if domain.root_dir or domain.remote_root:
-        yield f"    statics from {domain.root_dir or domain.remote_root}"
+    else:
+        remote = domain.remote_root
+        if remote and remote.use_consultant:
+            yield f"    statics from consultant {remote.use_consultant}"
+        elif remote:
+            yield f"    statics from {remote.http_port}{remote.path_prefix}"
+        else:
+            yield f"    statics from {domain.root_dir}"
         yield f"    views from {domain.views_dir}"
     for consultant in domain.consultants.values():
         places = ", ".join(map(str, consultant.connect_to))

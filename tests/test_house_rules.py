@@ -28,6 +28,7 @@ MAY_CATCH_ALL = frozenset((
     "Connection._guard",  # top of a call by the event loop
     "_Nursery._live",  # top of a forked child
     "Arbiter._take_turn",  # arbiter loop
+    "Artisan._work",  # one job of the artisan
 ))
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

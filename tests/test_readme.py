@@ -19,7 +19,7 @@ MEANING_WIDTH = 48
 
 
 def shimmercat():
-    """Return the module, which conftest.py must patch for first."""
+    """Return the module, imported late for the sake of `sys.path`."""
     import shimmercat as module
     return module
 

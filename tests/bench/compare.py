@@ -218,11 +218,11 @@ def machine(options):
         f"{datetime.date.today()}: {model[1] if model else 'unknown CPU'}, "
         f"{os.cpu_count()} cores, Linux {platform.release()}.",
         f"{versions}.",
-        f"Load: h2load {h2load}, {CONNECTIONS} connections, "
+        "Each server with all its processes on one core, the load on "
+        "another; TLS 1.3, one EC P-256 certificate; access logs on.",
+        f"Rates: h2load {h2load}, {CONNECTIONS} connections, "
         f"{options.seconds} s after {options.warm_up} s of warm-up, "
-        f"median of {options.rounds} rounds; each server with all its "
-        "processes on one core, the load on another; TLS 1.3, one EC P-256 "
-        "certificate; access logs on.",
+        f"median of {options.rounds} rounds.",
         f"Command: ``python tests/bench/compare.py {options.words}``."]
     return "\n".join(lines) + "\n"
 

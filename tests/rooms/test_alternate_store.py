@@ -143,7 +143,7 @@ except shimmercat.StoreFull as error:
         [sys.executable, "-c", text, str(tmp_path)], check=True, timeout=60,
         capture_output=True, text=True,
         cwd=Path(shimmercat.__file__).parent).stdout
-    assert printed == "60012\n"
+    assert printed == "60014\n"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

@@ -95,7 +95,7 @@ def write_operators_pair(folder, names, begin=-1, end=90, key=None):
     """A certificate by a CA that is not ours, valid for the days given."""
     key = key or rsa.generate_private_key(65537, 2048)
     folder.mkdir(parents=True, exist_ok=True)
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     name = x509.Name([])
     certificate = (
         x509.CertificateBuilder(name, name, key.public_key(), 1,
@@ -332,7 +332,8 @@ class TestDevelopmentCertificates:
                   for _ in range(2)]
         for store in stores:
             store.ensure()
-        assert stores[0].ca_file == stores[1].ca_file != None  # noqa: E711
+        assert stores[0].ca_file
+        assert stores[0].ca_file == stores[1].ca_file
 
     def test_a_broken_ca_is_named(self, make_store, tmp_path):
         (tmp_path / "ca").mkdir()

@@ -79,7 +79,8 @@ def electric(*lines, name="elec a.test"):
     ("---\nshimmercat-devlove:\n    domains:\n"
      "        www.express-website.mine:\n            root-dir: client-bin\n"
      "        myapi.express-website.mine:\n            port: 8000\n",
-     {"www.express-website.mine": "elec", "myapi.express-website.mine": "api"}),
+     {"www.express-website.mine": "elec",
+      "myapi.express-website.mine": "api"}),
     ("shimmercat-devlove:\n    domains:\n        www.example.com:\n"
      "           root-dir: site\n", {"www.example.com": "elec"}),
     ("---\nshimmercat-devlove:\n    domains:\n"
@@ -112,7 +113,7 @@ def test_a_domain_with_nothing_but_statics_has_all_defaults(load, site):
 def test_a_domain_with_all_keys_has_their_values(load, site):
     domain = load(electric(
         "root-dir: public", "views-dir: views", "cache-key: shared",
-        "change-url: [/a -> /b, '*.x -> static /$1.y']",
+        "change-url: [/a -> /b, /*.x -> static /$1.y]",
         "changelist-settings: {tNew: 20, tOld: 7200.5}",
         "prob-accelerator-kicks-in: 0.5", "bot-protection-enabled: yes",
         "consultant: {connect-to: 8000}", "consultants:",
@@ -128,7 +129,7 @@ def test_a_domain_with_all_keys_has_their_values(load, site):
         "www.a.test", "elec", f"{site}/devlove.yaml:3",
         root_dir=site / "public", views_dir=site / "views",
         cache_key="shared",
-        change_url=("/a -> /b", "*.x -> static /$1.y"),
+        change_url=("/a -> /b", "/*.x -> static /$1.y"),
         changelist_settings=(7200.5, 20), prob_accelerator_kicks_in=0.5,
         bot_protection_enabled=True, consultants={
             "default": ConsultantSettings("default", (address("8000"),)),
@@ -194,7 +195,8 @@ def test_statics_may_come_from_elsewhere(load, site, lines, remote):
      "changelist-settings: the key tNew is missing"),
     ("changelist-settings: {tOld: 5, tNew: 5}",
      "changelist-settings: got keys, expected a tNew less than tOld"),
-    ("changelist-settings: {tOld: 5, tnew: 1}", "nearest known: tNew"),
+    ("changelist-settings: {tOld: 5, tNew: 1, tnew: 1}",
+     "changelist-settings > tnew: unknown key, nearest known: tNew"),
     ("changelist-settings: 7200", "got '7200', expected keys with values"),
     # consultants
     ("consultant: 8080", "consultant: got '8080', expected keys with values"),
@@ -223,8 +225,7 @@ def test_a_mistake_in_an_electric_domain_is_named(refuse, line, mistake):
     found = refuse(electric("root-dir: www", line))
     assert len(found) == 1
     place = "devlove.yaml:5: shimmercat-devlove > domains > elec a.test"
-    if "consult" not in line and "changelist" not in line:
-        assert found[0].startswith(place)
+    assert found[0].startswith((place, place.replace(":5:", ":6:")))
     assert mistake in found[0]
 
 
@@ -372,8 +373,9 @@ def test_a_check_writes_nothing(load, site):
 
 def test_a_scratch_folder_that_cannot_be_made_is_named(refuse, site):
     (site / "occupied").write_text("")
-    assert refuse(scratch_dir_name="occupied") == [
-        "occupied/tweaks.yaml: cannot be written: Not a directory"]
+    found = refuse(scratch_dir_name="occupied")[0]
+    assert found.startswith("occupied/tweaks.yaml: cannot be written: ")
+    assert f"File exists: '{site}/occupied'" in found
 
 
 def test_the_text_of_tweaks_has_each_key_with_meaning_and_default():
@@ -480,12 +482,10 @@ def uncommented(text):
 
 def test_the_full_sample_of_devlove_loads_as_shipped(load, site):
     text = (CONF / "devlove.full.yaml").read_text()
-    assert load(text).domains == load(electric(
-        "root-dir: www", name=f"{'www.example.test'}")).domains | {
-            "www.example.test": DomainSettings(
-                "www.example.test", "elec", load(text).domains[
-                    "www.example.test"].place,
-                root_dir=site / "www", views_dir=site / "www")}
+    domain = load(text).domains["www.example.test"]
+    assert domain == DomainSettings(
+        "www.example.test", "elec", domain.place,
+        root_dir=site / "www", views_dir=site / "www")
 
 
 def test_the_full_sample_of_devlove_shows_each_key_at_its_default(load):
