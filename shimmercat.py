@@ -1895,9 +1895,18 @@ class Http2Engine(Engine):
         self._limits = limits
         self._rest = b""
         self._preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-        self._in_block = False
-        self._goaway = b""
+        self._settled = False
+        #: octets and frames of the header block that is coming, if any
+        self._block = None
+        #: frames of our own, beside those that h2 writes
+        self._extra = b""
         self._last = 2**31 - 1
+        #: streams that we reset, newest last
+        self._reset = collections.OrderedDict()
+        #: idle streams that have a priority already
+        self._early = set()
+        #: octets of body still due, by stream
+        self._owed = {}
         self._h2 = _H2(_H2_CONFIG)
         self._announce(limits)
 
@@ -1953,27 +1962,73 @@ class Http2Engine(Engine):
         return data[at:end] if end <= len(data) else None
 
     def _take_frame(self, frame, events):
-        kind, flags = frame[3], frame[4]
+        kind, flags, length = frame[3], frame[4], len(frame) - 9
         stream = int.from_bytes(frame[5:9], "big") & 0x7FFFFFFF
-        if self._in_block:
+        if self._block:
             # Anything but the CONTINUATION due is for h2 to refuse.
-            self.nuisance += 1
-            self._in_block = kind == _CONTINUATION and not flags & _END_HEADERS
+            self._continue_block(flags, length)
         else:
-            empty = len(frame) == 9 and not flags & _END_STREAM
+            empty = not length and not flags & _END_STREAM
             self.nuisance += empty if kind == _DATA else _POINTS.get(kind, 1)
-            if kind in _OWN_FRAMES:
-                _OWN_FRAMES[kind](self, stream, frame[9:], events)
+            self._check_frame(kind, flags, length, stream)
+            if own := _OWN_FRAMES.get(kind):
+                own(self, stream, frame[9:], events)
                 return
-            if kind > _CONTINUATION:
+            if kind > _CONTINUATION or self._is_late(kind, length, stream):
                 return
-            if kind == _RST_STREAM and stream > self._highest():
-                # RFC 9113 section 6.4; h2 lets it pass.
-                raise h2.exceptions.ProtocolError("RST_STREAM when idle")
-            self._in_block = kind == _HEADERS and not flags & _END_HEADERS
+            if kind == _HEADERS and not flags & _END_HEADERS:
+                self._block = length, 1
+            elif kind == _WINDOW_UPDATE and frame[9] & 0x80:
+                # The reserved bit is to be ignored; h2 does not.
+                frame = b"%b%c%b" % (frame[:9], frame[9] & 0x7F, frame[10:])
         for event in self._feed(frame):
             if translate := _TRANSLATIONS.get(type(event)):
                 translate(self, event, events)
+
+    def _continue_block(self, flags, length):
+        self._block = self._block[0] + length, self._block[1] + 1
+        if (self._block[0] > 2 * self._limits.header_bytes
+                or self._block[1] > _MOST_CONTINUATIONS):
+            raise h2.exceptions.DenialOfServiceError("header block too long")
+        if flags & _END_HEADERS:
+            self._block = None
+
+    def _check_frame(self, kind, flags, length, stream):
+        """Raises what h2 lets pass, or takes for another error."""
+        if not self._settled:
+            # RFC 9113 section 3.4
+            self._settled = kind == _SETTINGS and not flags & _ACK
+            if not self._settled:
+                raise h2.exceptions.ProtocolError("no SETTINGS to begin with")
+        size = 0 if kind == _SETTINGS and flags & _ACK else _SIZES.get(kind)
+        if size is not None and length != size:
+            raise h2.exceptions.FrameDataMissingError("a frame's length")
+        idle = stream > self._highest() or stream % 2 == 0
+        if kind == _RST_STREAM and stream and idle:
+            # RFC 9113 section 6.4
+            raise h2.exceptions.ProtocolError("RST_STREAM when idle")
+
+    def _is_late(self, kind, length, stream):
+        """Swallows what was under way to a stream that we have reset.
+
+        RFC 9113 section 5.1; h2 would answer each frame with a reset.
+        """
+        if kind != _DATA or stream not in self._reset:
+            return False
+        if length:
+            self._extra += hyperframe.frame.WindowUpdateFrame(
+                0, window_increment=length).serialize()
+        return True
+
+    def _take_priority(self, stream, payload, events):
+        """RFC 9113 section 6.3: checked, for what it says is deprecated."""
+        if not stream:
+            raise h2.exceptions.ProtocolError("PRIORITY without a stream")
+        if len(payload) != 5:
+            if stream > self._highest():
+                raise h2.exceptions.FrameDataMissingError("a frame's length")
+            self._refuse(stream, _FRAME_SIZE_ERROR)
+            events.append(StreamReset(stream, _FRAME_SIZE_ERROR))
 
     def _highest(self):
         return self._h2.highest_inbound_stream_id
@@ -1983,7 +2038,7 @@ class Http2Engine(Engine):
             return self._h2.receive_data(frame)
         except h2.exceptions.ProtocolError:
             # The GOAWAY that h2 ends its output with is replaced by ours.
-            self._goaway = self._h2.data_to_send()[:-17]
+            self._extra = self._h2.data_to_send()[:-17]
             raise
 
     def _take_goaway(self, stream, payload, events):
@@ -2001,22 +2056,34 @@ class Http2Engine(Engine):
         target = int.from_bytes(payload[:4], "big") & 0x7FFFFFFF
         if stream or target % 2 == 0:
             raise h2.exceptions.ProtocolError("PRIORITY_UPDATE misplaced")
+        if target > self._highest():
+            early = {early for early in self._early if early > self._highest()}
+            self._early = early | {target}
+            if len(self._early) + len(self._h2.streams) > self._limits.streams:
+                raise h2.exceptions.ProtocolError("too many streams")
         events.append(PriorityChanged(target, payload[4:]))
 
     def _take_request(self, event, events):
         stream, fields, limits = event.stream_id, event.headers, self._limits
+        ended = event.stream_ended is not None
         if stream > self._last:
             self.reset(stream, _REFUSED_STREAM)
         elif len(self._h2.streams) > limits.streams:
             self._refuse(stream, _REFUSED_STREAM)
-        elif _is_malformed(fields):
+        elif _is_malformed(fields) or not self._owes(stream, fields, ended):
             self._refuse(stream, _PROTOCOL_ERROR)
         elif (_list_size(fields) > limits.header_bytes
                 or len(fields) > limits.header_count):
             events.append(RequestRefused(stream, 431))
         else:
-            ended = event.stream_ended is not None
             events.append(RequestStarted(stream, fields, ended))
+
+    def _owes(self, stream, fields, ended):
+        """Whether body and content-length can agree; section 8.1.1."""
+        length = int(dict(fields).get(b"content-length", 0))
+        if length and not ended:
+            self._owed[stream] = length
+        return not (length and ended)
 
     def _refuse(self, stream, code):
         """Resets a stream, at the cost of who made us (CVE-2025-8671)."""
@@ -2026,28 +2093,37 @@ class Http2Engine(Engine):
     def _take_body(self, event, events):
         cost = event.flow_controlled_length
         if event.data:
+            if event.stream_id in self._owed:
+                self._owed[event.stream_id] -= len(event.data)
             events.append(BodyReceived(event.stream_id, event.data, cost))
         elif cost:
             self.consumed(event.stream_id, cost)
         if event.stream_ended is not None:
+            self._owed.pop(event.stream_id, None)
             events.append(RequestEnded(event.stream_id))
 
     def _take_trailers(self, event, events):
-        if any(_is_field_malformed(*field) for field in event.headers):
+        owed = self._owed.pop(event.stream_id, 0)
+        if owed or any(_is_field_malformed(*field) for field in event.headers):
             self._refuse(event.stream_id, _PROTOCOL_ERROR)
             events.append(StreamReset(event.stream_id, _PROTOCOL_ERROR))
         else:
             events.append(RequestEnded(event.stream_id))
 
     def _take_reset(self, event, events):
+        self._owed.pop(event.stream_id, None)
         events.append(StreamReset(event.stream_id, int(event.error_code)))
 
     def _take_window(self, event, events):
         events.append(WindowOpened(event.stream_id))
 
     def _take_settings(self, event, events):
-        code = h2.settings.SettingCodes.INITIAL_WINDOW_SIZE
-        if code in event.changed_settings:
+        changed = event.changed_settings
+        if _NO_RFC7540_PRIORITIES in changed:
+            if changed[_NO_RFC7540_PRIORITIES].new_value > 1:
+                # RFC 9218 section 2.1
+                raise h2.exceptions.ProtocolError("neither 0 nor 1")
+        if h2.settings.SettingCodes.INITIAL_WINDOW_SIZE in changed:
             events.append(WindowOpened(0))
 
     def _fail(self, error):
@@ -2068,7 +2144,7 @@ class Http2Engine(Engine):
         return True
 
     def midway(self):
-        return bool(self._rest or self._in_block or self._preface)
+        return bool(self._rest or self._block or self._preface)
 
     def time_out(self):
         return [self._end(_ENHANCE_YOUR_CALM, "a frame came too slowly")]
@@ -2088,14 +2164,19 @@ class Http2Engine(Engine):
 
     def body(self, stream, piece, end=False):
         # A peer in good faith gives each DATA frame back in two
-        # WINDOW_UPDATE frames.
-        self.nuisance = max(0, self.nuisance - 2)
+        # WINDOW_UPDATE frames; one that asks for crumbs is none.
+        if len(piece) >= _CRUMB_BYTES:
+            self.nuisance -= 2
         try:
             self._h2.send_data(stream, piece, end)
         except h2.exceptions.ProtocolError as error:
             raise StreamGone(str(error)) from error
 
     def reset(self, stream, code):
+        self._owed.pop(stream, None)
+        self._reset[stream] = None
+        if len(self._reset) > _H2.MAX_CLOSED_STREAMS:
+            self._reset.popitem(last=False)
         # h2 calls both "no such stream" and "closed" protocol errors; in
         # either case there is nothing left to give up.
         with contextlib.suppress(h2.exceptions.ProtocolError):
@@ -2103,14 +2184,14 @@ class Http2Engine(Engine):
 
     def goodbye(self, code=0, last=None):
         self._last = min(self._last, self._highest() if last is None else last)
-        self._goaway += hyperframe.frame.GoAwayFrame(
+        self._extra += hyperframe.frame.GoAwayFrame(
             0, last_stream_id=self._last, error_code=code).serialize()
 
     def consumed(self, stream, count):
         self._h2.acknowledge_received_data(count, stream)
 
     def output(self):
-        written, self._goaway = self._h2.data_to_send() + self._goaway, b""
+        written, self._extra = self._h2.data_to_send() + self._extra, b""
         return written
 
 
@@ -2388,15 +2469,24 @@ def _is_field_name(name):
     return bool(_FIELD_NAME.fullmatch(name)) and name not in _HOP_BY_HOP
 
 
-_DATA, _HEADERS, _RST_STREAM, _CONTINUATION = 0x0, 0x1, 0x3, 0x9
-_END_STREAM, _END_HEADERS = 0x1, 0x4
-_PROTOCOL_ERROR, _REFUSED_STREAM = 0x1, 0x7
+_DATA, _HEADERS, _RST_STREAM, _SETTINGS = 0x0, 0x1, 0x3, 0x4
+_WINDOW_UPDATE, _CONTINUATION = 0x8, 0x9
+_END_STREAM = _ACK = 0x1
+_END_HEADERS = 0x4
+_PROTOCOL_ERROR, _FRAME_SIZE_ERROR, _REFUSED_STREAM = 0x1, 0x6, 0x7
 _COMPRESSION_ERROR, _ENHANCE_YOUR_CALM = 0x9, 0xB
+#: payload octets of the frames that have a fixed size
+_SIZES = {_RST_STREAM: 4, 0x6: 8, _WINDOW_UPDATE: 4}
+#: frames that one header block may come in
+_MOST_CONTINUATIONS = 32
+#: body octets in a frame that earn the peer its window updates
+_CRUMB_BYTES = 1024
 _NO_RFC7540_PRIORITIES = 0x9
 _FRAME_BYTES = 16384
 #: points that a frame costs its sender; what is not listed costs 1
-_POINTS = {_HEADERS: 0, _RST_STREAM: 10, 0x4: 5, 0x6: 2}
-_OWN_FRAMES = {0x7: Http2Engine._take_goaway,
+_POINTS = {_HEADERS: 0, _RST_STREAM: 10, _SETTINGS: 5, 0x6: 2}
+_OWN_FRAMES = {0x2: Http2Engine._take_priority,
+               0x7: Http2Engine._take_goaway,
                0x10: Http2Engine._take_priority_update}
 _TRANSLATIONS = {
     h2.events.RequestReceived: Http2Engine._take_request,
@@ -4308,10 +4398,13 @@ def _is_below(path, folder):
 # ---------------------------------------------------------------------------
 # 13. Artisan: makes alternates, never serves
 #
-#    Offers   Artisan, AlternateError, make_alternates
+#    Offers   AlternateStore, StoredAlternate, StoreFull, Artisan,
+#             AlternateError, make_alternates
 #    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 9 Redis,
 #             10 Representations
 # ---------------------------------------------------------------------------
+
+
 class StoreFull(ShimmerCatError):
     """The folder of alternates takes no more files; the text says why."""
 
@@ -4466,7 +4559,6 @@ def _open_stored(path, flags):
 
 def _body_digest(body):
     return hashlib.sha256(body).hexdigest()[:16]
-
 
 
 #: bytes encoded between two beats: a quarter of a second of brotli's best
@@ -5227,28 +5319,37 @@ class Conversation:
             *response.fields,
             self._service.date,
         ]
-        if not response.body or (request and request.method == "HEAD"):
-            self.engine.headers(stream, fields, True)
-            self._complete(stream, request, response, 0)
+        bodiless = not response.body or (
+            request and request.method == "HEAD")
+        outgoing = _Outgoing(request, response)
+        try:
+            self.engine.headers(stream, fields, bodiless)
+        except StreamGone:
+            # The same octets that asked for this broke the connection.
+            self._end(stream, outgoing, "cut")
             return
-        self.engine.headers(stream, fields)
+        if bodiless:
+            self._end(stream, outgoing)
+            return
         urgency = self._early.pop(stream, None)
         if urgency is None:
             urgency = urgency_of(request, response) if request else Urgency()
-        self._outgoing[stream] = _Outgoing(request, response)
+        self._outgoing[stream] = outgoing
         self._scheduler.add(stream, urgency)
 
-    def _complete(self, stream, request, response, sent, answered=None):
+    def _end(self, stream, outgoing, answered=None):
         """Accounts for an exchange that is over."""
+        outgoing.close()
         if self._unfinished.pop(stream, None) is not None:
             # RFC 9113 section 8.1: the rest of the request is of no use.
             self.engine.reset(stream, 0)
-        request = request or _Unread
+        request, response = outgoing.request or _Unread, outgoing.response
         spent = max(0, time.monotonic() - request.started) * 1000
         LOG.say(
             50001, self._client, request.method, request.host, request.target,
-            response.status, sent, "%.1f" % spent, self.engine.protocol,
-            answered or response.answered, response.representation)
+            response.status, outgoing.sent, "%.1f" % spent,
+            self.engine.protocol, answered or response.answered,
+            response.representation)
 
     def _on_refused(self, event):
         reason = f"the request's head ends in status {event.status}"
@@ -5280,12 +5381,6 @@ class Conversation:
         if outgoing := self._outgoing.pop(stream, None):
             self._scheduler.remove(stream)
             self._end(stream, outgoing, "cut")
-
-    def _end(self, stream, outgoing, answered=None):
-        outgoing.close()
-        self._complete(
-            stream, outgoing.request, outgoing.response, outgoing.sent,
-            answered)
 
     def _on_priority(self, event):
         urgency = Urgency.parse(event.field, Urgency())
@@ -6670,7 +6765,7 @@ class RedisServer:
             "--loglevel", "warning", "--maxmemory", str(_REDIS_BYTES),
             # Cuts off a reader of the log that stalls: today's default, but
             # a distribution may have another.
-            "--client-output-buffer-limit", "pubsub 32mb 8mb 60"])
+            "--client-output-buffer-limit", "pubsub", "32mb", "8mb", "60"])
 
 
 def _find_redis():
@@ -6975,10 +7070,10 @@ class _Nursery:
 
     def _live(self, name, live, lines):
         """The life of a child; does not return."""
-        status = 70
+        status, console = 70, Console(2)
         try:
             self.close()
-            LOG.configure(worker=name, sink=Console(2).write)
+            LOG.configure(worker=name, sink=console.write)
             for other in self._children.values():
                 other.line.close()
             for thing in (*self.private, lines[0]):
@@ -6986,6 +7081,7 @@ class _Nursery:
             status = live(lines[1])
         except BaseException:
             # Nobody above may catch what belongs to the arbiter's stack.
+            LOG.configure(sink=console.write)
             LOG.say(60001, f"{name} cannot work", traceback.format_exc())
         finally:
             os._exit(status)

@@ -172,10 +172,15 @@ class Server:
         for entry in pathlib.Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
                 with contextlib.suppress(OSError):
-                    if (self.mark.encode() in (entry / "environ").read_bytes()
-                            and is_alive(entry.name)):
+                    if self._owns(entry) and is_alive(entry.name):
                         found.append(int(entry.name))
         return found
+
+    def _owns(self, entry):
+        """Return whether a process is ours; Redis overwrites its variables."""
+        if (entry / "comm").read_text() == "redis-server\n":
+            return (entry / "cwd").resolve().is_relative_to(self.folder)
+        return self.mark.encode() in (entry / "environ").read_bytes()
 
     def lines(self, code=None):
         """Return the log so far, or its lines with a code."""
@@ -216,7 +221,7 @@ class Server:
         for pid in self.processes():
             with contextlib.suppress(OSError):
                 name = pathlib.Path(f"/proc/{pid}/comm").read_text()
-                if name.startswith("redis-server"):
+                if name == "redis-server\n":
                     return pid
         return None
 

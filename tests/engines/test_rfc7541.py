@@ -294,9 +294,9 @@ def test_4_4_an_entry_larger_than_the_table_empties_it(client):
 
 
 def test_4_4_a_name_may_come_from_the_entry_that_it_evicts(client):
-    name = b"n" * 2000
-    client.send(request(whole(client) + literal(name, b"v" * 1900, INDEXING)))
-    again = integer(FIRST_DYNAMIC, 6, INDEXING) + text(b"w" * 2000)
+    name = b"n" * 200
+    client.send(request(whole(client) + literal(name, b"v" * 3700, INDEXING)))
+    again = integer(FIRST_DYNAMIC, 6, INDEXING) + text(b"w" * 3800)
     client.send(request(whole(client) + again, 3))
     client.send(request(whole(client) + indexed(FIRST_DYNAMIC), 5))
     client.assert_answered(1, 3, 5)

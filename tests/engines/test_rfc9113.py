@@ -116,7 +116,7 @@ def test_3_4_requests_need_not_wait_for_the_servers_settings(h2_target):
 
 
 @pytest.mark.parametrize("octets", [
-    pytest.param(lambda c: octets, id=f"3.4-{name}")
+    pytest.param(octets, id=f"3.4-{name}")
     for name, octets in {
         "http11-is-no-preface": b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n",
         "last-octet-wrong": PREFACE[:-1] + b"\r" + settings(),
@@ -126,11 +126,10 @@ def test_3_4_requests_need_not_wait_for_the_servers_settings(h2_target):
         "window-update-for-settings": PREFACE + window_update(0, 1),
         "ack-for-settings": PREFACE + frame(SETTINGS, ACK, 0),
     }.items()
-    for octets in [octets]
 ])
 def test_a_broken_preface_ends_the_connection(h2_target, octets):
     with Client(h2_target, hello=False) as client:
-        client.send(octets(client))
+        client.send(octets)
         client.assert_hung_up(PROTOCOL_ERROR)
 
 

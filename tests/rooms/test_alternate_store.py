@@ -1,4 +1,4 @@
-"""Room 10, Representations: the store of alternates."""
+"""Room 13, Artisan: the store of alternates."""
 
 import hashlib
 import os

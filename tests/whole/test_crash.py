@@ -88,8 +88,8 @@ def test_a_stalled_worker_is_killed_and_replaced(tmp_path):
 def test_a_stalled_worker_shows_where_it_hangs(tmp_path):
     make_site(tmp_path, tweaks={"heartbeat-seconds": 1})
     program = sabotaged(tmp_path, "        self._report_ready()\n",
-                        "        gevent.spawn_later(0.5, _plain('time',"
-                        " 'sleep'), 3600)\n")
+                        "        gevent.spawn_later(0.5, lambda: _plain("
+                        "'time', 'sleep')(3600))\n")
     with Server(tmp_path, "--workers", "1", program=program) as server:
         server.await_line("M60002")
         said = "\n".join(map(str, server.lines()))

