@@ -1981,7 +1981,7 @@ class Http2Engine(Engine):
             elif kind == _WINDOW_UPDATE and frame[9] & 0x80:
                 # The reserved bit is to be ignored; h2 does not.
                 frame = b"%b%c%b" % (frame[:9], frame[9] & 0x7F, frame[10:])
-        for event in self._feed(frame):
+        for event in self._feed(frame, stream):
             if translate := _TRANSLATIONS.get(type(event)):
                 translate(self, event, events)
 
@@ -2033,12 +2033,18 @@ class Http2Engine(Engine):
     def _highest(self):
         return self._h2.highest_inbound_stream_id
 
-    def _feed(self, frame):
+    def _feed(self, frame, stream):
+        """Events of h2; what it says of streams that we reset is dropped."""
+        if stream in self._reset:
+            self._extra += self._h2.data_to_send()
         try:
-            return self._h2.receive_data(frame)
+            events = self._h2.receive_data(frame)
+            if stream in self._reset:
+                self._h2.clear_outbound_data_buffer()
+            return events
         except h2.exceptions.ProtocolError:
             # The GOAWAY that h2 ends its output with is replaced by ours.
-            self._extra = self._h2.data_to_send()[:-17]
+            self._extra += self._h2.data_to_send()[:-17]
             raise
 
     def _take_goaway(self, stream, payload, events):
@@ -5229,6 +5235,7 @@ class Conversation:
             _HANDLERS[type(event)](self, event)
         if not self._calm.bears(engine.nuisance):
             LOG.say(40012, self._client, "frames that cost")
+            self.abandon_all()
             engine.goodbye(_ENHANCE_YOUR_CALM)
             engine.closing = True
 
