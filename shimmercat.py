@@ -2215,7 +2215,9 @@ class Http1Engine(Engine):
         self._stream = -1
         #: stream whose answer is not finished, 0 when there is none
         self._answering = 0
-        self._leaving = self._chunked = False
+        #: whether the next answer is the last; whether nothing more is read
+        self._parting = self._leaving = False
+        self._chunked = False
         self._fresh_head()
 
     def _fresh_head(self):
@@ -2346,7 +2348,8 @@ class Http1Engine(Engine):
             if head.version == "1.1":
                 self._write_head(status, fields[1:])
             return
-        head.keep = head.keep and head.ended and not self._leaving
+        leaving = self._leaving or self._parting
+        head.keep = head.keep and head.ended and not leaving
         bodiless = head.for_head or status in (204, 304)
         known = bodiless or b"content-length" in dict(fields)
         framing = [] if known else self._frame_body(head, end)
@@ -2398,8 +2401,10 @@ class Http1Engine(Engine):
         self._leaving = self.closing = True
 
     def goodbye(self, code=0, last=None):
-        self._leaving = True
-        self.closing = self.closing or not self._answering
+        self._parting = True
+        if last is None:
+            self._leaving = True
+            self.closing = self.closing or not self._answering
 
     def consumed(self, stream, count):
         # HTTP/1.1 leaves flow control to TCP.
@@ -5206,7 +5211,7 @@ class Conversation:
     """The exchanges of one connection, without its socket."""
 
     __slots__ = (
-        "_calm", "_client", "_early", "_outgoing", "_scheduler",
+        "_calm", "_client", "_early", "_newest", "_outgoing", "_scheduler",
         "_service", "_site", "_unfinished", "_waiting", "_wake", "engine")
 
     def __init__(
@@ -5227,6 +5232,7 @@ class Conversation:
         self._unfinished = {}
         #: priorities that came ahead of their request
         self._early = {}
+        self._newest = 0
 
     def receive(self, data: bytes) -> None:
         """Takes octets from the client and begins to answer."""
@@ -5273,6 +5279,7 @@ class Conversation:
 
     def _on_request(self, event):
         stream, service = event.stream, self._service
+        self._newest = stream
         request = None
         try:
             request = Request.from_fields(
@@ -5393,7 +5400,8 @@ class Conversation:
         urgency = Urgency.parse(event.field, Urgency())
         if event.stream in self._outgoing:
             self._scheduler.reprioritize(event.stream, urgency)
-        elif len(self._early) < self._service.limits.streams:
+        elif event.stream > self._newest:
+            # The engine bounds the number of idle streams.
             self._early[event.stream] = urgency
 
     def _on_window(self, event):
@@ -5470,7 +5478,8 @@ class Connection:
 
     __slots__ = (
         "_client", "_clock", "_conversation", "_deadline", "_events",
-        "_farewell", "_service", "_socket", "_stage", "_unsent", "_watcher")
+        "_farewell", "_has_parted", "_service", "_socket", "_stage",
+        "_unsent", "_watcher")
 
     def __init__(
         self, sock: socket.socket, context: ssl.SSLContext, service: Service,
@@ -5479,8 +5488,8 @@ class Connection:
         self._service = service
         self._client = client
         self._conversation = self._unsent = None
-        #: when we leave: "begun", then "said" which stream was the last
-        self._farewell = None
+        #: when the client must have heard that we leave; whether it has
+        self._farewell, self._has_parted = None, False
         self._socket, self._stage = self._open(sock, context)
         self._socket.setblocking(False)
         self._events = _READ
@@ -5573,7 +5582,7 @@ class Connection:
 
     def _is_over(self):
         """Whether nothing is in hand and nothing more will come."""
-        leaving = self._stage == self._finish_up or self._farewell == "said"
+        leaving = self._stage == self._finish_up or self._has_parted
         return leaving and not self._conversation.is_busy()
 
     def _write(self):
@@ -5624,7 +5633,8 @@ class Connection:
 
     def look_after_time(self, now: float) -> None:
         """Ends what takes too long; the sweep calls it."""
-        if self._farewell == "begun":
+        if self._farewell and self._farewell.moment < now:
+            self._farewell = None
             self._guard(self._say_last_stream)
         if self._deadline.moment > now:
             return
@@ -5646,18 +5656,18 @@ class Connection:
 
     def drain(self) -> None:
         """Takes no new requests; finishes those in hand, then leaves."""
-        if self._conversation and not self._farewell:
+        if self._conversation:
             self._guard(self._begin_farewell)
 
     def _begin_farewell(self):
         # RFC 9113 section 6.8: requests that are under way while the client
         # has not heard of our leaving must not be lost.
-        self._farewell = "begun"
+        self._farewell = Deadline(_FAREWELL_SECONDS)
         self._conversation.engine.goodbye(0, 2**31 - 1)
         self._send()
 
     def _say_last_stream(self):
-        self._farewell = "said"
+        self._has_parted = True
         self._conversation.engine.goodbye()
         self._send()
 
@@ -5799,6 +5809,7 @@ _WOULD_WAIT = ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError
 #: octets of one TLS record, the most that one read can give
 _RECORD_BYTES = 16384
 _SWEEP_SECONDS = 0.5
+_FAREWELL_SECONDS = 1
 _LINGER_SECONDS = 2
 _PAUSE_SECONDS = 0.5
 _ACCEPTS_A_TURN = 32

@@ -9,10 +9,28 @@ import itertools
 
 import pytest
 from frames import (
-    CANCEL, CONTINUATION, END_HEADERS, ENHANCE_YOUR_CALM, HEADERS,
-    INITIAL_WINDOW_SIZE, MAX_CONCURRENT_STREAMS, NO_ERROR, PING, PRIORITY,
-    PRIORITY_UPDATE, REFUSED_STREAM, SETTINGS, Client, block, body, frame,
-    head, literal, reset, settings, window_update,
+    CANCEL,
+    CONTINUATION,
+    END_HEADERS,
+    ENHANCE_YOUR_CALM,
+    HEADERS,
+    INITIAL_WINDOW_SIZE,
+    MAX_CONCURRENT_STREAMS,
+    NO_ERROR,
+    PING,
+    PRIORITY,
+    PRIORITY_UPDATE,
+    REFUSED_STREAM,
+    SETTINGS,
+    Client,
+    block,
+    body,
+    frame,
+    head,
+    literal,
+    reset,
+    settings,
+    window_update,
 )
 
 #: points of default tweaks, and of the frames

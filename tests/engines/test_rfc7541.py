@@ -7,8 +7,17 @@ ours are the same when a request made of indexes brings the right file.
 import frames
 import pytest
 from frames import (
-    COMPRESSION_ERROR, END_HEADERS, END_STREAM, HEADERS, PROTOCOL_ERROR,
-    accepted, answered, body, connection_error, frame, integer, literal, text,
+    COMPRESSION_ERROR,
+    END_HEADERS,
+    END_STREAM,
+    HEADERS,
+    answered,
+    body,
+    connection_error,
+    frame,
+    integer,
+    literal,
+    text,
 )
 from hpack.huffman import HuffmanEncoder
 from hpack.huffman_constants import REQUEST_CODES, REQUEST_CODES_LENGTH

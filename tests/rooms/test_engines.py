@@ -779,7 +779,7 @@ def test_a_head_may_come_in_fragments(client):
     (raw(0x10, 0, b"\0\0\0\1u=0, i"),
      [PriorityChanged(1, b"u=0, i")]),
     (raw(0x10, 0, b"\0\0\0\7"), [PriorityChanged(7, b"")]),
-    (hf.ExtensionFrame(0x33, 0, 5, b"x"), []),
+    (raw(0x33, 5, b"x"), []),
     (hf.PriorityFrame(1, depends_on=3), []),
 ])
 def test_each_frame_has_its_event(client, frame, events):
@@ -1097,16 +1097,13 @@ def test_streams_that_we_refuse_count_as_resets(engine_class):
     assert client.engine.nuisance - before >= 100
 
 
-def test_fragments_of_a_head_are_counted_and_bounded(client):
-    start = head(1, whole=False)
-    events = client.send(start)
-    before = client.engine.nuisance
-    for _ in range(5000):
+def test_fragments_of_a_head_are_bounded(client):
+    events = client.send(head(1, whole=False))
+    for _ in range(100):
         events += client.send(hf.ContinuationFrame(1, b""))
         if events:
             break
     assert isinstance(events[-1], ProtocolFault)
-    assert client.engine.nuisance > before
 
 
 def test_good_faith_costs_nothing(client):
@@ -1118,9 +1115,9 @@ def test_good_faith_costs_nothing(client):
         engine.consumed(stream, 99)
         engine.headers(stream, OK)
         for _ in range(4):
-            engine.body(stream, b"x" * 100)
-            client.send(hf.WindowUpdateFrame(stream, 100),
-                        hf.WindowUpdateFrame(0, 100))
+            engine.body(stream, b"x" * 2000)
+            client.send(hf.WindowUpdateFrame(stream, 2000),
+                        hf.WindowUpdateFrame(0, 2000))
         engine.body(stream, b"", True)
         client.read()
     assert engine.nuisance <= before

@@ -1,0 +1,459 @@
+"""Room 10, Representations."""
+
+import base64
+import gzip
+import hashlib
+import os
+import random
+import time
+
+import brotli
+import gevent
+import pytest
+from harness import eventually
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shimmercat import (
+    AlternateStore,
+    AssetMissing,
+    FilesystemBackend,
+    Repository,
+    SourceChanged,
+    Tweaks,
+    content_type,
+    is_compressible,
+)
+
+CSS = b"".join(b"p.c%d { margin: %dpx; }\n" % (n, n * n % 97)
+               for n in range(1000))
+NOISE = random.Random(10).randbytes(5000)
+
+
+class Shelf:
+    """A repository, the folder it reads, and what it orders."""
+
+    def __init__(self, folder, **tweaks):
+        self.folder = folder / "www"
+        self.folder.mkdir(exist_ok=True)
+        self.store = AlternateStore(folder / "r-cache")
+        self.jobs = []
+        self.fetched = 0
+        self.repository = Repository(Tweaks(**tweaks), self.store, self)
+        self._backend = FilesystemBackend(self.folder, ())
+
+    def put(self, job):
+        """Takes an order for the artisan."""
+        self.jobs.append(job)
+
+    def write(self, name, content):
+        path = self.folder / name
+        path.write_bytes(content)
+        return path
+
+    def find(self, name):
+        """The asset of a file."""
+        return self.repository.find(("www", name), lambda: self._fetch(name))
+
+    def _fetch(self, name):
+        self.fetched += 1
+        return self._backend.fetch((name,))
+
+    def peek(self, name):
+        return self.repository.peek(("www", name))
+
+    def settle(self, name):
+        """The asset once it was quiet for long enough to be trusted."""
+        return eventually(lambda: self.find(name) and self.peek(name))
+
+    def body(self, name, accepted=None):
+        """The octets that a client gets."""
+        form = self.find(name).pick(accepted)
+        return form.body
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    return Shelf(tmp_path)
+
+
+def test_a_file_that_holds_still_is_read_once(shelf):
+    shelf.write("a.css", CSS)
+    asset = shelf.settle("a.css")
+    shelf.fetched = 0
+    assert shelf.find("a.css") is asset
+    assert shelf.fetched == 0
+    assert asset.pick(None).body == CSS
+
+
+def test_a_file_from_the_future_is_read_once_too(shelf):
+    path = shelf.write("a.css", CSS)
+    os.utime(path, (4e9, 4e9))
+    shelf.settle("a.css")
+
+
+def replace(path, content):
+    (path.parent / "next").write_bytes(content)
+    (path.parent / "next").rename(path)
+
+
+def rewrite(path, content):
+    path.write_bytes(content)
+
+
+def rewrite_unseen(path, content):
+    """In place, with the times of before."""
+    status = path.stat()
+    with open(path, "r+b") as stream:
+        stream.write(content)
+        stream.truncate()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [replace, rewrite, rewrite_unseen])
+@pytest.mark.parametrize("content", [
+    CSS.replace(b"margin", b"bargin"), CSS + b"more", CSS[:900], b""],
+    ids=["same size", "longer", "cut", "empty"])
+@pytest.mark.parametrize("is_quiet", [True, False], ids=["quiet", "young"])
+def test_a_changed_file_is_seen_at_once(shelf, change, content, is_quiet):
+    path = shelf.write("a.css", CSS)
+    before = (shelf.settle if is_quiet else shelf.find)("a.css")
+    change(path, content)
+    after = shelf.find("a.css")
+    assert after.pick(None).body == content
+    assert after.pick(None).etag != before.pick(None).etag
+    assert after.pick(None).length == len(content)
+
+
+@pytest.mark.parametrize("small_file_bytes", [0, 1 << 20])
+def test_changes_within_one_tick_of_the_clock_are_seen(
+        tmp_path, small_file_bytes):
+    shelf = Shelf(tmp_path, small_file_bytes=small_file_bytes)
+    path = shelf.write("a.css", b"0" * 300)
+    with open(path, "r+b", buffering=0) as stream:
+        for n in range(300):
+            content = b"%03d" % n * 100
+            os.pwrite(stream.fileno(), content, 0)
+            asset = shelf.find("a.css")
+            assert asset.sha == hashlib.sha256(content).hexdigest()
+
+
+def test_a_file_that_is_gone_is_missing_at_once(shelf):
+    path = shelf.write("a.css", CSS)
+    shelf.settle("a.css")
+    path.unlink()
+    assert shelf.peek("a.css") is None
+    with pytest.raises(AssetMissing):
+        shelf.find("a.css")
+
+
+def test_the_tag_is_made_of_the_octets_alone(tmp_path, shelf):
+    shelf.write("a.css", CSS)
+    shelf.write("b.css", CSS)
+    digest = hashlib.sha256(CSS).digest()
+    tag = b'"%b"' % base64.urlsafe_b64encode(digest[:16]).rstrip(b"=")
+    assert shelf.find("a.css").pick(None).etag == tag
+    assert shelf.find("b.css").pick(None).etag == tag
+    assert shelf.find("a.css").sha == digest.hex()
+
+
+def test_a_file_above_the_limit_stays_on_disk(tmp_path):
+    shelf = Shelf(tmp_path, small_file_bytes=1000)
+    path = shelf.write("a.bin", NOISE)
+    form = shelf.find("a.bin").pick(None)
+    assert form.body is None
+    assert form.path == str(path)
+    assert form.length == len(NOISE)
+    assert shelf.find("a.bin").sha == hashlib.sha256(NOISE).hexdigest()
+
+
+def test_the_first_visitor_has_a_cheap_alternate_made(shelf):
+    shelf.write("a.css", CSS)
+    asset = shelf.find("a.css")
+    assert asset.pick(b"br").coding == "identity"
+    assert asset.lacks(b"br, gzip") == "br"
+    assert asset.lacks(b"gzip") == "gzip"
+    assert asset.lacks(None) is None
+    assert asset.lacks(b"identity") is None
+    shelf.repository.hasten(asset, "br")
+    shelf.repository.hasten(asset, "gzip")
+    assert asset.lacks(b"br, gzip") is None
+    assert brotli.decompress(asset.pick(b"br").body) == CSS
+    assert gzip.decompress(asset.pick(b"gzip").body) == CSS
+    tags = {asset.pick(field).etag for field in (None, b"br", b"gzip")}
+    assert len(tags) == 3
+
+
+def test_cheap_alternates_are_the_same_on_every_worker(tmp_path):
+    bodies = set()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        shelf = Shelf(tmp_path / name)
+        shelf.write("a.css", CSS)
+        asset = shelf.find("a.css")
+        shelf.repository.hasten(asset, "gzip")
+        bodies.add((asset.pick(b"gzip").etag, asset.pick(b"gzip").body))
+    assert len(bodies) == 1
+
+
+def test_the_best_alternate_takes_the_place_of_the_cheap_one(shelf):
+    shelf.write("a.css", CSS)
+    asset = shelf.find("a.css")
+    shelf.repository.hasten(asset, "br")
+    quick = asset.pick(b"br")
+    best = brotli.compress(CSS, quality=11)
+    shelf.store.put(asset.sha, "br", 11, best)
+    shelf.repository.refresh(asset.sha)
+    form = asset.pick(b"br")
+    assert (form.body, form.length) == (best, len(best))
+    assert form.etag != quick.etag
+    assert dict(form.fields)[b"content-length"] == b"%d" % len(best)
+    assert dict(form.fields)[b"content-encoding"] == b"br"
+
+
+def test_an_alternate_that_is_not_smaller_is_never_served(shelf):
+    shelf.write("a.css", CSS)
+    asset = shelf.find("a.css")
+    shelf.repository.hasten(asset, "br")
+    quick = asset.pick(b"br")
+    shelf.store.put(asset.sha, "br", 11, quick.body + b"x")
+    shelf.store.put(asset.sha, "gzip", 9, CSS + b"x")
+    shelf.repository.refresh(asset.sha)
+    assert asset.pick(b"br") is quick
+    assert asset.pick(b"gzip, br;q=0").coding == "identity"
+
+
+def test_what_does_not_shrink_is_served_as_it_is(shelf):
+    shelf.write("a.css", NOISE)
+    asset = shelf.find("a.css")
+    for coding in ("br", "gzip"):
+        shelf.repository.hasten(asset, coding)
+        assert asset.pick(coding.encode()).coding == "identity"
+        assert asset.lacks(coding.encode()) is None
+
+
+def test_alternates_in_the_store_are_used_from_the_start(shelf):
+    shelf.write("a.css", CSS)
+    best = brotli.compress(CSS, quality=11)
+    shelf.store.put(hashlib.sha256(CSS).hexdigest(), "br", 11, best)
+    asset = shelf.find("a.css")
+    assert asset.pick(b"br").body == best
+    assert asset.lacks(b"br") is None
+    assert shelf.jobs == []
+
+
+def test_a_damaged_alternate_is_not_used(shelf):
+    shelf.write("a.css", CSS)
+    sha = hashlib.sha256(CSS).hexdigest()
+    stored = shelf.store.put(sha, "br", 11, brotli.compress(CSS))
+    stored.path.write_bytes(b"x" * stored.size)
+    assert shelf.find("a.css").pick(b"br").coding == "identity"
+
+
+@pytest.mark.parametrize("name, content, orders", [
+    ("a.css", CSS, 1), ("a.svg", CSS, 1), ("a.json", CSS, 1),
+    ("a.png", CSS, 0), ("a.woff2", CSS, 0), ("a.zip", CSS, 0),
+    ("a.css", CSS[:127], 0), ("a.css", b"", 0)])
+def test_the_artisan_is_asked_for_text_only(shelf, name, content, orders):
+    path = shelf.write(name, content)
+    asset = shelf.find(name)
+    assert len(shelf.jobs) == orders
+    assert not asset.lacks(b"br") or orders
+    for job in shelf.jobs:
+        assert job["sha"] == asset.sha
+        assert job["path"] == str(path)
+
+
+def test_large_text_is_left_to_the_artisan(tmp_path):
+    shelf = Shelf(tmp_path, quick_compress_limit_bytes=1000)
+    shelf.write("a.css", CSS)
+    assert shelf.find("a.css").lacks(b"br") is None
+    assert len(shelf.jobs) == 1
+
+
+def test_huge_text_is_served_as_it_is(tmp_path):
+    shelf = Shelf(tmp_path, compress_limit_bytes=1000)
+    shelf.write("a.css", CSS)
+    assert shelf.find("a.css").lacks(b"br") is None
+    assert shelf.jobs == []
+
+
+def test_a_missed_announcement_is_made_up_for(shelf):
+    shelf.write("a.css", CSS)
+    asset, now = shelf.find("a.css"), time.monotonic()
+    assert not shelf.repository.is_due(asset, now)
+    assert shelf.repository.is_due(asset, now + 61)
+    shelf.repository.refresh(asset.sha)
+    assert not shelf.repository.is_due(asset, now + 1000)
+
+
+def test_an_announcement_of_an_unknown_source_does_nothing(shelf):
+    shelf.repository.refresh("0" * 64)
+
+
+def test_a_source_that_changed_is_not_compressed_for_the_old_one(tmp_path):
+    shelf = Shelf(tmp_path, small_file_bytes=0)
+    path = shelf.write("a.css", CSS)
+    asset = shelf.find("a.css")
+    path.write_bytes(CSS[::-1])
+    shelf.repository.hasten(asset, "br")
+    assert asset.pick(b"br").coding == "identity"
+
+
+def test_no_more_memory_is_used_than_allowed(tmp_path):
+    shelf = Shelf(tmp_path, memory_cache_bytes=100_000)
+    names = [f"{n}.bin" for n in range(40)]
+    for name in names:
+        shelf.write(name, NOISE)
+    shelf.settle(names[-1])
+    for name in names:
+        shelf.find(name)
+    known = [name for name in names if shelf.peek(name)]
+    assert known == names[-len(known):]
+    assert 10 <= len(known) <= 20
+
+
+def test_the_least_used_is_forgotten_first(tmp_path):
+    shelf = Shelf(tmp_path, memory_cache_bytes=30_000)
+    for n in range(20):
+        shelf.write(f"{n}.bin", NOISE)
+    shelf.settle("19.bin")
+    favourite = shelf.find("0.bin")
+    for n in range(1, 20):
+        shelf.find(f"{n}.bin")
+        assert shelf.peek("0.bin") is favourite
+    assert shelf.peek("1.bin") is None
+
+
+def test_alternates_count_as_memory(tmp_path):
+    shelf = Shelf(tmp_path, memory_cache_bytes=3 * 2048 + 3 * len(CSS))
+    for n in range(3):
+        shelf.write(f"{n}.css", b"%d" % n + CSS[1:])
+    shelf.settle("2.css")
+    assets = [shelf.find(f"{n}.css") for n in range(3)]
+    for asset in assets:
+        shelf.repository.hasten(asset, "br")
+        shelf.repository.hasten(asset, "gzip")
+    assert shelf.peek("0.css") is None
+    assert shelf.peek("2.css") is assets[2]
+
+
+def test_memory_is_given_back_when_files_change(tmp_path):
+    shelf = Shelf(tmp_path, memory_cache_bytes=40_000)
+    shelf.write("keep.bin", NOISE)
+    kept = shelf.settle("keep.bin")
+    path = shelf.write("a.css", CSS[:5000])
+    for n in range(100):
+        path.write_bytes(b"%03d" % n + CSS[3:5000])
+        asset = shelf.find("a.css")
+        shelf.repository.hasten(asset, "br")
+        shelf.store.put(asset.sha, "gzip", 9, b"x" * 100)
+        shelf.repository.refresh(asset.sha)
+    assert shelf.peek("keep.bin") is kept
+
+
+def test_a_cache_of_nothing_still_serves(tmp_path):
+    shelf = Shelf(tmp_path, memory_cache_bytes=0)
+    shelf.write("a.css", CSS)
+    assert shelf.body("a.css") == CSS
+    assert shelf.peek("a.css") is None
+
+
+def test_a_forgotten_asset_is_read_again(shelf):
+    shelf.write("a.css", CSS)
+    asset = shelf.settle("a.css")
+    shelf.repository.forget(asset)
+    assert shelf.peek("a.css") is None
+    assert shelf.find("a.css") is not asset
+    shelf.repository.forget(asset)
+
+
+def test_many_who_want_the_same_have_it_read_once(tmp_path):
+    shelf = Shelf(tmp_path, small_file_bytes=0)
+    shelf.write("a.bin", NOISE * 1000)
+    finders = [gevent.spawn(shelf.find, "a.bin") for _ in range(50)]
+    gevent.joinall(finders, timeout=20, raise_error=True)
+    assert len({id(finder.value) for finder in finders}) == 1
+    assert shelf.fetched == 1
+
+
+def test_many_who_want_what_cannot_be_read_all_hear_of_it(shelf):
+    def fetch():
+        gevent.idle()
+        raise AssetMissing("not there")
+
+    finders = [gevent.spawn(shelf.repository.find, "key", fetch)
+               for _ in range(5)]
+    gevent.joinall(finders, timeout=20)
+    assert all(isinstance(finder.exception, AssetMissing)
+               for finder in finders)
+    with pytest.raises(AssetMissing):
+        shelf.repository.find("key", fetch)
+
+
+def test_a_file_that_never_holds_still_is_given_up(tmp_path):
+    shelf = Shelf(tmp_path, small_file_bytes=0)
+    path = shelf.write("a.bin", NOISE)
+
+    def fetch():
+        source = FilesystemBackend(shelf.folder, ()).fetch(("a.bin",))
+        path.write_bytes(os.urandom(len(NOISE)))
+        return source
+
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(SourceChanged):
+        shelf.repository.find("key", fetch)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("name, sample, expected", [
+    ("a.html", b"x", b"text/html; charset=utf-8"),
+    ("A.HTML", b"x", b"text/html; charset=utf-8"),
+    ("a.html", "é".encode(), b"text/html; charset=utf-8"),
+    ("a.html", "é".encode()[:1], b"text/html; charset=utf-8"),
+    ("a.html", "é".encode("latin-1") + b"x", b"text/html"),
+    ("a.txt", b"\xff\xfea\0", b"text/plain"),
+    ("a.css", b"", b"text/css; charset=utf-8"),
+    ("a.js", b"x", b"text/javascript; charset=utf-8"),
+    ("a.mjs", b"x", b"text/javascript; charset=utf-8"),
+    ("a.json", b"x", b"application/json"),
+    ("a.svg", b"x", b"image/svg+xml"),
+    ("a.png", b"x", b"image/png"),
+    ("a.webp", b"x", b"image/webp"),
+    ("a.avif", b"x", b"image/avif"),
+    ("a.woff2", b"x", b"font/woff2"),
+    ("a.wasm", b"x", b"application/wasm"),
+    ("a.pdf", b"x", b"application/pdf"),
+    ("a.mp4", b"x", b"video/mp4"),
+    ("a.unknown", b"x", b"application/octet-stream"),
+    ("html", b"x", b"application/octet-stream"),
+    ("/x.html/y", b"x", b"application/octet-stream"),
+])
+def test_a_name_tells_the_type_and_utf8_the_charset(name, sample, expected):
+    assert content_type(name, sample) == expected
+
+
+@pytest.mark.parametrize("name", [
+    "a.tar.gz", "a.html.gz", "a.svgz", "a.css.br", "a.tar.bz2", "a.tgz",
+    "a.txt.xz"])
+def test_what_is_packed_has_not_the_type_of_its_content(name):
+    kind = content_type(name, NOISE)
+    assert kind.startswith(b"application/")
+    assert not is_compressible(kind)
+    assert kind != b"application/x-tar"
+
+
+@pytest.mark.parametrize("kind, expected", [
+    (b"text/html; charset=utf-8", True), (b"text/css", True),
+    (b"application/json", True), (b"image/svg+xml", True),
+    (b"application/ld+json", True), (b"application/wasm", True),
+    (b"font/ttf", True), (b"image/x-icon", True), (b"image/png", False),
+    (b"image/jpeg", False), (b"font/woff2", False), (b"video/mp4", False),
+    (b"application/zip", False), (b"application/octet-stream", False)])
+def test_text_is_worth_compressing(kind, expected):
+    assert is_compressible(kind) is expected
+
+
+@given(st.text(max_size=20), st.binary(max_size=20))
+def test_any_name_has_a_type(name, sample):
+    assert b"/" in content_type(name, sample)
