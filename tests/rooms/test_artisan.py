@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import brotli
 import pytest
+import redis
 
 import shimmercat
 from shimmercat import (
@@ -218,7 +219,8 @@ def artisan(tmp_path):
 
 def listening(artisan):
     """A subscription to the artisan's news that Redis has confirmed."""
-    subscription = RedisLink(artisan.redis_path).client.pubsub()
+    subscription = redis.Redis(
+        unix_socket_path=str(artisan.redis_path)).pubsub()
     subscription.subscribe("sc_news")
     assert subscription.get_message(timeout=30)["type"] == "subscribe"
     return contextlib.closing(subscription)

@@ -118,13 +118,16 @@ shimmercat-devlove:
     for line in (
             f"working-dir: {folder}",
             "listen: 0.0.0.0:4043", "redirect: 0.0.0.0:80", "workers: 7",
-            f"elec www.a.test ({folder}/devlove.yaml:4)",
-            "    statics from consultant shop",
-            f"    views from {folder}/www",
-            "    consultant shop: https to 127.0.0.1:8080, [::1]:81",
-            "    change-url /a -> /b",
-            f"api api.a.test ({folder}/devlove.yaml:10)",
-            "    everything from 127.0.0.1:9000"):
+            "domains www.a.test:",
+            "    kind: elec", f"    place: {folder}/devlove.yaml:4",
+            "    remote-root:", "        use-consultant: shop",
+            f"    views-dir: {folder}/www",
+            "    consultants shop:", "        application-protocol: https",
+            "        connect-to: 127.0.0.1:8080, [::1]:81",
+            "        max-connections: 32",
+            "    change-url: /a -> /b",
+            "domains api.a.test:", "    kind: api",
+            f"    place: {folder}/devlove.yaml:10", "    port: 127.0.0.1:9000"):
         assert line in done.stdout.splitlines()
     assert "tweak" not in done.stdout
 

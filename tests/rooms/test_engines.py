@@ -499,6 +499,23 @@ def test_honest_chunks_of_one_octet_pass():
     assert events[1:] == [BodyReceived(1, b"a" * 4000, 0), RequestEnded(1)]
 
 
+@pytest.mark.parametrize("last", [
+    b"GARBAGE\r\n\r\n", request(host=b""),
+    request(b"GET / HTTP/1.1", b"Connection: upgrade", b"Upgrade: x")])
+def test_requests_ahead_of_the_last_one_are_answered(last):
+    engine = http1()
+    pending = engine.receive(request() + request() + last)
+    for stream in (1, 3, 5):
+        assert pending[0].stream == stream
+        assert not engine.closing
+        engine.headers(stream, OK, True)
+        pending = engine.receive(b"")
+    assert engine.closing
+    output = engine.output()
+    assert output.count(b"HTTP/1.1 200") == 3
+    assert output.count(b"connection: close") == 1
+
+
 def test_many_small_requests_in_one_write_pass():
     engine = http1(header_bytes=1024)
     pending = engine.receive(request() * 300)

@@ -18,7 +18,6 @@ from shimmercat import (
     Announcements,
     Deadline,
     JobQueue,
-    Lease,
     LocalAnnouncements,
     LocalJobQueue,
     LogRecord,
@@ -77,6 +76,13 @@ def link(child):
 
 
 @pytest.fixture
+def client(child):
+    """An independent client of the running Redis."""
+    with redis.Redis(unix_socket_path=child.path) as client:
+        yield client
+
+
+@pytest.fixture
 def subscription(child):
     """The arbiter's end of the log, subscribed."""
     reader = LogSubscription(child.path)
@@ -126,8 +132,8 @@ def test_records_arrive_in_order_as_they_were_said(tap, subscription):
     assert read_until(subscription, 500) == sent
 
 
-def test_each_record_is_one_message_on_the_workers_channel(tap, link):
-    with link.client.pubsub() as pubsub:
+def test_each_record_is_one_message_on_the_workers_channel(tap, client):
+    with client.pubsub() as pubsub:
         pubsub.psubscribe("sc_log_*")
         assert pubsub.get_message(timeout=5)["type"] == "psubscribe"
         tap.append(numbered(1))
@@ -159,11 +165,11 @@ def test_records_wait_while_redis_is_away_and_the_lost_are_counted(
     assert numbers(records) == [*range(301, 1301)]
 
 
-def test_records_wait_until_somebody_reads_them(tap, link, child):
+def test_records_wait_until_somebody_reads_them(tap, client, child):
     tap.append(numbered(1))
 
     def was_tried_again():
-        tried = link.call("INFO", "commandstats").get("cmdstat_publish")
+        tried = client.info("commandstats").get("cmdstat_publish")
         return tried and tried["calls"] > 1
 
     eventually(was_tried_again)
@@ -291,33 +297,6 @@ def test_a_subscription_works_in_a_thread_without_a_hub(child, tap):
     assert got == [numbered(7)]
 
 
-# Leases
-
-
-def test_a_lease_is_held_by_one_and_given_back(link):
-    lease = Lease(link)
-    token = lease.take("fill", 30)
-    assert token and lease.take("fill", 30) is None
-    assert lease.take("other", 30)
-    assert lease.give_back("fill", token)
-    assert lease.take("fill", 30)
-
-
-def test_a_lease_ends_by_itself_when_its_holder_died(link):
-    lease = Lease(link)
-    assert lease.take("fill", 0.05)
-    assert eventually(lambda: lease.take("fill", 30))
-
-
-def test_a_late_holder_does_not_free_anothers_lease(link):
-    lease = Lease(link)
-    late = lease.take("fill", 0.05)
-    token = eventually(lambda: lease.take("fill", 30))
-    assert not lease.give_back("fill", late)
-    assert lease.take("fill", 30) is None
-    assert lease.give_back("fill", token)
-
-
 # Jobs
 
 
@@ -347,13 +326,14 @@ def test_a_full_queue_refuses_and_has_room_again_later(link):
     assert queue.put(three)
 
 
-def test_a_job_whose_artisan_died_can_be_queued_again_in_time(link):
+def test_a_job_whose_artisan_died_can_be_queued_again_in_time(
+        link, client):
     queue = JobQueue(link)
     queue.put(JOB)
-    (key,) = link.client.keys("sc_job_*")
-    assert 600 < link.client.ttl(key) <= 3600
+    (key,) = client.keys("sc_job_*")
+    assert 600 < client.ttl(key) <= 3600
     queue.take(1)
-    assert 0 < link.client.ttl(key) <= 600
+    assert 0 < client.ttl(key) <= 600
 
 
 def test_twenty_greenlets_queue_a_job_only_once(link):
@@ -366,8 +346,7 @@ def test_twenty_greenlets_queue_a_job_only_once(link):
 def test_without_redis_no_job_is_queued_and_taking_says_so(tmp_path):
     queue = JobQueue(RedisLink(tmp_path / "no.sock"))
     assert queue.put(JOB) is False
-    for asking in (lambda: queue.take(1), lambda: queue.done(JOB),
-                   lambda: Lease(queue._link).take("x", 1)):
+    for asking in (lambda: queue.take(1), lambda: queue.done(JOB)):
         with pytest.raises(RedisAway):
             asking()
 

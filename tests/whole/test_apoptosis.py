@@ -20,9 +20,10 @@ def test_replacements_cost_no_request_and_come_one_at_a_time(site):
 def test_the_successor_is_ready_before_the_old_one_leaves(site):
     with Server(site, "--workers", "1", *FAST) as server:
         server.await_line("M30001", 2)
-        story = [(line.code, line.message.split()[1])
+        story = [(line.code, line.message.removeprefix("worker ").split()[0])
                  for line in server.lines()
-                 if line.code in ("M20002", "M40022", "M30001")]
+                 if line.code in ("M20002", "M40022", "M30001")
+                 and "w0" in line.message]
     assert story[:5] == [
         ("M20002", "w0-1"), ("M20002", "w0-2"), ("M40022", "w0-1"),
         ("M30001", "w0-1"), ("M20002", "w0-3")]

@@ -22,7 +22,7 @@ def test_a_killed_worker_is_replaced_at_once(server):
     name, pid = next(iter(server.workers().items()))
     begin = time.monotonic()
     os.kill(pid, signal.SIGKILL)
-    server.await_line("M20002", 3)
+    server.await_line("M20002", 3, about="w")
     assert time.monotonic() - begin < 1
     death, = server.lines("M60002")
     assert name in death.message and "SIGKILL" in death.message
@@ -46,7 +46,7 @@ def test_connections_of_other_workers_go_on_when_one_dies(server):
             client.get("/")
         for pid in list(server.workers().values())[:1]:
             os.kill(pid, signal.SIGKILL)
-        server.await_line("M20002", 3)
+        server.await_line("M20002", 3, about="w")
         for client in clients:
             # httpx opens a new connection where the old one was cut.
             eventually(lambda: answers(client))
@@ -66,7 +66,7 @@ def test_a_crash_loop_backs_off_and_says_so_once_a_step(server):
     for n in range(3):
         os.kill(victim, signal.SIGSEGV)
         server.await_line("M60002", n + 1)
-        server.await_line("M20002", 3 + n)
+        server.await_line("M20002", 3 + n, about="w")
         victim = next(pid for pid in server.workers().values()
                       if pid != survivor)
     said = [line.message for line in server.lines("M60003")]
@@ -80,7 +80,7 @@ def test_a_stalled_worker_is_killed_and_replaced(tmp_path):
         name, pid = next(iter(server.workers().items()))
         os.kill(pid, signal.SIGSTOP)
         assert name in server.await_line("M60004")[0].message
-        server.await_line("M20002", 3)
+        server.await_line("M20002", 3, about="w")
         assert pid not in server.workers().values()
         assert len(server.lines("M60004")) == 1
 
@@ -131,7 +131,7 @@ def test_a_first_generation_that_cannot_boot_ends_the_program(site, fault):
 def test_a_worker_that_is_told_to_leave_by_others_is_replaced(server):
     name, pid = next(iter(server.workers().items()))
     os.kill(pid, signal.SIGTERM)
-    server.await_line("M20002", 3)
+    server.await_line("M20002", 3, about="w")
     eventually(lambda: name not in server.workers())
     assert server.fetch().status_code == 200
     assert not server.lines("M60002")
@@ -139,8 +139,8 @@ def test_a_worker_that_is_told_to_leave_by_others_is_replaced(server):
 
 def test_a_killed_artisan_is_replaced(server):
     os.kill(server.artisan(), signal.SIGKILL)
-    server.await_line("M60009")
-    server.await_line("M20003", 2)
+    server.await_line("M60002", about="artisan")
+    server.await_line("M20002", 2, about="artisan")
     assert server.fetch().status_code == 200
 
 
@@ -150,5 +150,5 @@ def test_a_hundred_replacements_leave_no_descriptor_open(server):
     before = eventually(descriptors)
     for n in range(30):
         os.kill(next(iter(server.workers().values())), signal.SIGKILL)
-        server.await_line("M20002", 3 + n)
+        server.await_line("M20002", 3 + n, about="w")
     eventually(lambda: descriptors() == before)

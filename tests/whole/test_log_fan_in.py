@@ -33,7 +33,7 @@ def test_json_lines_can_be_read_by_machines(site):
         request = next(entry for entry in objects
                        if entry["code"] == "M50001")
         assert request["path"] == "/index.html"
-        assert request["status"] == 200
+        assert int(request["status"]) == 200
         server.signal(15)
         assert server.wait() == 0
     finally:

@@ -84,7 +84,7 @@ def test_usr1_opens_the_log_file_anew(site):
 
 def test_ttin_adds_a_worker_and_ttou_takes_one_but_never_the_last(server):
     server.signal(signal.SIGTTIN)
-    server.await_line("M20002", 3)
+    server.await_line("M20002", 3, about="w")
     assert len(server.workers()) == 3
     for _ in range(4):
         server.signal(signal.SIGTTOU)

@@ -92,10 +92,12 @@ def test_the_order_is_workers_then_the_log_then_redis(server):
     assert server.wait() == 0
     codes = [line.code for line in server.lines()]
     assert codes[-1] == "M40005"
-    assert codes.count("M30001") == 2
+    left = [line.message.split()[0] for line in server.lines("M30001")]
+    assert sorted(left[:2]) == ["w0-1", "w1-1"]
+    assert left[2:] == ["artisan", "redis"]
     assert any("/the-last-request" in line.text
                for line in server.lines("M50001"))
-    assert not server.lines("M60005")
+    assert not server.lines("M60002")
 
 
 def test_idle_connections_do_not_hold_up_the_end(server):
