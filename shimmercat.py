@@ -468,11 +468,8 @@ MESSAGES = {
     40012: Message("connection from {} ended: too many {}",
                    "a client broke a limit of tweaks.yaml; often an attack"),
     40013: Message("corrupt alternate {} removed", "it is made again"),
-    40014: Message("Redis is back", "queue and log work again"),
     40015: Message("{} log lines may appear twice: Redis broke off",
                    "the link ended before Redis had acknowledged them"),
-    40016: Message("a Redis left over on {} is asked to end",
-                   "its arbiter was killed; ours starts when it has gone"),
     40017: Message("{} was cut off: {}", "changed while sent; stream reset"),
     40018: Message("the arbiter is gone: finishing and leaving",
                    "it was killed; start it again"),
@@ -550,7 +547,7 @@ class LogRecord(typing.NamedTuple):
 
     def pack(self) -> bytes:
         """The 27-byte header and the pieces joined by zero bytes."""
-        text = "\0".join([str(piece).replace("\0", "\\x00")
+        text = "\0".join([f"{piece}".replace("\0", "\\x00")
                           for piece in self.pieces])
         content = text.encode("utf-8", "backslashreplace")[:_MOST_BYTES]
         # A double of this century is up to a quarter microsecond off.
@@ -3507,8 +3504,8 @@ class LocalAnnouncements:
 # ---------------------------------------------------------------------------
 # 10. Representations: everything that can be served again
 #
-#    Offers   Representation, Source, Asset, Repository, file_identity, content_type,
-#             is_compressible
+#    Offers   Representation, Asset, Source, file_identity, Repository,
+#             content_type, is_compressible
 #    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP
 # ---------------------------------------------------------------------------
 #
@@ -3519,9 +3516,9 @@ class LocalAnnouncements:
 #
 # The stat is what makes a changed file seen at once.  Its identity (device,
 # inode, size, mtime, ctime) is compared with the one under which the bytes
-# were read.  A file written within a clock tick of being read could change
-# again without changing its identity, so an asset is trusted only once its
-# source was quiet for _QUIET_NS when it was read.
+# were read.  A file is read only when it was left alone for a moment: a write
+# sets its times before it copies, so a younger one may be half written, and
+# may change again within the clock's tick without changing its identity.
 #
 # Alternates come at two speeds.  The first visitor who wants a coding has it
 # made at a cheap level in a thread (brotli and zlib release the lock); the
@@ -3550,14 +3547,13 @@ class Asset:
     """One source and its representations."""
 
     __slots__ = (
-        "best", "identity", "key", "modified", "path", "probed", "quiet",
+        "best", "identity", "key", "modified", "path", "probed",
         "representations", "sha", "type", "untried")
 
     def __init__(self, key: tuple, source: "Source", sha: str):
         self.key = key
         self.path = source.path
         self.identity = source.identity
-        self.quiet = source.quiet
         self.modified = source.modified
         self.sha = sha
         self.type = b""
@@ -3571,8 +3567,6 @@ class Asset:
 
     def is_current(self) -> bool:
         """Whether the source is still the one that was read."""
-        if not self.quiet:
-            return False
         try:
             return file_identity(os.stat(self.path)) == self.identity
         except OSError:
@@ -3612,17 +3606,20 @@ class Source(typing.NamedTuple):
     fd: int
     path: str
     identity: tuple
+    links: int
     modified: float
+    #: whether the file was left alone for a while
     quiet: bool
 
     @classmethod
     def adopt(cls, fd: int, path: str) -> "Source":
         """The open file `fd`, which was found at `path`."""
         status = os.fstat(fd)
-        changed = max(status.st_mtime_ns, status.st_ctime_ns)
-        quiet = time.time_ns() - changed > _QUIET_NS
-        identity = file_identity(status)
-        return cls(fd, path, identity, status.st_mtime, quiet)
+        # Every change sets ctime; mtime is what somebody says it is.
+        age = abs(time.time_ns() - status.st_ctime_ns)
+        return cls(
+            fd, path, file_identity(status), status.st_nlink,
+            status.st_mtime, age > _QUIET_NS)
 
     @property
     def length(self) -> int:
@@ -3631,7 +3628,12 @@ class Source(typing.NamedTuple):
 
     def is_same(self) -> bool:
         """Whether nobody wrote into the file since it was opened."""
-        return file_identity(os.fstat(self.fd)) == self.identity
+        status = os.fstat(self.fd)
+        identity = file_identity(status)
+        # A file that loses its name to another one stays what it is.
+        renamed = status.st_nlink != self.links
+        return identity[:4] == self.identity[:4] and (
+            renamed or identity == self.identity)
 
 
 def file_identity(status: os.stat_result) -> tuple:
@@ -3695,14 +3697,14 @@ class Repository:
         for _ in range(_READ_ATTEMPTS):
             source = fetch()
             try:
-                asset = self._digest(key, source)
-                if source.is_same():
-                    self._keep(asset)
-                    return asset
-            except SourceChanged:
-                continue
+                if source.quiet:
+                    asset = self._digest(key, source)
+                    if source.is_same():
+                        self._keep(asset)
+                        return asset
             finally:
                 os.close(source.fd)
+            gevent.sleep(_QUIET_NS / 1e9)
         raise SourceChanged(f"{source.path} is being written")
 
     def _digest(self, key, source):
@@ -3716,8 +3718,6 @@ class Repository:
             body = None
             sha = _in_thread(_file_digest, source.fd)
             sample = os.pread(source.fd, _SAMPLE_BYTES, 0)
-        if body is not None and len(body) != source.length:
-            raise SourceChanged(source.path)
         asset = Asset(key, source, sha)
         asset.type = content_type(source.path, sample)
         identity = self._form(asset, "identity", source.length, "")
@@ -3748,7 +3748,10 @@ class Repository:
     def _probe(self, asset):
         """Adds the alternates that the store has of the asset."""
         asset.probed = time.monotonic()
+        limit = asset.representations["identity"].length
         for stored in self._store.find(asset.sha):
+            if stored.size >= limit:
+                continue
             body = _in_thread(self._store.load, stored)
             if body is None:
                 continue
@@ -3854,7 +3857,10 @@ def content_type(path: str, sample: bytes) -> bytes:
     """Content-Type of a file by its name; charset when it is UTF-8."""
     kind = _TYPES.get(os.path.splitext(path)[1].lower())
     if kind is None:
-        kind = _MIME.guess_type(path)[0] or "application/octet-stream"
+        kind, packing = _MIME.guess_type(path)
+        if packing:
+            kind = _PACKINGS.get(packing)
+        kind = kind or "application/octet-stream"
     if kind.startswith("text/") and _is_utf8(sample):
         kind += "; charset=utf-8"
     return kind.encode()
@@ -3917,41 +3923,28 @@ _QUICK = {"br": _quick_brotli, "gzip": _quick_gzip}
 _CODINGS = ("br", "gzip") if brotli else ("gzip",)
 #: octets below which no coding pays for its own header
 _LEAST = 128
-_QUIET_NS = 100_000_000
-_READ_ATTEMPTS = 4
+#: age of the last change that a file must have, several ticks of the clock
+_QUIET_NS = 50_000_000
+_READ_ATTEMPTS = 20
 _SAMPLE_BYTES = 65536
 _DIGEST_BYTES = 1 << 20
 _PROBE_SECONDS = 60
 #: the standard library's table without the machine's files: same everywhere
 _MIME = mimetypes.MimeTypes(filenames=())
+_PACKINGS = {
+    "gzip": "application/gzip", "bzip2": "application/x-bzip2",
+    "xz": "application/x-xz"}
 _TYPES = {
-    ".avif": "image/avif",
-    ".ico": "image/x-icon",
-    ".js": "text/javascript",
-    ".jxl": "image/jxl",
-    ".map": "application/json",
-    ".md": "text/markdown",
-    ".mjs": "text/javascript",
-    ".otf": "font/otf",
-    ".ttf": "font/ttf",
-    ".wasm": "application/wasm",
-    ".webmanifest": "application/manifest+json",
-    ".webp": "image/webp",
-    ".woff": "font/woff",
-    ".woff2": "font/woff2",
-    ".xml": "text/xml",
-}
+    ".avif": "image/avif", ".ico": "image/x-icon", ".js": "text/javascript",
+    ".jxl": "image/jxl", ".map": "application/json", ".md": "text/markdown",
+    ".mjs": "text/javascript", ".otf": "font/otf", ".ttf": "font/ttf",
+    ".wasm": "application/wasm", ".webmanifest": "application/manifest+json",
+    ".webp": "image/webp", ".woff": "font/woff", ".woff2": "font/woff2",
+    ".xml": "text/xml"}
 _COMPRESSIBLE = {
-    "application/javascript",
-    "application/json",
-    "application/wasm",
-    "application/xml",
-    "application/x-javascript",
-    "font/otf",
-    "font/ttf",
-    "image/bmp",
-    "image/x-icon",
-}
+    "application/javascript", "application/json", "application/wasm",
+    "application/x-javascript", "application/xml", "font/otf", "font/ttf",
+    "image/bmp", "image/x-icon"}
 
 
 # ---------------------------------------------------------------------------
@@ -3995,37 +3988,36 @@ class FilesystemBackend:
 
     def __init__(self, root: Path, closed: tuple[Path, ...]):
         """`closed` are folders that are not served even below the root."""
-        self._root = os.path.realpath(root)
+        #: the folder as configured: a link may be pointed elsewhere any time
+        self.root = str(root)
         self._closed = tuple(os.path.realpath(folder) for folder in closed)
-
-    @property
-    def root(self) -> str:
-        """The root folder, links resolved."""
-        return self._root
 
     def fetch(self, components: tuple[str, ...]) -> Source:
         """The open file of a path; raises AssetMissing with the reason."""
-        path = os.path.join(self._root, *components)
+        root = os.path.realpath(self.root)
+        path = os.path.join(self.root, *components)
         try:
             # Non-blocking: opening a FIFO would wait for a writer.
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except (OSError, ValueError) as error:
             raise AssetMissing(f"{path}: {error}") from error
         try:
-            self._approve(fd, path)
+            self._approve(fd, path, root)
             return Source.adopt(fd, path)
         except BaseException:
             os.close(fd)
             raise
 
-    def _approve(self, fd, path):
+    def _approve(self, fd, path, root):
         """Judges what was opened, not what was asked for: links may move."""
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise AssetMissing(f"{path}: not a regular file")
         real = os.readlink(f"/proc/self/fd/{fd}")
-        if not _is_below(real, self._root):
+        if not _is_below(real, root):
+            root = os.path.realpath(self.root)
+        if not _is_below(real, root):
             raise AssetMissing(f"{path}: leads out of the root to {real}")
-        inside = os.path.relpath(real, self._root).split(os.sep)
+        inside = os.path.relpath(real, root).split(os.sep)
         if inside[0] == ".well-known":
             inside = inside[1:]
         if any(part.startswith(".") for part in inside):
@@ -4438,12 +4430,15 @@ class Site:
         self._backends = {
             name: FilesystemBackend(domain.root_dir, (settings.scratch_dir,))
             for name, domain in settings.domains.items()
-            if domain.root_dir
-        }
+            if domain.root_dir}
+        #: those whose paths mean files and nothing else
+        self._plain = {
+            name: backend for name, backend in self._backends.items()
+            if not settings.domains[name].change_url}
 
     def ready(self, request: Request) -> Response | None:
         """The response when it takes no waiting, else None."""
-        backend = self._backends.get(request.host)
+        backend = self._plain.get(request.host)
         if backend is None or request.method not in _READS:
             return None
         asset = self._repository.peek((backend.root, request.path))
@@ -4518,7 +4513,7 @@ class Site:
         if kind is Kind.REDIRECT:
             return self._add_slash(request)
         if kind is Kind.DYNAMIC:
-            self._seek_view(request, domain)
+            self._seek_view(request, domain, components[:-1])
             components = (*components[:-1], "index.html")
         return self._static(request, domain, components)
 
@@ -4530,14 +4525,14 @@ class Site:
         fields = ((b"location", place.encode()), (b"content-length", b"0"))
         return Response(301, fields, b"", "redirect", "core")
 
-    def _seek_view(self, request, domain):
+    def _seek_view(self, request, domain, folder):
         """Ends requests that only a view or its consultant can answer."""
         if domain.views_dir and domain.views_dir != domain.root_dir:
             request.note(f"views in {domain.views_dir}")
             raise NotServedYet("views")
-        index = os.path.join(request.path.lstrip("/"), "index.html")
         backend = self._backends.get(domain.name)
-        if backend and os.path.isfile(os.path.join(backend.root, index)):
+        if backend and os.path.isfile(
+                os.path.join(backend.root, *folder, "index.html")):
             return
         if domain.consultants:
             self._consult(request, domain)
@@ -4561,8 +4556,9 @@ class Site:
                 ((b"allow", _ALLOW),))
         request.note("file " + os.path.join(backend.root, *components))
         for _ in range(_ATTEMPTS):
-            asset = self._find(request, backend, components)
+            # Replaced or written into under our hands: look again.
             with contextlib.suppress(SourceChanged):
+                asset = self._find(request, backend, components)
                 return self._send_asset(request, asset)
         raise NotServed(503, "the file does not hold still", _SOON)
 
@@ -5402,9 +5398,8 @@ _RETRY = ((b"retry-after", b"2"),)
 #
 #    Offers   PRESS_SECONDS, CannotListen, CannotWriteLog, WorkerLine,
 #             Child, stand_apart, Doors, Premises, Worker, LoneWorker
-#    Uses     0 Threshold, 1 Words, 2 Messages, 3 Settings, 8 Scratch,
-#             9 Redis, 10 Representations, 13 Artisan, 15 Site,
-#             16 Connections
+#    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 9 Redis,
+#             10 Representations, 13 Artisan, 15 Site, 16 Connections
 # ---------------------------------------------------------------------------
 
 #: seconds between two signs of life
@@ -5479,7 +5474,8 @@ class WorkerLine:
 class Child:
     """A forked process, as the arbiter sees it."""
 
-    def __init__(self, name, pid, line, doors):
+    def __init__(self, name: str, pid: int, line: WorkerLine, doors: tuple):
+        """Has just been forked, and accepts at `doors`."""
         self.name, self.pid, self.line, self.doors = name, pid, line, doors
         #: "starting", "serving" or "retiring"
         self.stage = "starting"
@@ -5492,12 +5488,12 @@ class Child:
         #: the signal that comes next, and when
         self._next, self._due = None, None
 
-    def is_dead(self):
+    def is_dead(self) -> bool:
         """Whether it has died; it is reaped then."""
         pid, self.status = _plain("os", "waitpid")(self.pid, os.WNOHANG)
         return pid != 0
 
-    def hear(self, patience):
+    def hear(self, patience: float) -> None:
         """Takes words from its line; the first says that it is ready."""
         words = self.line.hear()
         if words is None:
@@ -5506,7 +5502,7 @@ class Child:
             self.confirm(patience)
             self.wants_successor |= WorkerLine.REPLACE in words
 
-    def confirm(self, patience):
+    def confirm(self, patience: float) -> None:
         """It lives; from here on `patience` seconds may pass in silence."""
         self._silence = Deadline(patience)
         if self.stage == "starting":
@@ -5514,7 +5510,7 @@ class Child:
             self.steady = Deadline(_STEADY_SECONDS)
             LOG.say(20002, self.name)
 
-    def press_on(self):
+    def press_on(self) -> None:
         """Sends the signal that is due; ends a process that stalls."""
         if self._silence.passed() and self.stage != "retiring":
             LOG.say(60004, self.name)
@@ -5524,7 +5520,7 @@ class Child:
         elif self._next and self._due.passed():
             self._press(self._next, PRESS_SECONDS)
 
-    def retire(self, seconds, number=signal.SIGTERM):
+    def retire(self, seconds: float, number: int = signal.SIGTERM) -> None:
         """Makes it leave within `seconds`, if it has no less already."""
         self.stage = "retiring"
         if seconds < self._limit.left():
@@ -5537,14 +5533,14 @@ class Child:
         os.kill(self.pid, number)
         self._next, self._due = _HARDER.get(number), Deadline(seconds)
 
-    def end(self):
+    def end(self) -> str:
         """How it ended, to go on after `died` or `left`."""
         if os.WIFSIGNALED(self.status):
             return f"by {signal.Signals(os.WTERMSIG(self.status)).name}"
         return f"with status {os.WEXITSTATUS(self.status)}"
 
 
-def stand_apart(number):
+def stand_apart(number: int) -> None:
     """Has a session of its own, and a signal when the arbiter dies.
 
     Ctrl-C reaches a whole group, and would end Redis before the last line.
@@ -5847,8 +5843,8 @@ class LoneWorker(Worker):
 # 18. Arbiter: the life of the whole
 #
 #    Offers   BootFailure, RedisMissing, Arbiter, Slot
-#    Uses     0 Threshold, 1 Words, 2 Messages, 3 Settings, 8 Scratch,
-#             9 Redis, 13 Artisan, 17 Worker
+#    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 9 Redis,
+#             13 Artisan, 17 Worker
 # ---------------------------------------------------------------------------
 #
 # The arbiter owns what must outlive a worker: listening sockets, TLS ticket
@@ -5856,7 +5852,7 @@ class LoneWorker(Worker):
 # all that may wait are gevent's saved originals.
 #
 # Its loop is level-triggered.  A turn takes what has arrived (signals, which
-# are blocked and asked for, words, deaths, log records), compares what there
+# are blocked and asked for; log records, words, deaths), compares what there
 # is with what there should be, and does at most one step about it in each
 # slot.  Nothing in it waits, so that no signal ever does; no event is the
 # only cause of a step, so that a lost one wedges nothing.
@@ -5954,8 +5950,7 @@ class Arbiter:
         """Waits for something to happen, and does a step about it."""
         try:
             self._wait()
-            while found := signal.sigtimedwait(self._handlers, 0):
-                self._handlers[found.si_signo]()
+            self._handle_signals()
             self._take_log()
             for slot in self._all_slots():
                 slot.attend()
@@ -5970,6 +5965,14 @@ class Arbiter:
             LOG.say(60001, "in the arbiter's loop", traceback.format_exc())
             _plain("time", "sleep")(_TURN_SECONDS)
 
+    def _handle_signals(self):
+        """Does what was asked for, or says why it cannot be done."""
+        while found := signal.sigtimedwait(self._handlers, 0):
+            try:
+                self._handlers[found.si_signo]()
+            except (OSError, CannotListen) as error:
+                LOG.say(40021, signal.Signals(found.si_signo).name, error)
+
     def _sources(self):
         """What is listened to here, and must not stay open in a child."""
         return [self._log] * self._is_listening + [
@@ -5983,8 +5986,7 @@ class Arbiter:
             # A line may have ended, and its process not yet.
             if source.fileno() >= 0:
                 poll.register(source.fileno(), select.POLLIN)
-        is_hurried = self._is_ending or not self._is_ready
-        poll.poll(1000 * _TURN_SECONDS / (5 if is_hurried else 1))
+        poll.poll(1000 * _TURN_SECONDS)
 
     def _take_log(self):
         """Writes records that have arrived, and what waited to be written."""
@@ -6008,8 +6010,9 @@ class Arbiter:
                 for child in slot.children}
         peek = os.WEXITED | os.WNOHANG | os.WNOWAIT
         with contextlib.suppress(ChildProcessError):
-            while ((found := os.waitid(os.P_ALL, 0, peek))
-                   and found.si_pid not in ours):
+            # There may be no child at all.
+            while (found := os.waitid(os.P_ALL, 0, peek)) and (
+                    found.si_pid not in ours):
                 _plain("os", "waitpid")(found.si_pid, os.WNOHANG)
 
     def _tend(self):
@@ -6099,21 +6102,13 @@ class Arbiter:
 
     def _reopen_log(self):
         """Opens the log file anew, after a rotation."""
-        try:
-            self._premises.console.reopen()
-        except OSError as error:
-            LOG.say(40021, "USR1", error)
-        else:
-            LOG.say(30002, self._settings.log_file)
+        self._premises.console.reopen()
+        LOG.say(30002, self._settings.log_file)
 
     def _grow(self):
         """One worker more."""
-        try:
-            self._add_slot()
-        except CannotListen as error:
-            LOG.say(40021, "TTIN", error)
-        else:
-            LOG.say(40002, len(self._slots))
+        self._add_slot()
+        LOG.say(40002, len(self._slots))
 
     def _shrink(self):
         """One worker less, if one stays.
@@ -6133,10 +6128,10 @@ class Slot:
 
     def __init__(self, name: str, live: typing.Callable, patience: float,
                  failure: type | None = None):
-        """Is empty; in a child, `live(name, line)` runs to its exit status.
+        """Its children run `live(name, line)` to their exit status.
 
-        A child that is silent for `patience` seconds is taken to stall;
-        `failure` is raised if the first dies before it is ready.
+        One that is silent for `patience` seconds is taken to stall; if the
+        first dies before it is ready, `failure` is raised.
         """
         self.name = name
         #: sockets that stay when processes come and go
@@ -6207,7 +6202,6 @@ class Slot:
 
     def _bury(self, child):
         """Draws the conclusions from a death."""
-        child.line.close()
         end = child.end()
         if child.stage == "retiring" or child.status == 0:
             LOG.say(30001, child.name, end)
