@@ -37,9 +37,148 @@ only.  ``grep -n '^# [0-9]*\\. ' shimmercat.py`` prints where they are.
     19  Command line     modes, options, exit codes
 """
 
+# ---------------------------------------------------------------------------
+# 0. Threshold: makes the process fit for imports, then imports
+#
+#    Offers   __version__, __all__
+#    Uses     nothing
+# ---------------------------------------------------------------------------
+
 __version__ = "1.0.0"
 
-__all__ = []
+__all__ = [
+    "KIB",  # 1
+    "MIB",  # 1
+    "GIB",  # 1
+    "DOMAIN_NAME",  # 1
+    "ShimmerCatError",  # 1
+    "ConfigurationError",  # 1
+    "AddressError",  # 1
+    "Deadline",  # 1
+    "NetworkAddress",  # 1
+    "YamlSheet",  # 1
+    "YamlEntry",  # 1
+    "http_date",  # 1
+    "parse_http_date",  # 1
+    "parse_size",  # 1
+    "size_text",  # 1
+    "nearest",  # 1
+    "MESSAGES",  # 2
+    "Severity",  # 2
+    "Message",  # 2
+    "LogRecord",  # 2
+    "MalformedRecord",  # 2
+    "CodeSet",  # 2
+    "CodeSetError",  # 2
+    "Console",  # 2
+    "wants_colour",  # 2
+    "Log",  # 2
+    "LOG",  # 2
+    "Option",  # 3
+    "OPTIONS",  # 3
+    "Tweaks",  # 3
+    "ConsultantSettings",  # 3
+    "RemoteRoot",  # 3
+    "DomainSettings",  # 3
+    "Settings",  # 3
+    "load_settings",  # 3
+    "tweaks_text",  # 3
+    "BadRequest",  # 4
+    "UriTooLong",  # 4
+    "RangeNotSatisfiable",  # 4
+    "SourceChanged",  # 4
+    "Headers",  # 4
+    "Request",  # 4
+    "Response",  # 4
+    "FileSlice",  # 4
+    "Chain",  # 4
+    "is_malformed",  # 4
+    "has_odd_field",  # 4
+    "conditional",  # 4
+    "byte_ranges",  # 4
+    "content_range",  # 4
+    "multipart_ranges",  # 4
+    "choose",  # 4
+    "RequestStarted",  # 5
+    "RequestRefused",  # 5
+    "BodyReceived",  # 5
+    "RequestEnded",  # 5
+    "StreamReset",  # 5
+    "WindowOpened",  # 5
+    "PriorityChanged",  # 5
+    "PeerLeaving",  # 5
+    "ProtocolFault",  # 5
+    "StreamGone",  # 5
+    "EngineLimits",  # 5
+    "Engine",  # 5
+    "Http1Engine",  # 5
+    "Http2Engine",  # 5
+    "NATIVE_ENGINE",  # 5
+    "make_engine",  # 5
+    "Urgency",  # 6
+    "Scheduler",  # 6
+    "ForbiddenPath",  # 7
+    "RuleError",  # 7
+    "Kind",  # 7
+    "classify",  # 7
+    "plain_path",  # 7
+    "RewriteRule",  # 7
+    "ScratchFolder",  # 8
+    "ScratchError",  # 8
+    "ScratchBusy",  # 8
+    "CertificateStore",  # 8
+    "CertificateError",  # 8
+    "write_atomically",  # 8
+    "RedisAway",  # 9
+    "RedisLink",  # 9
+    "LogTap",  # 9
+    "LogSubscription",  # 9
+    "JobQueue",  # 9
+    "LocalJobQueue",  # 9
+    "Announcements",  # 9
+    "LocalAnnouncements",  # 9
+    "Representation",  # 10
+    "Asset",  # 10
+    "Source",  # 10
+    "file_identity",  # 10
+    "Repository",  # 10
+    "content_type",  # 10
+    "is_compressible",  # 10
+    "consultant_of",  # 11
+    "AssetMissing",  # 12
+    "FilesystemBackend",  # 12
+    "AlternateStore",  # 13
+    "StoredAlternate",  # 13
+    "StoreFull",  # 13
+    "Artisan",  # 13
+    "make_alternates",  # 13
+    "urgency_of",  # 14
+    "NotServed",  # 15
+    "NotServedYet",  # 15
+    "Site",  # 15
+    "RedirectSite",  # 15
+    "error_page",  # 15
+    "Service",  # 16
+    "Conversation",  # 16
+    "Connection",  # 16
+    "TlsListener",  # 16
+    "RedirectListener",  # 16
+    "PRESS_SECONDS",  # 17
+    "CannotListen",  # 17
+    "CannotWriteLog",  # 17
+    "WorkerLine",  # 17
+    "Child",  # 17
+    "stand_apart",  # 17
+    "Doors",  # 17
+    "Premises",  # 17
+    "Worker",  # 17
+    "LoneWorker",  # 17
+    "BootFailure",  # 18
+    "RedisMissing",  # 18
+    "Arbiter",  # 18
+    "Slot",  # 18
+    "main",  # 19
+]
 
 if __name__ == "__main__":
     # Patching must precede every import that binds a socket or a lock; after
@@ -125,6 +264,9 @@ import hiredis
 import hpack
 import httptools
 import hyperframe.frame
+import redis
+import redis.backoff
+import redis.retry
 import yaml
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -547,7 +689,7 @@ class LogRecord(typing.NamedTuple):
 
     def pack(self) -> bytes:
         """The 27-byte header and the pieces joined by zero bytes."""
-        text = "\0".join([f"{piece}".replace("\0", "\\x00")
+        text = "\0".join([str(piece).replace("\0", "\\x00")
                           for piece in self.pieces])
         content = text.encode("utf-8", "backslashreplace")[:_MOST_BYTES]
         # A double of this century is up to a quarter microsecond off.
@@ -689,6 +831,8 @@ class Console:
         """Writes to `fd`, or else to `path`; raises OSError if it cannot."""
         self._path, self._json, self._colour = path, form == "json", colour
         self._lines = collections.deque()
+        # Threads say things too (alternates in devlove mode).
+        self._lock = _plain("_thread", "RLock")()
         self._queued = self._lost = 0
         self._rest = b""
         self._gone = False
@@ -699,15 +843,20 @@ class Console:
         if self._gone:
             return
         line = self._formatted(record)
-        self._lines.append(line)
-        self._queued += len(line)
-        while self._queued > _BACKLOG_BYTES:
-            self._queued -= len(self._lines.popleft())
-            self._lost += 1
-        self.pump()
+        with self._lock:
+            self._lines.append(line)
+            self._queued += len(line)
+            while self._queued > _BACKLOG_BYTES:
+                self._queued -= len(self._lines.popleft())
+                self._lost += 1
+            self.pump()
 
     def pump(self) -> bool:
         """Writes what the stream takes now; whether nothing is left."""
+        with self._lock:
+            return self._pump()
+
+    def _pump(self):
         try:
             while (self._rest or self._lines) and self._is_writable(0):
                 self._rest = self._rest or self._next_line()
@@ -1681,8 +1830,8 @@ def _read_weights(accepted):
 #
 #    Offers   RequestStarted, RequestRefused, BodyReceived, RequestEnded,
 #             StreamReset, WindowOpened, PriorityChanged, PeerLeaving,
-#             ProtocolFault, StreamGone, EngineLimits, Engine, Http1Engine,
-#             Http2Engine, NATIVE_ENGINE, make_engine
+#             ProtocolFault, StreamGone, ErrorCode, EngineLimits, Engine,
+#             Http2Engine
 #    Uses     1 Words, 4 HTTP
 # ---------------------------------------------------------------------------
 #
@@ -1735,6 +1884,14 @@ ProtocolFault = collections.namedtuple("ProtocolFault", "code reason")
 
 class StreamGone(ShimmerCatError):
     """Something was to be sent on a stream that is closed."""
+
+
+class ErrorCode(enum.IntEnum):
+    """What a reset or goodbye is about (RFC 9113 section 7)."""
+
+    NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR = 0x0, 0x1, 0x2
+    FRAME_SIZE_ERROR, REFUSED_STREAM = 0x6, 0x7
+    COMPRESSION_ERROR, ENHANCE_YOUR_CALM = 0x9, 0xB
 
 
 class EngineLimits(typing.NamedTuple):
@@ -1927,8 +2084,8 @@ class Http2Engine(Engine):
         if stream in self._owed:
             self._owed[stream] -= content
             if self._owed[stream] < 0 or (self._owed[stream] and ended):
-                self._refuse(stream, _PROTOCOL_ERROR)
-                events.append(StreamReset(stream, _PROTOCOL_ERROR))
+                self._refuse(stream, ErrorCode.PROTOCOL_ERROR)
+                events.append(StreamReset(stream, ErrorCode.PROTOCOL_ERROR))
 
     def _is_late(self, kind, length, stream):
         """Swallows what was under way to a stream that we have reset.
@@ -1949,8 +2106,8 @@ class Http2Engine(Engine):
         if len(payload) != 5:
             if stream > self._highest():
                 raise h2.exceptions.FrameDataMissingError("a frame's length")
-            self._refuse(stream, _FRAME_SIZE_ERROR)
-            events.append(StreamReset(stream, _FRAME_SIZE_ERROR))
+            self._refuse(stream, ErrorCode.FRAME_SIZE_ERROR)
+            events.append(StreamReset(stream, ErrorCode.FRAME_SIZE_ERROR))
 
     def _highest(self):
         return self._h2.highest_inbound_stream_id
@@ -1995,11 +2152,11 @@ class Http2Engine(Engine):
         stream, fields, limits = event.stream_id, event.headers, self._limits
         ended = event.stream_ended is not None
         if stream > self._last:
-            self.reset(stream, _REFUSED_STREAM)
+            self.reset(stream, ErrorCode.REFUSED_STREAM)
         elif len(self._h2.streams) > limits.streams:
-            self._refuse(stream, _REFUSED_STREAM)
+            self._refuse(stream, ErrorCode.REFUSED_STREAM)
         elif is_malformed(fields) or not self._owes(stream, fields, ended):
-            self._refuse(stream, _PROTOCOL_ERROR)
+            self._refuse(stream, ErrorCode.PROTOCOL_ERROR)
         elif (_list_size(fields) > limits.header_bytes
                 or len(fields) > limits.header_count):
             events.append(RequestRefused(stream, 431))
@@ -2008,10 +2165,11 @@ class Http2Engine(Engine):
 
     def _owes(self, stream, fields, ended):
         """Whether body and content-length can agree; section 8.1.1."""
-        length = dict(fields).get(b"content-length")
-        if length and not ended:
-            self._owed[stream] = int(length)
-        return not ended or not int(length or 0)
+        lengths = {
+            int(value) for name, value in fields if name == b"content-length"}
+        if lengths and not ended:
+            self._owed[stream] = max(lengths)
+        return len(lengths) < 2 and not (ended and any(lengths))
 
     def _refuse(self, stream, code):
         """Resets a stream, at the cost of who made us (CVE-2025-8671)."""
@@ -2031,8 +2189,8 @@ class Http2Engine(Engine):
     def _take_trailers(self, event, events):
         owed = self._owed.pop(event.stream_id, 0)
         if owed or has_odd_field(event.headers):
-            self._refuse(event.stream_id, _PROTOCOL_ERROR)
-            events.append(StreamReset(event.stream_id, _PROTOCOL_ERROR))
+            self._refuse(event.stream_id, ErrorCode.PROTOCOL_ERROR)
+            events.append(StreamReset(event.stream_id, ErrorCode.PROTOCOL_ERROR))
         else:
             events.append(RequestEnded(event.stream_id))
 
@@ -2057,7 +2215,7 @@ class Http2Engine(Engine):
         code = int(error.error_code)
         oversized = isinstance(error, h2.exceptions.DenialOfServiceError)
         if isinstance(error.__cause__, _UNDECODABLE) and not oversized:
-            code = _COMPRESSION_ERROR
+            code = ErrorCode.COMPRESSION_ERROR
         return self._end(code, str(error))
 
     def _end(self, code, reason):
@@ -2073,7 +2231,7 @@ class Http2Engine(Engine):
         return bool(self._rest or self._block or self._preface)
 
     def time_out(self):
-        return [self._end(_ENHANCE_YOUR_CALM, "a frame came too slowly")]
+        return [self._end(ErrorCode.ENHANCE_YOUR_CALM, "a frame came too slowly")]
 
     def sendable(self, stream):
         conn = self._h2
@@ -2121,6 +2279,57 @@ class Http2Engine(Engine):
     def output(self):
         written, self._extra = self._h2.data_to_send() + self._extra, b""
         return written
+
+
+class _H2(h2.connection.H2Connection):
+    #: how many closed streams it remembers; 65,536 would be 8 MB a connection
+    MAX_CLOSED_STREAMS = 512
+
+
+def _list_size(fields):
+    """Octets of a field section; RFC 9113 section 6.5.2."""
+    return sum(len(name) + len(value) + 32 for name, value in fields)
+
+
+_DATA, _HEADERS, _RST_STREAM, _SETTINGS = 0x0, 0x1, 0x3, 0x4
+_WINDOW_UPDATE, _CONTINUATION = 0x8, 0x9
+_END_STREAM = _ACK = 0x1
+_END_HEADERS, _PADDED = 0x4, 0x8
+#: payload octets of the frames that have a fixed size
+_SIZES = {_RST_STREAM: 4, 0x6: 8, _WINDOW_UPDATE: 4}
+#: frames that one header block may come in
+_MOST_CONTINUATIONS = 32
+#: body octets in a frame that earn the peer its window updates
+_CRUMB_BYTES = 1024
+_NO_RFC7540_PRIORITIES = 0x9
+_FRAME_BYTES = 16384
+#: points that a frame costs its sender; what is not listed costs 1
+_POINTS = {_DATA: 0, _HEADERS: 0, _RST_STREAM: 10, _SETTINGS: 5, 0x6: 2}
+_OWN_FRAMES = {0x2: Http2Engine._take_priority,
+               0x7: Http2Engine._take_goaway,
+               0x10: Http2Engine._take_priority_update}
+_TRANSLATIONS = {
+    h2.events.RequestReceived: Http2Engine._take_request,
+    h2.events.DataReceived: Http2Engine._take_body,
+    h2.events.TrailersReceived: Http2Engine._take_trailers,
+    h2.events.StreamReset: Http2Engine._take_reset,
+    h2.events.WindowUpdated: Http2Engine._take_window,
+    h2.events.RemoteSettingsChanged: Http2Engine._take_settings,
+}
+_H2_CONFIG = h2.config.H2Configuration(
+    client_side=False, header_encoding=None,
+    validate_inbound_headers=False, normalize_inbound_headers=False,
+    validate_outbound_headers=False, normalize_outbound_headers=False)
+#: what h2 names as the cause of "Error decoding header block"
+_UNDECODABLE = hpack.HPACKError, IndexError, TypeError, UnicodeDecodeError
+
+
+# ---------------------------------------------------------------------------
+# 5b. Engine of HTTP/1.1: the same events from the older protocol
+#
+#    Offers   Http1Engine, NATIVE_ENGINE, make_engine
+#    Uses     1 Words, 4 HTTP
+# ---------------------------------------------------------------------------
 
 
 class Http1Engine(Engine):
@@ -2182,7 +2391,7 @@ class Http1Engine(Engine):
             self._waiting.append(RequestRefused(self._stream, status))
         else:
             self._heads[self._stream].keep = False
-            self._waiting.append(StreamReset(self._stream, _PROTOCOL_ERROR))
+            self._waiting.append(StreamReset(self._stream, ErrorCode.PROTOCOL_ERROR))
 
     def _release(self):
         """Events up to the next request that has to wait its turn."""
@@ -2371,49 +2580,6 @@ class _Http1Head:
         self.ended = False
 
 
-class _H2(h2.connection.H2Connection):
-    #: how many closed streams it remembers; 65,536 would be 8 MB a connection
-    MAX_CLOSED_STREAMS = 512
-
-
-def _list_size(fields):
-    """Octets of a field section; RFC 9113 section 6.5.2."""
-    return sum(len(name) + len(value) + 32 for name, value in fields)
-
-
-_DATA, _HEADERS, _RST_STREAM, _SETTINGS = 0x0, 0x1, 0x3, 0x4
-_WINDOW_UPDATE, _CONTINUATION = 0x8, 0x9
-_END_STREAM = _ACK = 0x1
-_END_HEADERS, _PADDED = 0x4, 0x8
-_PROTOCOL_ERROR, _FRAME_SIZE_ERROR, _REFUSED_STREAM = 0x1, 0x6, 0x7
-_COMPRESSION_ERROR, _ENHANCE_YOUR_CALM = 0x9, 0xB
-#: payload octets of the frames that have a fixed size
-_SIZES = {_RST_STREAM: 4, 0x6: 8, _WINDOW_UPDATE: 4}
-#: frames that one header block may come in
-_MOST_CONTINUATIONS = 32
-#: body octets in a frame that earn the peer its window updates
-_CRUMB_BYTES = 1024
-_NO_RFC7540_PRIORITIES = 0x9
-_FRAME_BYTES = 16384
-#: points that a frame costs its sender; what is not listed costs 1
-_POINTS = {_DATA: 0, _HEADERS: 0, _RST_STREAM: 10, _SETTINGS: 5, 0x6: 2}
-_OWN_FRAMES = {0x2: Http2Engine._take_priority,
-               0x7: Http2Engine._take_goaway,
-               0x10: Http2Engine._take_priority_update}
-_TRANSLATIONS = {
-    h2.events.RequestReceived: Http2Engine._take_request,
-    h2.events.DataReceived: Http2Engine._take_body,
-    h2.events.TrailersReceived: Http2Engine._take_trailers,
-    h2.events.StreamReset: Http2Engine._take_reset,
-    h2.events.WindowUpdated: Http2Engine._take_window,
-    h2.events.RemoteSettingsChanged: Http2Engine._take_settings,
-}
-_H2_CONFIG = h2.config.H2Configuration(
-    client_side=False, header_encoding=None,
-    validate_inbound_headers=False, normalize_inbound_headers=False,
-    validate_outbound_headers=False, normalize_outbound_headers=False)
-#: what h2 names as the cause of "Error decoding header block"
-_UNDECODABLE = hpack.HPACKError, IndexError, TypeError, UnicodeDecodeError
 _ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?#]*)(.*)", re.DOTALL)
 
 try:
@@ -2993,7 +3159,9 @@ def _tls_context(folder, minimum):
     context.minimum_version = _TLS_VERSIONS[minimum]
     # All suites are good ones: the client knows which its hardware likes.
     context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
-    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    # A client that ends without close_notify may still read its answers.
+    context.options |= (ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+                        | ssl.OP_IGNORE_UNEXPECTED_EOF)
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     context.set_alpn_protocols(["h2", "http/1.1"])
     try:
@@ -3185,7 +3353,11 @@ class RedisAway(ShimmerCatError):
 
 
 class _Wire:
-    """One connection to Redis: commands go out, replies come in."""
+    """A bare connection to Redis, for streams of messages.
+
+    Redis-py takes seven times as long for a record of the log, and the
+    arbiter must not touch gevent's sockets, which redis-py would use.
+    """
 
     def __init__(self, path, socket_class, seconds):
         """Connects; raises RedisAway, as all methods do."""
@@ -3243,21 +3415,26 @@ class _Wire:
 
 
 class RedisLink:
-    """The way to Redis, for greenlets: each use has its own connection.
-
-    A Unix socket connects in 0.1 ms, and none is left from a dead Redis.
-    """
+    """The way to Redis, for greenlets; connects when first used."""
 
     def __init__(self, socket_path: Path | str):
-        self._path = socket_path
+        self._path = str(socket_path)
+        # Retrying is our callers' business: they know what can wait.
+        self._client = redis.Redis(
+            unix_socket_path=self._path, protocol=2,
+            socket_timeout=_ANSWER_SECONDS,
+            socket_connect_timeout=_ANSWER_SECONDS,
+            retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
 
     def call(self, *command: str | bytes | float) -> object:
         """Redis' answer to a command; raises RedisAway."""
-        with self.wire(_ANSWER_SECONDS) as wire:
-            return wire.ask(*command)[0]
+        try:
+            return self._client.execute_command(*command)
+        except (OSError, redis.RedisError) as error:
+            raise RedisAway(f"{self._path}: {error}") from error
 
     def wire(self, seconds: float | None) -> contextlib.closing:
-        """An open connection, silent for at most `seconds`, to be closed."""
+        """A connection for a stream, silent for at most `seconds`."""
         return contextlib.closing(
             _Wire(self._path, gevent.socket.socket, seconds))
 
@@ -3546,9 +3723,8 @@ class Representation:
 class Asset:
     """One source and its representations."""
 
-    __slots__ = (
-        "best", "identity", "key", "modified", "path", "probed",
-        "representations", "sha", "type", "untried")
+    __slots__ = ("best", "counted", "identity", "key", "modified", "path",
+                 "probed", "representations", "sha", "type", "untried")
 
     def __init__(self, key: tuple, source: "Source", sha: str):
         self.key = key
@@ -3562,6 +3738,8 @@ class Asset:
         self.untried = frozenset()
         #: whether the artisan has done what it can
         self.best = True
+        #: octets that the repository counts for it
+        self.counted = 0
         #: when the store was last asked for alternates, monotonic
         self.probed = 0.0
 
@@ -3810,17 +3988,15 @@ class Repository:
             form = self._form(asset, coding, len(quick), "-quick")
             form.body = quick
             asset.add(form)
-            if self._assets.get(asset.key) is asset:
-                self._account(len(quick))
+            self._account(asset)
 
     def refresh(self, sha: str) -> None:
         """Takes over what the artisan announced for a source. Waits."""
         for key in tuple(self._keys_of.get(sha, ())):
             if asset := self._assets.get(key):
-                before = asset.memory()
                 self._probe(asset)
                 asset.best = True
-                self._account(asset.memory() - before)
+                self._account(asset)
 
     def is_due(self, asset: Asset, now: float) -> bool:
         """Whether the store should be asked again (an announcement missed)."""
@@ -3833,7 +4009,7 @@ class Repository:
             self._dismiss(asset)
 
     def _dismiss(self, asset):
-        self._memory -= asset.memory()
+        self._memory -= asset.counted
         keys = self._keys_of[asset.sha]
         keys.discard(asset.key)
         if not keys:
@@ -3844,10 +4020,13 @@ class Repository:
             self.forget(old)
         self._assets[asset.key] = asset
         self._keys_of[asset.sha].add(asset.key)
-        self._account(asset.memory())
+        self._account(asset)
 
-    def _account(self, gained):
-        self._memory += gained
+    def _account(self, asset):
+        """Counts what an asset holds now; forgets others to make room."""
+        if self._assets.get(asset.key) is asset:
+            self._memory += asset.memory() - asset.counted
+            asset.counted = asset.memory()
         while self._memory > self._tweaks.memory_cache_bytes and self._assets:
             _, oldest = self._assets.popitem(last=False)
             self._dismiss(oldest)
@@ -4510,12 +4689,14 @@ class Site:
         kind = classify(request.path)
         request.note(f"the URL convention takes it for {kind.name.lower()}")
         components = plain_path(request.path)
+        # One key for all the ways to write a path.
+        key = "/" + urllib.parse.quote("/".join(components), _PATH_SAFE)
         if kind is Kind.REDIRECT:
             return self._add_slash(request)
         if kind is Kind.DYNAMIC:
             self._seek_view(request, domain, components[:-1])
             components = (*components[:-1], "index.html")
-        return self._static(request, domain, components)
+        return self._static(request, domain, key, components)
 
     def _add_slash(self, request):
         """The core redirect of the URL convention (reference 5.1)."""
@@ -4544,7 +4725,7 @@ class Site:
             request.note(f"consultant {consultant.name} at {addresses}")
         raise NotServedYet("consultants (requests for applications)")
 
-    def _static(self, request, domain, components):
+    def _static(self, request, domain, key, components):
         backend = self._backends.get(domain.name)
         if backend is None:
             raise NotServedYet("a remote root-dir")
@@ -4558,14 +4739,14 @@ class Site:
         for _ in range(_ATTEMPTS):
             # Replaced or written into under our hands: look again.
             with contextlib.suppress(SourceChanged):
-                asset = self._find(request, backend, components)
+                asset = self._find(request, (backend.root, key), lambda:
+                                   backend.fetch(components))
                 return self._send_asset(request, asset)
         raise NotServed(503, "the file does not hold still", _SOON)
 
-    def _find(self, request, backend, components):
+    def _find(self, request, key, fetch):
         """The asset with what this client's coding needs. Waits."""
-        asset = self._repository.find(
-            (backend.root, request.path), lambda: backend.fetch(components))
+        asset = self._repository.find(key, fetch)
         if coding := asset.lacks(request.headers.get(b"accept-encoding")):
             self._repository.hasten(asset, coding)
         if self._repository.is_due(asset, request.started):
@@ -4599,17 +4780,21 @@ class Site:
     def _open_file(self, asset, form):
         """The octets that memory does not hold, from the file system."""
         try:
-            source = Source.adopt(
-                os.open(form.path, os.O_RDONLY | os.O_CLOEXEC), form.path)
+            source = Source.adopt(os.open(
+                form.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC),
+                form.path)
         except OSError as error:
             self._repository.forget(asset)
             raise SourceChanged(f"{form.path}: {error}") from error
-        known = form.coding != "identity" or source.identity == asset.identity
-        if source.length != form.length or not known:
+        is_source = form.coding == "identity"
+        if source.length != form.length or (
+                is_source and source.identity != asset.identity):
             os.close(source.fd)
             self._repository.forget(asset)
             raise SourceChanged(f"{form.path} was replaced")
-        return FileSlice(source.fd, 0, source.length, source.is_same)
+        # What is stored never changes; only its times tell of its use.
+        check = source.is_same if is_source else lambda: True
+        return FileSlice(source.fd, 0, source.length, check)
 
     def _send_ranges(self, form, body, ranges):
         fields = dict(form.fields)
@@ -4660,6 +4845,8 @@ def error_page(status: int, trail: tuple[str, ...]) -> bytes:
 #: how often a file that is replaced under our hands is looked up
 _ATTEMPTS = 3
 _SOON = ((b"retry-after", b"1"),)
+#: what stands for itself in a path (RFC 3986 section 3.3)
+_PATH_SAFE = "/!$&'()*+,;=:@"
 _READS = ("GET", "HEAD")
 _ALLOW = b"GET, HEAD, OPTIONS"
 
@@ -4667,11 +4854,12 @@ _ALLOW = b"GET, HEAD, OPTIONS"
 # ---------------------------------------------------------------------------
 # 16. Connections: one socket, one engine, many exchanges
 #
-#    Offers   Service, Conversation, Connection, TlsListener,
-#             RedirectListener
+#    Offers   Service, Conversation
 #    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 5 Engines,
 #             6 Scheduler, 14 Hints, 15 Site
 # ---------------------------------------------------------------------------
+#
+# This half holds what is said, the next one (16b) the sockets and times.
 #
 # A connection has no greenlet.  It is an object that the event loop calls
 # when its socket can be read or written (`_turn`); a call drives TLS, engine
@@ -4808,7 +4996,7 @@ class Conversation:
         if not self._calm.bears(engine.nuisance):
             LOG.say(40012, self._client, "frames that cost")
             self.abandon_all()
-            engine.goodbye(_ENHANCE_YOUR_CALM)
+            engine.goodbye(ErrorCode.ENHANCE_YOUR_CALM)
             engine.closing = True
 
     def time_out(self) -> None:
@@ -4855,7 +5043,10 @@ class Conversation:
                 self._expect_body(stream, request)
         except ShimmerCatError as error:
             self.engine.nuisance += _REFUSAL_POINTS
-            self._respond(stream, request, self._site.refuse(error))
+            refusal = self._site.refuse(error)
+            if (b":method", b"HEAD") in event.fields:
+                refusal.body = b""
+            self._respond(stream, request, refusal)
             return
         response = self._site.ready(request)
         if response is not None:
@@ -4940,11 +5131,13 @@ class Conversation:
     def _on_body(self, event):
         """Bodies have no taker yet: they are counted and let go."""
         self.engine.consumed(event.stream, event.cost)
-        if event.stream in self._unfinished:
+        if event.stream not in self._unfinished:
+            self.engine.reset(event.stream, ErrorCode.NO_ERROR)
+        else:
             self._unfinished[event.stream] += len(event.piece)
             limit = self._service.tweaks.max_body_bytes
             if self._unfinished[event.stream] > limit:
-                self._abandon(event.stream, _ENHANCE_YOUR_CALM)
+                self._abandon(event.stream, ErrorCode.ENHANCE_YOUR_CALM)
 
     def _on_ended(self, event):
         self._unfinished.pop(event.stream, None)
@@ -4967,11 +5160,11 @@ class Conversation:
         urgency = Urgency.parse(event.field, Urgency())
         if event.stream in self._outgoing:
             self._scheduler.reprioritize(event.stream, urgency)
-        elif event.stream > self._newest:
+        elif event.stream > self._newest or event.stream in self._waiting:
             # The engine bounds the number of streams that are idle still.
             self._early = {
                 stream: early for stream, early in self._early.items()
-                if stream > self._newest}
+                if stream > self._newest or stream in self._waiting}
             self._early[event.stream] = urgency
 
     def _on_window(self, event):
@@ -4990,7 +5183,7 @@ class Conversation:
             piece = outgoing.take(count)
         except SourceChanged as error:
             LOG.say(40017, outgoing.request.target, error)
-            self._abandon(stream, _INTERNAL_ERROR)
+            self._abandon(stream, ErrorCode.INTERNAL_ERROR)
             return 0
         ended = not outgoing.left
         self.engine.body(stream, piece, ended)
@@ -5043,13 +5236,27 @@ class _CalmMeter:
         return self._credit >= 0
 
 
+#: what a request costs its sender that cannot be understood
+_REFUSAL_POINTS = 10
+_RETRY = ((b"retry-after", b"2"),)
+_SWEEP_SECONDS = 0.5
+
+
+# ---------------------------------------------------------------------------
+# 16b. Sockets: TLS, times and listeners of connections
+#
+#    Offers   Connection, TlsListener, RedirectListener
+#    Uses     1 Words, 2 Messages, 5 Engines, 15 Site
+# ---------------------------------------------------------------------------
+
+
 class Connection:
     """The socket of one client and the times it must keep."""
 
     __slots__ = (
         "_client", "_clock", "_conversation", "_deadline", "_events",
-        "_farewell", "_has_parted", "_service", "_socket", "_stage",
-        "_unsent", "_watcher")
+        "_farewell", "_has_parted", "_has_room", "_service", "_socket",
+        "_stage", "_unsent", "_watcher")
 
     def __init__(
         self, sock: socket.socket, context: ssl.SSLContext, service: Service,
@@ -5064,7 +5271,9 @@ class Connection:
         self._socket.setblocking(False)
         self._events = _READ
         self._watcher = service.loop.io(self._socket.fileno(), _READ)
-        self._watcher.start(self._turn)
+        self._watcher.start(self._turn, pass_events=True)
+        #: whether the kernel has sent most of the chunk before
+        self._has_room = False
         service.connections.add(self)
         LOG.say(1, client)
 
@@ -5076,8 +5285,9 @@ class Connection:
             sock, server_side=True,
             do_handshake_on_connect=False), self._handshake
 
-    def _turn(self):
+    def _turn(self, events):
         """Goes on after the loop said that the socket is ready."""
+        self._has_room = bool(events & _WRITE)
         self._guard(self._stage)
 
     def _guard(self, step):
@@ -5116,6 +5326,7 @@ class Connection:
     def _converse(self):
         """Reads what came, answers, writes what fits."""
         if self._write() and self._conversation.engine.hungry():
+            # Nothing there after all, or not enough for a TLS record.
             with contextlib.suppress(*_WOULD_WAIT):
                 if data := self._socket.recv(_RECORD_BYTES):
                     self._conversation.receive(data)
@@ -5136,7 +5347,13 @@ class Connection:
         talk = self._conversation
         engine = talk.engine
         while self._write():
-            if data := talk.output(self._service.tweaks.send_chunk_bytes):
+            # Frames from the client must not push out the next chunk before
+            # the kernel has sent the last one.
+            chunk = self._service.tweaks.send_chunk_bytes
+            if self._events & _WRITE and not self._has_room:
+                chunk = 0
+            self._has_room = False
+            if data := talk.output(chunk):
                 self._unsent = memoryview(data)
                 if self._write() and not talk.is_sending():
                     continue
@@ -5159,10 +5376,10 @@ class Connection:
         """Whether all that was to be written is written."""
         while self._unsent:
             count = 0
+            # A full socket, for which gevent's TLS returns 0.
             with contextlib.suppress(*_WOULD_WAIT):
                 count = self._socket.send(self._unsent)
             if not count:
-                # gevent's TLS says so that it would have to wait.
                 return False
             self._unsent = self._unsent[count:]
             # Progress: the clock for stalled clients starts anew.
@@ -5173,7 +5390,8 @@ class Connection:
     def _settle(self):
         """Says to the loop and to the clock what is waited for."""
         talk, tweaks = self._conversation, self._service.tweaks
-        reading = self._stage == self._converse and talk.engine.hungry()
+        reading = (self._stage == self._converse and not self._unsent
+                   and talk.engine.hungry())
         # After a chunk the next one waits for the kernel to have sent it;
         # while a window is shut only the client can help.
         writing = self._unsent or (talk.is_sending() and talk.can_send())
@@ -5199,7 +5417,7 @@ class Connection:
             self._watcher.stop()
             if events:
                 self._watcher.events = events
-                self._watcher.start(self._turn)
+                self._watcher.start(self._turn, pass_events=True)
 
     def look_after_time(self, now: float) -> None:
         """Ends what takes too long; the sweep calls it."""
@@ -5245,8 +5463,9 @@ class Connection:
         """Ends the conversation so that the client gets the last octets."""
         self._conversation.abandon_all()
         if isinstance(self._socket, ssl.SSLSocket):
-            # The client's close_notify is not worth waiting for.
-            with contextlib.suppress(*_WOULD_WAIT):
+            # The client's close_notify is not worth waiting for, nor is
+            # what comes instead of it an error of ours.
+            with contextlib.suppress(ssl.SSLError):
                 self._socket.unwrap()
         self._socket.shutdown(socket.SHUT_WR)
         self._stage = self._linger
@@ -5372,15 +5591,11 @@ class RedirectListener(TlsListener):
         super().__init__(sock, RedirectSite(service.settings), service)
 
 
-#: what a request costs its sender that cannot be understood
-_REFUSAL_POINTS = 10
 _READ, _WRITE = 1, 2
-_ENHANCE_YOUR_CALM, _INTERNAL_ERROR = 0xB, 0x2
 #: what a non-blocking socket raises, with TLS and without
 _WOULD_WAIT = ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError
 #: octets of one TLS record, the most that one read can give
 _RECORD_BYTES = 16384
-_SWEEP_SECONDS = 0.5
 _FAREWELL_SECONDS = 1
 _LINGER_SECONDS = 2
 _PAUSE_SECONDS = 0.5
@@ -5390,7 +5605,6 @@ _REDIRECT_SECONDS = 3
 _REDIRECT_LIMITS = EngineLimits(header_bytes=16384, requests=1)
 _TCP_NOTSENT_LOWAT = 25
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-_RETRY = ((b"retry-after", b"2"),)
 
 
 # ---------------------------------------------------------------------------
@@ -5826,7 +6040,8 @@ class LoneWorker(Worker):
         def make(job):
             make_alternates(job, self._store, self._settings.tweaks)
             # This is the queue's thread, and the news are for the loop's.
-            loop.run_callback_threadsafe(self._news.publish, job["sha"])
+            loop.run_callback_threadsafe(
+                gevent.spawn, self._news.publish, job["sha"])
 
         return LocalJobQueue(make)
 
@@ -5873,8 +6088,6 @@ _QUIET_SECONDS = 0.2
 _TURN_SECONDS = 0.1
 #: the artisan is silent while it encodes a piece
 _ARTISAN_SECONDS = 120
-#: memory of Redis; it holds locks and jobs, no assets
-_REDIS_BYTES = 64 * MIB
 
 
 class BootFailure(ShimmerCatError):
@@ -5974,10 +6187,15 @@ class Arbiter:
                 LOG.say(40021, signal.Signals(found.si_signo).name, error)
 
     def _sources(self):
-        """What is listened to here, and must not stay open in a child."""
+        """What may have something to say."""
         return [self._log] * self._is_listening + [
             child.line for slot in self._all_slots()
             for child in slot.children]
+
+    def _private(self):
+        """What must not stay open in a child, save its own doors."""
+        return self._sources() + [
+            doors for slot in self._all_slots() for doors in slot.doors]
 
     def _wait(self):
         """Until a word, a record, a death, or the next tick of the clock."""
@@ -6020,14 +6238,14 @@ class Arbiter:
         if self._is_ending:
             self._tend_end()
             return
-        self._redis.tend(self._sources)
+        self._redis.tend(self._private)
         # Nothing that a child says may be lost: first we listen.
         if not self._redis.is_proven:
             return
         self._empty_closed()
         for slot in (self._artisan, *self._slots):
             # One replacement at a time, over all slots.
-            slot.tend(self._sources, all(
+            slot.tend(self._private, all(
                 len(other.children) <= 1 for other in self._all_slots()))
         if not self._is_ready and all(slot.is_proven for slot in self._slots):
             self._is_ready = True
@@ -6107,8 +6325,9 @@ class Arbiter:
 
     def _grow(self):
         """One worker more."""
-        self._add_slot()
-        LOG.say(40002, len(self._slots))
+        if not self._is_ending:
+            self._add_slot()
+            LOG.say(40002, len(self._slots))
 
     def _shrink(self):
         """One worker less, if one stays.
@@ -6189,10 +6408,11 @@ class Slot:
             child.wants_successor |= set(child.doors) != set(self.doors)
 
     def _hire(self, private):
-        """Forks a process, which must not keep what is private."""
+        """Forks a process, which keeps nothing private but the doors."""
         name = f"{self.name}-{next(self._count)}" if self.doors else self.name
         try:
-            pid, line = _fork(name, self._live, private)
+            pid, line = _fork(name, self._live, [
+                found for found in private if found not in self.doors])
         except OSError as error:
             LOG.say(60012, name, error.strerror)
             self._rest(self._falls + 2)
@@ -6229,9 +6449,6 @@ def _fork(name, live, private):
     Signals stay blocked in it until it has handlers of its own.  Raises
     OSError.
     """
-    if gevent.hub._get_hub() is not None:
-        # Some modules make one when they are imported.
-        gevent.get_hub().destroy(destroy_loop=True)
     ours, theirs = WorkerLine.pair()
     try:
         pid = _plain("os", "fork")()
@@ -6247,6 +6464,9 @@ def _live(name, live, line, private):
     status = 70
     try:
         LOG.configure(worker=name, sink=Console(2).write)
+        if gevent.hub._get_hub() is not None:
+            # Some modules make one when they are imported.
+            gevent.get_hub().destroy(destroy_loop=True)
         for source in private:
             source.close()
         status = live(name, line)
@@ -6284,8 +6504,7 @@ def _become_redis(program, scratch):
     os.execv(program, [
         "redis-server", "--port", "0", "--unixsocket", path,
         "--unixsocketperm", "700", "--dir", str(scratch.path), "--save", "",
-        "--appendonly", "no", "--daemonize", "no", "--loglevel", "warning",
-        "--maxmemory", str(_REDIS_BYTES),
+        "--appendonly", "no", "--loglevel", "warning", "--maxmemory", "64mb",
         # Cuts off a reader of the log that stalls: today's default, but a
         # distribution may have another.
         "--client-output-buffer-limit", "pubsub", "32mb", "8mb", "60"])

@@ -9,7 +9,12 @@ process, with harness.Server.
 import os
 
 import harness
+import hypothesis
 import pytest
+
+# Machines that run tests are busy: only what is measured in bench has a time.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -47,6 +47,11 @@ def make_files(folder, tweaks=None):
     return folder
 
 
+def assert_no_fault(server):
+    assert not server.lines("M60001"), server.explained("a fault")
+    assert "Traceback" not in server.output.read_text(errors="replace")
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, configuration_home):
     """The program in devlove mode with its own limits."""
@@ -55,7 +60,7 @@ def server(tmp_path_factory, configuration_home):
         for name in ("huge.bin", "medium.bin"):
             assert running.client().head(f"/{name}").status_code == 200
         yield running
-        assert not running.lines("M60001"), running.explained("a fault")
+        assert_no_fault(running)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def quick_server(tmp_path_factory, configuration_home):
     folder = make_files(tmp_path_factory.mktemp("quick"), QUICK)
     with Server(folder, "--log-codes", "all", mode="devlove") as running:
         yield running
-        assert not running.lines("M60001"), running.explained("a fault")
+        assert_no_fault(running)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +81,7 @@ def public_server(tmp_path_factory, configuration_home):
                 ) as running:
         running.redirect_port = port
         yield running
-        assert not running.lines("M60001"), running.explained("a fault")
+        assert_no_fault(running)
 
 
 def dial(server, protocol="http/1.1", receive_bytes=0, context=None,
@@ -254,6 +259,16 @@ def asking(server, protocol, path, receive_bytes=0):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_file_arrives_whole(server, protocol):
     assert server.fetch("/medium.bin", protocol).content == MEDIUM
+
+
+def test_the_best_form_is_served_as_soon_as_it_is_made(server):
+    def is_best():
+        with server.client() as client:
+            answer = client.get("/a.css", headers={"accept-encoding": "br"})
+        assert answer.content == CSS
+        return answer.headers["etag"].endswith('-br-11"')
+
+    eventually(is_best)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -9,7 +9,7 @@ import subprocess
 import brotli
 import pytest
 from h2_client import H2Client
-from harness import DEMO, Server, authority_file, copy_demo
+from harness import DEMO, Server, authority_file, copy_demo, free_port
 
 HOST = "localhost"
 FILES = {path.relative_to(DEMO / "www").as_posix(): path.read_bytes()
@@ -29,7 +29,10 @@ both_protocols = pytest.mark.parametrize("protocol", ["http/1.1", "h2"])
 def demo(tmp_path_factory):
     """The demo site in internet mode."""
     folder = copy_demo(tmp_path_factory.mktemp("demo"))
-    with Server(folder, "--workers", "2") as server:
+    plain_port = free_port()
+    with Server(folder, "--workers", "2",
+                "-t", f"127.0.0.1:{plain_port}") as server:
+        server.plain_url = f"http://{HOST}:{plain_port}"
         yield server
 
 
@@ -150,6 +153,16 @@ def test_curl_goes_on_with_a_download_that_broke_off(
                 version=version)
     assert said == f"206 {len(FILES[PHOTO]) - 654_321}"
     assert body.read_bytes() == FILES[PHOTO]
+
+
+@needs_curl
+@both_versions
+def test_curl_is_led_from_plain_http_to_the_same_place(demo, version):
+    said = curl("--location", f"{demo.plain_url}/gallery/?from=here",
+                "--write-out", "%{num_redirects} %{http_version}"
+                " %{url_effective}", version=version)
+    page = FILES["gallery/index.html"].decode()
+    assert said == f"{page}1 {version} {url(demo, 'gallery/?from=here')}"
 
 
 @both_protocols

@@ -80,7 +80,8 @@ class Load:
             if self._stop.is_set():
                 return
             process = h2load(self._server, "-c1", "-m4",
-                             f"-n{REQUESTS_PER_RUN}")
+                             f"-n{REQUESTS_PER_RUN}",
+                             "--connection-inactivity-timeout=10")
             self.running[process.pid] = process
             try:
                 said, _ = process.communicate(timeout=60)
