@@ -21,6 +21,7 @@ only.  ``grep -n '^# [0-9]*\\. ' shimmercat.py`` prints where they are.
      3  Settings         options and YAML files turned into frozen values
      4  HTTP             semantics shared by both protocol versions
      5  Engines          bytes in, events out; one vocabulary for all protocols
+    5b  Older engine     the same events from HTTP/1.1
      6  Scheduler        which stream sends the next bytes, and how many
      7  Paths            what a URL means
      8  Scratch          the scratch folder, certificates and TLS contexts
@@ -32,6 +33,7 @@ only.  ``grep -n '^# [0-9]*\\. ' shimmercat.py`` prints where they are.
     14  Hints            what a client wants first when it does not say so
     15  Site             from request to response
     16  Connections      one socket, one engine, many exchanges
+   16b  Sockets          TLS, times and listeners under the conversations
     17  Worker           the life of a serving process
     18  Arbiter          the life of the whole
     19  Command line     modes, options, exit codes
@@ -109,10 +111,11 @@ __all__ = [
     "PeerLeaving",  # 5
     "ProtocolFault",  # 5
     "StreamGone",  # 5
+    "ErrorCode",  # 5
     "EngineLimits",  # 5
     "Engine",  # 5
-    "Http1Engine",  # 5
     "Http2Engine",  # 5
+    "Http1Engine",  # 5
     "NATIVE_ENGINE",  # 5
     "make_engine",  # 5
     "Urgency",  # 6
@@ -212,7 +215,6 @@ import functools
 import gc
 import gzip
 import hashlib
-import heapq
 import html
 import http
 import importlib.util
@@ -228,7 +230,6 @@ import re
 import resource
 import secrets
 import select
-import selectors
 import shutil
 import signal
 import socket
@@ -269,9 +270,8 @@ import redis.backoff
 import redis.retry
 import yaml
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 try:
@@ -2325,7 +2325,7 @@ _UNDECODABLE = hpack.HPACKError, IndexError, TypeError, UnicodeDecodeError
 
 
 # ---------------------------------------------------------------------------
-# 5b. Engine of HTTP/1.1: the same events from the older protocol
+# 5b. Older engine: the same events from HTTP/1.1
 #
 #    Offers   Http1Engine, NATIVE_ENGINE, make_engine
 #    Uses     1 Words, 4 HTTP
@@ -5243,7 +5243,7 @@ _SWEEP_SECONDS = 0.5
 
 
 # ---------------------------------------------------------------------------
-# 16b. Sockets: TLS, times and listeners of connections
+# 16b. Sockets: TLS, times and listeners under the conversations
 #
 #    Offers   Connection, TlsListener, RedirectListener
 #    Uses     1 Words, 2 Messages, 5 Engines, 15 Site
@@ -6086,7 +6086,6 @@ _LONGEST_PAUSE = 60
 _QUIET_SECONDS = 0.2
 #: no turn lasts longer, so no signal waits longer
 _TURN_SECONDS = 0.1
-#: the artisan is silent while it encodes a piece
 _ARTISAN_SECONDS = 120
 
 
@@ -6110,11 +6109,9 @@ class Arbiter:
         #: slots that TTOU has closed and that somebody still works in
         self._closed = []
         self._numbers = itertools.count()
-        self._is_listening = self._is_ready = False
-        self._is_ending = self._is_finished = False
-        self._failure = None
-        self._born = time.monotonic()
-        self._quiet = Deadline(0)
+        self._is_listening = self._is_ready = self._is_ending = False
+        self._is_finished, self._failure = False, None
+        self._born, self._quiet = time.monotonic(), Deadline(0)
         self._handlers = {
             signal.SIGTERM: self._finish, signal.SIGINT: self._end_now,
             signal.SIGQUIT: self._end_now, signal.SIGUSR1: self._reopen_log,
@@ -6151,13 +6148,16 @@ class Arbiter:
         self._premises.announce()
         LOG.say(10005, program, origin, scratch.redis_socket)
         LOG.say(10007, settings.workers, scratch.path)
-        # The collector leaves frozen objects alone: workers go on sharing
-        # their memory with us.
+        # The collector leaves frozen objects alone: workers share them.
         gc.collect()
         gc.freeze()
 
     def _all_slots(self):
         return [*self._slots, *self._closed, self._artisan, self._redis]
+
+    def _children(self):
+        return [child for slot in self._all_slots()
+                for child in slot.children]
 
     def _take_turn(self):
         """Waits for something to happen, and does a step about it."""
@@ -6186,25 +6186,23 @@ class Arbiter:
             except (OSError, CannotListen) as error:
                 LOG.say(40021, signal.Signals(found.si_signo).name, error)
 
-    def _sources(self):
-        """What may have something to say."""
-        return [self._log] * self._is_listening + [
-            child.line for slot in self._all_slots()
-            for child in slot.children]
-
     def _private(self):
         """What must not stay open in a child, save its own doors."""
-        return self._sources() + [
-            doors for slot in self._all_slots() for doors in slot.doors]
+        lines = [child.line for child in self._children()]
+        return [self._log, *lines, *(
+            doors for slot in self._all_slots() for doors in slot.doors)]
 
     def _wait(self):
         """Until a word, a record, a death, or the next tick of the clock."""
         poll = _plain("select", "poll")()
-        for source in self._sources():
+        if self._is_listening:
+            poll.register(self._log, select.POLLIN)
+        for child in self._children():
             # A line may have ended, and its process not yet.
-            if source.fileno() >= 0:
-                poll.register(source.fileno(), select.POLLIN)
-        poll.poll(1000 * _TURN_SECONDS)
+            if child.line.fileno() >= 0:
+                poll.register(child.line, select.POLLIN)
+        is_calm = self._is_ready and not self._is_ending
+        poll.poll(1000 * _TURN_SECONDS / (1 if is_calm else 5))
 
     def _take_log(self):
         """Writes records that have arrived, and what waited to be written."""
@@ -6224,8 +6222,7 @@ class Arbiter:
 
     def _reap_strangers(self):
         """As process 1 of a container we are given the orphans of others."""
-        ours = {child.pid for slot in self._all_slots()
-                for child in slot.children}
+        ours = {child.pid for child in self._children()}
         peek = os.WEXITED | os.WNOHANG | os.WNOWAIT
         with contextlib.suppress(ChildProcessError):
             # There may be no child at all.
@@ -6300,8 +6297,7 @@ class Arbiter:
         self._slots.append(slot)
 
     def _encode(self, _name, line):
-        """The artisan's life, in its process."""
-        # Its work appears by renaming: a kill loses a job, never a file.
+        """The artisan's life; a kill costs a job, never a file."""
         stand_apart(signal.SIGKILL)
         Artisan(self._settings, self._premises.scratch, line.end).run()
         return 0
@@ -6360,11 +6356,9 @@ class Slot:
         #: whether somebody was ready once
         self.is_proven = False
         self.children = []
-        self._live, self._patience = live, patience
-        self._failure = failure
+        self._live, self._patience, self._failure = live, patience, failure
         self._count = itertools.count(1)
-        self._falls = 0
-        self._pause = Deadline(0)
+        self._falls, self._pause = 0, Deadline(0)
 
     def find(self, stage: str) -> list:
         """Its processes in a stage, the oldest first."""

@@ -509,7 +509,8 @@ def test_an_urgent_answer_overtakes_a_download_under_way(
                 browser.send(hf.WindowUpdateFrame(1, 1))
         browser.send(browser.head(3, "/a.css", ("priority", "u=0")))
         passed = browser.until(is_data_of(3))
-        assert len(octets(passed, 1)) < 512 << 10
+        # What kernel and client hold already; it was 5 MiB without lowat.
+        assert len(octets(passed, 1)) < 1 << 20
 
 
 def test_an_answer_of_no_urgency_waits_for_the_others(server):
