@@ -55,7 +55,6 @@ __all__ = [
     "DOMAIN_NAME",  # 1
     "ShimmerCatError",  # 1
     "ConfigurationError",  # 1
-    "AddressError",  # 1
     "Deadline",  # 1
     "NetworkAddress",  # 1
     "YamlSheet",  # 1
@@ -71,7 +70,6 @@ __all__ = [
     "LogRecord",  # 2
     "MalformedRecord",  # 2
     "CodeSet",  # 2
-    "CodeSetError",  # 2
     "Console",  # 2
     "wants_colour",  # 2
     "Log",  # 2
@@ -106,7 +104,6 @@ __all__ = [
     "BodyReceived",  # 5
     "RequestEnded",  # 5
     "StreamReset",  # 5
-    "WindowOpened",  # 5
     "PriorityChanged",  # 5
     "PeerLeaving",  # 5
     "ProtocolFault",  # 5
@@ -139,7 +136,6 @@ __all__ = [
     "JobQueue",  # 9
     "LocalJobQueue",  # 9
     "Announcements",  # 9
-    "LocalAnnouncements",  # 9
     "Representation",  # 10
     "Asset",  # 10
     "Source",  # 10
@@ -287,15 +283,13 @@ _plain = gevent.monkey.get_original
 # 1. Words: constants, the root of errors, helpers for all rooms
 #
 #    Offers   KIB, MIB, GIB, DOMAIN_NAME, ShimmerCatError,
-#             ConfigurationError, AddressError, Deadline, NetworkAddress,
-#             YamlSheet, YamlEntry, http_date, parse_http_date, parse_size,
-#             size_text, nearest
+#             ConfigurationError, Deadline, NetworkAddress, YamlSheet,
+#             YamlEntry, http_date, parse_http_date, parse_size, size_text,
+#             nearest
 #    Uses     no other room
 # ---------------------------------------------------------------------------
 
-KIB = 1 << 10
-MIB = 1 << 20
-GIB = 1 << 30
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 _LABEL = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
 #: pattern of a domain name in ASCII, at most 253 characters long
@@ -319,8 +313,7 @@ _DATE_FORMS = ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT",
 
 #: 64 KiB, 64 KB and 64k all mean 65,536 bytes
 _SIZE_UNITS = {"": 1, "k": KIB, "m": MIB, "g": GIB}
-_SIZE_FORM = re.compile(r"(?P<count>\d{1,15}) *(?P<unit>[kmg]?)(i?b|bytes?)?",
-                        re.ASCII | re.IGNORECASE)
+_SIZE_FORM = re.compile(r"(?ai)(\d{1,15}) *([kmg]?)(i?b|bytes?)?")
 
 
 class ShimmerCatError(Exception):
@@ -336,10 +329,6 @@ class ConfigurationError(ShimmerCatError):
     """What an operator wrote is wrong: a line for each mistake."""
 
     exit_code = 78
-
-
-class AddressError(ConfigurationError):
-    """A text that is no network address."""
 
 
 class Deadline:
@@ -372,7 +361,7 @@ class NetworkAddress:
 
     @classmethod
     def parse(cls, text: str) -> "NetworkAddress":
-        """The address written as `text`; raises AddressError for else."""
+        """The address written as `text`; raises ValueError for else."""
         if re.fullmatch(r":?\d+", text, re.ASCII):
             text = "127.0.0.1:" + text.removeprefix(":")
         for family, (form, _) in _ADDRESS_FORMS.items():
@@ -381,7 +370,7 @@ class NetworkAddress:
                 return cls(family, **{
                     name: int(part) if name in ("port", "fd") else part
                     for name, part in found.groupdict().items()})
-        raise AddressError(
+        raise ValueError(
             "expected an address like 1.2.3.4:80, 4043, :4043, [::1]:80,"
             " lookup(host):80, unix:///path or socket-fd://3")
 
@@ -526,7 +515,7 @@ def parse_size(text: str | int) -> int:
     found = _SIZE_FORM.fullmatch(str(text))
     if not found:
         raise ValueError("expected a size such as 64 KiB")
-    return int(found["count"]) * _SIZE_UNITS[found["unit"].lower()]
+    return int(found[1]) * _SIZE_UNITS[found[2].lower()]
 
 
 def size_text(size: int) -> str:
@@ -549,7 +538,7 @@ def nearest(word: str, known: typing.Iterable[str]) -> str | None:
 # 2. Messages: what the program can say, and how it is written
 #
 #    Offers   MESSAGES, Severity, Message, LogRecord, MalformedRecord,
-#             CodeSet, CodeSetError, Console, wants_colour, Log, LOG
+#             CodeSet, Console, wants_colour, Log, LOG
 #    Uses     1 Words
 # ---------------------------------------------------------------------------
 
@@ -565,10 +554,8 @@ class Message(typing.NamedTuple):
 
     #: one {} for each piece; line ends of pieces count if it has one itself
     format: str
-    #: what it means and what to do about it, one line for `messages`
-    meaning: str
-    #: names of the pieces in JSON, where they have any
-    fields: tuple[str, ...] = ()
+    meaning: str  #: and what to do about it, one line for `messages`
+    fields: tuple[str, ...] = ()  #: names of the pieces in JSON
 
 
 #: {code: Message}, sorted by code; the first of the five digits is the
@@ -586,17 +573,14 @@ MESSAGES = {
     10003: Message("redirecting plain HTTP on {} to https", "option -t"),
     10004: Message("domain {}: {}", "what is served under the name"),
     10005: Message("Redis is {} (from {}), socket {}", "keeps queue and log"),
-    10006: Message("certificates are signed by the development CA {}",
-                   "import this file where a browser shall trust them"),
+    10006: Message("development CA file {}", "import it into browsers"),
     10007: Message("{} workers, scratch folder {}", "each will say ready"),
     20001: Message("{} started as process {}", "it is not ready yet"),
     20002: Message("{} is ready", "a worker accepts connections"),
-    20004: Message("{} made from {}: {} bytes instead of {}",
-                   "a smaller form of an asset is served from here on"),
+    20004: Message("{} made from {}: {} bytes instead of {}", "an alternate"),
     30001: Message("{} left {}", "it was told to, and it has finished"),
     30002: Message("log file {} opened again", "USR1, after a rotation"),
-    30003: Message("development certificate {} made for {}",
-                   "signed by the development CA; replace it for real use"),
+    30003: Message("development certificate {} for {}", "not for real use"),
     40001: Message("HUP is refused: start again to change the settings",
                    "reloading is not offered yet; nothing changed"),
     40002: Message("one worker more: {}", "TTIN"),
@@ -610,13 +594,10 @@ MESSAGES = {
     40012: Message("connection from {} ended: too many {}",
                    "a client broke a limit of tweaks.yaml; often an attack"),
     40013: Message("corrupt alternate {} removed", "it is made again"),
-    40015: Message("{} log lines may appear twice: Redis broke off",
-                   "the link ended before Redis had acknowledged them"),
+    40015: Message("{} log lines may appear twice", "Redis broke off"),
     40017: Message("{} was cut off: {}", "changed while sent; stream reset"),
-    40018: Message("the arbiter is gone: finishing and leaving",
-                   "it was killed; start it again"),
-    40019: Message("{} connections cut: they took too long to finish",
-                   "graceful-seconds or replacement-seconds is over"),
+    40018: Message("the arbiter is gone: leaving", "killed? start it again"),
+    40019: Message("{} connections took too long to end", "they were cut"),
     40020: Message("USR2 is refused: start again to change the program",
                    "an upgrade in place is not offered yet"),
     40021: Message("{} cannot be done: {}", "a signal asked; nothing changed"),
@@ -628,9 +609,6 @@ MESSAGES = {
                    "a request was answered",
                    ("client", "method", "host", "path", "status", "bytes",
                     "milliseconds", "protocol", "answered", "representation")),
-    50002: Message("{} {} redirected with status {}",
-                   "a request on the plain HTTP port was answered",
-                   ("client", "target", "status")),
     50003: Message("ready: {}, process {}", "signals go to that process"),
     60001: Message("internal error: {}\n{}", "report this traceback"),
     60002: Message("{} died {}", "replaced; see the lines before"),
@@ -648,16 +626,12 @@ MESSAGES = {
 
 #: worker, seconds since MJD 0, microseconds, severity, code, length of data
 _HEADER = struct.Struct("<8sQIBHI")
-#: POSIX time of 1858-11-17T00:00:00Z, negated
-_MJD_SECONDS = 3_506_716_800
+_MJD_SECONDS = 3_506_716_800  #: from 1858-11-17T00:00:00Z to 1970
 #: 9999-12-30; a little later there are no more dates in some time zones
 _LAST_SECOND = 253_402_128_000 + _MJD_SECONDS
-#: a record's pieces are cut at this size, so that queues have a bound
-_MOST_BYTES = 65_536
-#: what a pipe takes whole when it is writable at all (PIPE_BUF)
-_PIECE_BYTES = 4096
-#: lines that wait for a stopped terminal, in bytes; then the oldest go
-_BACKLOG_BYTES = 1 << 20
+_MOST_BYTES = 65_536  #: of a record's pieces; the rest is cut off
+_PIECE_BYTES = 4096  #: a pipe takes these when it is writable (PIPE_BUF)
+_BACKLOG_BYTES = MIB  #: of lines waiting for a stopped terminal
 
 _NUMBER_FORM = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
 #: ANSI: dim, cyan, magenta, dim, yellow, green, red
@@ -671,12 +645,6 @@ class MalformedRecord(ShimmerCatError):
     message_code = 60007
 
 
-class CodeSetError(ShimmerCatError):
-    """An expression that names no set of messages."""
-
-    exit_code = 64
-
-
 class LogRecord(typing.NamedTuple):
     """One entry of the log, as it travels over Redis (reference 11.4)."""
 
@@ -684,8 +652,7 @@ class LogRecord(typing.NamedTuple):
     moment: float
     severity: int
     code: int
-    #: texts and numbers; only texts after unpacking
-    pieces: tuple
+    pieces: tuple  #: texts and numbers; only texts after unpacking
 
     def pack(self) -> bytes:
         """The 27-byte header and the pieces joined by zero bytes."""
@@ -725,11 +692,9 @@ class LogRecord(typing.NamedTuple):
 
     def line(self, colour: bool = False) -> str:
         """One line for people; what could forge another one is escaped."""
-        text = self.text()
-        if not text.isprintable():
-            has_lines = "\n" in self._message().format
-            lines = text.split("\n") if has_lines else [text]
-            text = "\n    ".join(map(_escaped, lines))
+        has_lines = "\n" in self._message().format
+        lines = self.text().split("\n") if has_lines else [self.text()]
+        text = "\n    ".join(map(_escaped, lines))
         code = f"M{self.code:05d}"
         if colour:
             code = f"\x1b[{_COLOURS[self.severity]}m{code}\x1b[0m"
@@ -790,7 +755,7 @@ class CodeSet:
         """The codes that `expression` means, as in `all\\connection+M00003`.
 
         Operators `+` (union) and `\\` (difference) are taken from left to
-        right.  Raises CodeSetError.
+        right.  Raises ValueError.
         """
         codes = frozenset()
         for found in re.finditer(r"(^|[+\\])([^+\\]*)", expression):
@@ -807,8 +772,8 @@ class CodeSet:
         if number and int(number[1]) in MESSAGES:
             return frozenset((int(number[1]),))
         known = nearest(word, [*cls.NAMED, *map("M{:05d}".format, MESSAGES)])
-        raise CodeSetError(
-            f"--log-codes, character {place}: found {word[:40]!r}, expected"
+        raise ValueError(
+            f"character {place}: found {word[:40]!r}, expected"
             f" {', '.join(cls.NAMED)} or a code that `messages` lists"
             + (f"; nearest known: {known}" if known else ""))
 
@@ -854,19 +819,16 @@ class Console:
     def pump(self) -> bool:
         """Writes what the stream takes now; whether nothing is left."""
         with self._lock:
-            return self._pump()
-
-    def _pump(self):
-        try:
-            while (self._rest or self._lines) and self._is_writable(0):
-                self._rest = self._rest or self._next_line()
-                count = os.write(self._fd, self._rest[:_PIECE_BYTES])
-                self._rest = self._rest[count:]
-        except OSError as error:
-            # A full disk may get room again; a vanished reader stays away.
-            if error.errno in (errno.EPIPE, errno.EIO, errno.EBADF):
-                self._lines.clear()
-                self._rest, self._queued, self._gone = b"", 0, True
+            try:
+                while (self._rest or self._lines) and self._is_writable(0):
+                    self._rest = self._rest or self._next_line()
+                    count = os.write(self._fd, self._rest[:_PIECE_BYTES])
+                    self._rest = self._rest[count:]
+            except OSError as error:
+                # A full disk may get room again; a vanished reader stays away.
+                if error.errno in (errno.EPIPE, errno.EIO, errno.EBADF):
+                    self._lines.clear()
+                    self._rest, self._queued, self._gone = b"", 0, True
         return not (self._rest or self._lines)
 
     def reopen(self) -> None:
@@ -972,13 +934,10 @@ class Option(typing.NamedTuple):
     """One thing an operator can set: a flag or a key of tweaks.yaml."""
 
     name: str
-    #: "flag" (both modes), "internet flag" or "tweak"
-    where: str
-    #: a key of _KINDS
-    kind: str
+    where: str  #: "flag" (both modes), "internet flag" or "tweak"
+    kind: str  #: a key of _KINDS
     default: object
-    #: least and greatest value, or the words to choose from
-    span: tuple
+    span: tuple  #: least and greatest value, or the words to choose from
     text: str
 
     @property
@@ -1110,16 +1069,14 @@ class ConsultantSettings:
 
     name: str
     connect_to: tuple[NetworkAddress, ...] = ()
-    #: "http", "https" or "fastcgi"
-    application_protocol: str = "http"
+    application_protocol: str = "http"  #: or "https", "fastcgi"
     use_host: str | None = None
     ca_file: Path | None = None
     verify: bool = True
     document_root: str | None = None
     script_name: str | None = None
     max_connections: int = 32
-    #: long, since dynamic assets may take minutes
-    first_byte_timeout: float = 300
+    first_byte_timeout: float = 300  #: dynamic assets may take minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1138,10 +1095,8 @@ class DomainSettings:
     """One virtual host: electric (statics and consultants) or API."""
 
     name: str
-    #: "elec" or "api"
-    kind: str
-    #: file and line of its entry, for messages
-    place: str
+    kind: str  #: "elec" or "api"
+    place: str  #: file and line of its entry, for messages
     root_dir: Path | None = None
     remote_root: RemoteRoot | None = None
     views_dir: Path | None = None
@@ -1150,8 +1105,7 @@ class DomainSettings:
     port: NetworkAddress | None = None
     change_url: tuple[str, ...] = ()
     cache_key: str | None = None
-    #: tOld and tNew in seconds
-    changelist_settings: tuple[float, float] | None = None
+    changelist_settings: tuple[float, float] | None = None  #: tOld, tNew
     prob_accelerator_kicks_in: float = 1.0
     bot_protection_enabled: bool = False
 
@@ -1171,8 +1125,7 @@ class Settings:
     log_codes: frozenset[int]
     log_format: str
     log_file: Path | None
-    #: least and greatest age of a worker
-    apoptosis_seconds: tuple[float, float]
+    apoptosis_seconds: tuple[float, float]  #: least and greatest age
 
 
 def load_settings(
@@ -1829,9 +1782,8 @@ def _read_weights(accepted):
 # 5. Engines: bytes in, events out; one vocabulary for all protocols
 #
 #    Offers   RequestStarted, RequestRefused, BodyReceived, RequestEnded,
-#             StreamReset, WindowOpened, PriorityChanged, PeerLeaving,
-#             ProtocolFault, StreamGone, ErrorCode, EngineLimits, Engine,
-#             Http2Engine
+#             StreamReset, PriorityChanged, PeerLeaving, ProtocolFault,
+#             StreamGone, ErrorCode, EngineLimits, Engine, Http2Engine
 #    Uses     1 Words, 4 HTTP
 # ---------------------------------------------------------------------------
 #
@@ -1845,20 +1797,18 @@ def _read_weights(accepted):
 # The h2 library keeps the rules of streams, windows and header compression.
 # Four things are done around it, each because of what it would do otherwise:
 #
-# * Input is cut at frame borders before it is fed: h2 drops the events of
-#   good frames when a later frame of the same call is broken.
-# * GOAWAY is neither given to h2 nor written by it: it would end the
-#   connection object, and streams that are open could not be finished, as
-#   RFC 9113 section 6.8 wants.
-# * Fields and the length of bodies are checked here, not by h2, which makes
-#   a connection error of a malformed request; section 8.1.1 asks for a stream
-#   error, which is kinder to the other streams.
-# * h2 believes in more concurrent streams than we announce, for the same
-#   reason: one above the limit is refused (section 5.1.2), not fatal.
+# * Input is cut at frame borders: h2 drops the events of good frames when a
+#   later one of the same call is broken.
+# * GOAWAY is neither given to h2 nor written by it: h2 would end itself, and
+#   open streams could not be finished (RFC 9113 section 6.8).
+# * Fields and the length of bodies are checked here: h2 makes a connection
+#   error of a malformed request, section 8.1.1 wants a stream error.
+# * h2 believes in more concurrent streams than we announce: one above the
+#   limit is refused (section 5.1.2), not fatal.
 #
-# What costs a peer nothing and us something (resets, pings, settings, empty
-# frames ...) is counted in `nuisance`; the connection, which has a clock,
-# compares the count with what a peer in good faith can reach.
+# What costs a peer nothing and us something (resets, pings, empty frames ...)
+# is counted in `nuisance`; the connection, which has a clock, compares that
+# with what a peer in good faith can reach.
 
 
 #: a request's head is complete; `ended` when it has no body
@@ -1872,8 +1822,6 @@ BodyReceived = collections.namedtuple("BodyReceived", "stream piece cost")
 RequestEnded = collections.namedtuple("RequestEnded", "stream")
 #: the peer gave the stream up
 StreamReset = collections.namedtuple("StreamReset", "stream code")
-#: more may be sent on the stream, or on all of them when it is 0
-WindowOpened = collections.namedtuple("WindowOpened", "stream")
 #: a PRIORITY_UPDATE frame came (RFC 9218 section 7.1)
 PriorityChanged = collections.namedtuple("PriorityChanged", "stream field")
 #: the peer opens no more streams (GOAWAY)
@@ -1959,9 +1907,9 @@ class Http2Engine(Engine):
     protocol = "h2"
 
     def __init__(self, limits: EngineLimits):
-        self._limits = limits
-        self._rest = b""
-        self._preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+        self._limits, self._h2 = limits, _H2(_H2_CONFIG)
+        #: octets of the preface that are due, and of a frame that have come
+        self._preface, self._rest = _PREFACE_BYTES, b""
         self._settled = False
         #: octets and frames of the header block that is coming, if any
         self._block = None
@@ -1974,11 +1922,9 @@ class Http2Engine(Engine):
         self._early = set()
         #: octets of body still due, by stream
         self._owed = {}
-        self._h2 = _H2(_H2_CONFIG)
-        self._announce(limits)
+        self._announce(limits, h2.settings.SettingCodes)
 
-    def _announce(self, limits):
-        codes = h2.settings.SettingCodes
+    def _announce(self, limits, codes):
         mine = self._h2.local_settings = h2.settings.Settings(False, {
             codes.HEADER_TABLE_SIZE: 4096,
             codes.ENABLE_PUSH: 0,
@@ -1995,12 +1941,13 @@ class Http2Engine(Engine):
         mine.acknowledge()
 
     def receive(self, data):
-        events = []
+        events, at = [], 0
         data = self._rest + data if self._rest else data
-        at = 0
         try:
             if self._preface:
-                at = self._take_preface(data)
+                at = min(len(data), self._preface)
+                self._preface -= at
+                self._h2.receive_data(data[:at])
             while frame := self._cut(data, at):
                 at += len(frame)
                 self._take_frame(frame, events)
@@ -2009,15 +1956,6 @@ class Http2Engine(Engine):
             self._rest = b""
             events.append(self._fail(error))
         return events
-
-    def _take_preface(self, data):
-        """Checks what has come of the preface; RFC 9113 section 3.4."""
-        have = min(len(data), len(self._preface))
-        if data[:have] != self._preface[:have]:
-            raise h2.exceptions.ProtocolError("not an HTTP/2 preface")
-        self._h2.receive_data(data[:have])
-        self._preface = self._preface[have:]
-        return have
 
     def _cut(self, data, at):
         """The complete frame that begins at `at`, or nothing."""
@@ -2064,10 +2002,10 @@ class Http2Engine(Engine):
     def _check_frame(self, kind, flags, length, stream):
         """Raises what h2 lets pass, or takes for another error."""
         if not self._settled:
-            # RFC 9113 section 3.4
-            self._settled = kind == _SETTINGS and not flags & _ACK
-            if not self._settled:
+            if kind != _SETTINGS or flags & _ACK:
+                # RFC 9113 section 3.4
                 raise h2.exceptions.ProtocolError("no SETTINGS to begin with")
+            self._settled = True
         size = 0 if kind == _SETTINGS and flags & _ACK else _SIZES.get(kind)
         if size is not None and length != size:
             raise h2.exceptions.FrameDataMissingError("a frame's length")
@@ -2084,8 +2022,7 @@ class Http2Engine(Engine):
         if stream in self._owed:
             self._owed[stream] -= content
             if self._owed[stream] < 0 or (self._owed[stream] and ended):
-                self._refuse(stream, ErrorCode.PROTOCOL_ERROR)
-                events.append(StreamReset(stream, ErrorCode.PROTOCOL_ERROR))
+                events.append(self._refuse(stream, ErrorCode.PROTOCOL_ERROR))
 
     def _is_late(self, kind, length, stream):
         """Swallows what was under way to a stream that we have reset.
@@ -2106,8 +2043,7 @@ class Http2Engine(Engine):
         if len(payload) != 5:
             if stream > self._highest():
                 raise h2.exceptions.FrameDataMissingError("a frame's length")
-            self._refuse(stream, ErrorCode.FRAME_SIZE_ERROR)
-            events.append(StreamReset(stream, ErrorCode.FRAME_SIZE_ERROR))
+            events.append(self._refuse(stream, ErrorCode.FRAME_SIZE_ERROR))
 
     def _highest(self):
         return self._h2.highest_inbound_stream_id
@@ -2175,6 +2111,7 @@ class Http2Engine(Engine):
         """Resets a stream, at the cost of who made us (CVE-2025-8671)."""
         self.nuisance += _POINTS[_RST_STREAM]
         self.reset(stream, code)
+        return StreamReset(stream, code)
 
     def _take_body(self, event, events):
         cost = event.flow_controlled_length
@@ -2187,28 +2124,21 @@ class Http2Engine(Engine):
             events.append(RequestEnded(event.stream_id))
 
     def _take_trailers(self, event, events):
-        owed = self._owed.pop(event.stream_id, 0)
-        if owed or has_odd_field(event.headers):
-            self._refuse(event.stream_id, ErrorCode.PROTOCOL_ERROR)
-            events.append(StreamReset(event.stream_id, ErrorCode.PROTOCOL_ERROR))
+        stream = event.stream_id
+        if self._owed.pop(stream, 0) or has_odd_field(event.headers):
+            events.append(self._refuse(stream, ErrorCode.PROTOCOL_ERROR))
         else:
-            events.append(RequestEnded(event.stream_id))
+            events.append(RequestEnded(stream))
 
     def _take_reset(self, event, events):
         self._owed.pop(event.stream_id, None)
         events.append(StreamReset(event.stream_id, int(event.error_code)))
 
-    def _take_window(self, event, events):
-        events.append(WindowOpened(event.stream_id))
-
     def _take_settings(self, event, events):
-        changed = event.changed_settings
-        if _NO_RFC7540_PRIORITIES in changed:
-            if changed[_NO_RFC7540_PRIORITIES].new_value > 1:
-                # RFC 9218 section 2.1
-                raise h2.exceptions.ProtocolError("neither 0 nor 1")
-        if h2.settings.SettingCodes.INITIAL_WINDOW_SIZE in changed:
-            events.append(WindowOpened(0))
+        """Raises for a setting that h2 does not know; RFC 9218 2.1."""
+        told = event.changed_settings.get(_NO_RFC7540_PRIORITIES)
+        if told and told.new_value > 1:
+            raise h2.exceptions.ProtocolError("neither 0 nor 1")
 
     def _fail(self, error):
         """Says goodbye with the code that the RFC wants for the error."""
@@ -2231,7 +2161,8 @@ class Http2Engine(Engine):
         return bool(self._rest or self._block or self._preface)
 
     def time_out(self):
-        return [self._end(ErrorCode.ENHANCE_YOUR_CALM, "a frame came too slowly")]
+        calm = ErrorCode.ENHANCE_YOUR_CALM
+        return [self._end(calm, "a frame came too slowly")]
 
     def sendable(self, stream):
         conn = self._h2
@@ -2293,8 +2224,8 @@ def _list_size(fields):
 
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS = 0x0, 0x1, 0x3, 0x4
 _WINDOW_UPDATE, _CONTINUATION = 0x8, 0x9
-_END_STREAM = _ACK = 0x1
-_END_HEADERS, _PADDED = 0x4, 0x8
+_END_STREAM, _ACK, _END_HEADERS, _PADDED = 0x1, 0x1, 0x4, 0x8
+_PREFACE_BYTES, _FRAME_BYTES = 24, 16384
 #: payload octets of the frames that have a fixed size
 _SIZES = {_RST_STREAM: 4, 0x6: 8, _WINDOW_UPDATE: 4}
 #: frames that one header block may come in
@@ -2302,7 +2233,6 @@ _MOST_CONTINUATIONS = 32
 #: body octets in a frame that earn the peer its window updates
 _CRUMB_BYTES = 1024
 _NO_RFC7540_PRIORITIES = 0x9
-_FRAME_BYTES = 16384
 #: points that a frame costs its sender; what is not listed costs 1
 _POINTS = {_DATA: 0, _HEADERS: 0, _RST_STREAM: 10, _SETTINGS: 5, 0x6: 2}
 _OWN_FRAMES = {0x2: Http2Engine._take_priority,
@@ -2313,7 +2243,6 @@ _TRANSLATIONS = {
     h2.events.DataReceived: Http2Engine._take_body,
     h2.events.TrailersReceived: Http2Engine._take_trailers,
     h2.events.StreamReset: Http2Engine._take_reset,
-    h2.events.WindowUpdated: Http2Engine._take_window,
     h2.events.RemoteSettingsChanged: Http2Engine._take_settings,
 }
 _H2_CONFIG = h2.config.H2Configuration(
@@ -3314,23 +3243,18 @@ def _from_now(**span):
 # 9. Redis: the one link to Redis and its four uses
 #
 #    Offers   RedisAway, RedisLink, LogTap, LogSubscription, JobQueue,
-#             LocalJobQueue, Announcements, LocalAnnouncements
+#             LocalJobQueue, Announcements
 #    Uses     1 Words, 2 Messages
 # ---------------------------------------------------------------------------
 
-#: channel of a worker's log records (reference 11.2): this and its name
-_LOG_CHANNEL = "sc_log_"
+_LOG_CHANNEL = "sc_log_"  #: and the name of a worker (reference 11.2)
 _NEWS_CHANNEL = "sc_news"
 _JOB_LIST = "sc_jobs"
-#: key that stands for a job while it is queued or running: this and its text
-_JOB_MARK = b"sc_job_"
-#: how long records gather before they are published together
-_TICK_SECONDS = 0.05
+_JOB_MARK = b"sc_job_"  #: and the text of a job that is queued or running
+_TICK_SECONDS = 0.05  #: records gather so long, and are published together
 _BATCH_RECORDS = 200
-#: the arbiter starts a Redis that died again; this long after, it is tried
-_AGAIN_SECONDS = 0.25
-#: Redis answers in well under a millisecond; silent for so long it is away
-_ANSWER_SECONDS = 2.0
+_AGAIN_SECONDS = 0.25  #: until a Redis that was away is tried again
+_ANSWER_SECONDS = 2.0  #: a Redis silent for so long is away
 #: giving up an unanswered batch may double its lines: better to wait long
 _STALL_SECONDS = 30.0
 #: a job that waits or runs longer than this may be queued a second time
@@ -3372,9 +3296,8 @@ class _Wire:
     def ask(self, *command):
         """Sends a command and waits; the replies that came, at least one."""
         self.send(command)
-        replies = []
-        while not replies:
-            replies = self.replies()
+        while not (replies := self.replies()):
+            continue
         return replies
 
     def send(self, *commands):
@@ -3468,7 +3391,8 @@ class LogTap:
     def run(self) -> None:
         """Publishes what comes, for ever; the body of a greenlet."""
         while True:
-            with contextlib.suppress(RedisAway), self._wire() as wire:
+            with (contextlib.suppress(RedisAway),
+                  self._link.wire(_STALL_SECONDS) as wire):
                 # What is left then waits for the next connection.
                 while True:
                     self._publish_all(wire)
@@ -3481,14 +3405,11 @@ class LogTap:
         with gevent.Timeout(deadline.left(), False):
             while self._waiting():
                 try:
-                    with self._wire() as wire:
+                    with self._link.wire(_STALL_SECONDS) as wire:
                         self._publish_all(wire)
                 except RedisAway:
                     gevent.sleep(_TICK_SECONDS)
         return self._waiting()
-
-    def _wire(self):
-        return self._link.wire(_STALL_SECONDS)
 
     def _waiting(self):
         return len(self._batch) + len(self._ring)
@@ -3660,22 +3581,6 @@ class Announcements:
                 for _, _, text in news:
                     yield text.decode("utf-8", "replace")
                 news = wire.replies()
-
-
-class LocalAnnouncements:
-    """News within one process."""
-
-    def __init__(self):
-        self._callbacks = []
-
-    def publish(self, text: str) -> None:
-        """Tells all that listen, in the caller's thread."""
-        for callback in self._callbacks:
-            callback(text)
-
-    def run(self, callback: typing.Callable[[str], object]) -> None:
-        """Lets `callback` hear every text from here on, and returns."""
-        self._callbacks.append(callback)
 
 
 # ---------------------------------------------------------------------------
@@ -4382,7 +4287,6 @@ class Artisan:
         self._jobs = JobQueue(link, self._tweaks.artisan_queue_jobs)
         self._news = Announcements(link)
         self._tap = LogTap(link, self._tweaks.log_ring_records)
-        self._is_leaving = False
 
     def run(self) -> None:
         """Does jobs until TERM, or until the arbiter is gone."""
@@ -4398,7 +4302,10 @@ class Artisan:
 
     def _settle(self):
         """Makes the process one that serving does not feel."""
-        signal.signal(signal.SIGTERM, self._leave)
+        # Waits and jobs end alike: SystemExit is raised in them.
+        ourselves = gevent.getcurrent()
+        signal.signal(signal.SIGTERM, lambda number, frame: gevent.kill(
+            ourselves, SystemExit))
         # The arbiter blocks signals while it forks.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         LOG.configure(worker="artisan", sink=self._tap.append)
@@ -4410,9 +4317,6 @@ class Artisan:
             resource.setrlimit(resource.RLIMIT_AS,
                                (self._tweaks.artisan_memory_bytes, hard))
 
-    def _leave(self, _number, _frame):
-        self._is_leaving = True
-
     def _beat(self):
         """Tells the arbiter that all is well; raises SystemExit at the end."""
         # Lets the greenlet publish that has the log.
@@ -4423,9 +4327,7 @@ class Artisan:
             # The arbiter has unread beats enough.
             pass
         except OSError:
-            self._is_leaving = True
-        if self._is_leaving:
-            raise SystemExit
+            raise SystemExit from None
 
     def _turn(self):
         """Does one job, if there is one within a second."""
@@ -5119,7 +5021,7 @@ class Conversation:
         spent = max(0, time.monotonic() - request.started) * 1000
         LOG.say(
             50001, self._client, request.method, request.host, request.target,
-            response.status, outgoing.sent, "%.1f" % spent,
+            response.status, outgoing.sent, f"{spent:.1f}",
             self.engine.protocol, answered or response.answered,
             response.representation)
 
@@ -5167,9 +5069,6 @@ class Conversation:
                 if stream > self._newest or stream in self._waiting}
             self._early[event.stream] = urgency
 
-    def _on_window(self, event):
-        """Needs nothing: `output` asks the engine what may be sent."""
-
     def _on_leaving(self, event):
         LOG.say(4, self._client, event.code)
 
@@ -5200,7 +5099,6 @@ _HANDLERS = {
     BodyReceived: Conversation._on_body,
     RequestEnded: Conversation._on_ended,
     StreamReset: Conversation._on_reset,
-    WindowOpened: Conversation._on_window,
     PriorityChanged: Conversation._on_priority,
     PeerLeaving: Conversation._on_leaving,
     ProtocolFault: Conversation._on_fault,
@@ -5913,10 +5811,7 @@ class Worker:
             # one stays.
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        repository = Repository(
-            self._settings.tweaks, self._store, self._join())
-        self._spawn(self._news.run, repository.refresh)
-        service = Service(self._settings, Site(self._settings, repository))
+        service = Service(self._settings, Site(self._settings, self._join()))
         service.start()
         listeners = self._accept(service)
         self._report_ready()
@@ -5940,14 +5835,16 @@ class Worker:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def _join(self):
-        """Joins the other processes over Redis; the queue of jobs."""
+        """Joins the other processes over Redis; the representations."""
         tweaks = self._settings.tweaks
         link = RedisLink(self._premises.scratch.redis_socket)
         self._tap = LogTap(link, tweaks.log_ring_records)
-        self._news = Announcements(link)
         LOG.configure(worker=self._name, sink=self._tap.append)
         self._spawn(self._tap.run)
-        return JobQueue(link, tweaks.artisan_queue_jobs)
+        repository = Repository(
+            tweaks, self._store, JobQueue(link, tweaks.artisan_queue_jobs))
+        self._spawn(Announcements(link).run, repository.refresh)
+        return repository
 
     def _accept(self, service):
         """Begins to accept connections; the listeners that do."""
@@ -6033,17 +5930,18 @@ class LoneWorker(Worker):
                 else self._settings.tweaks.graceful_seconds))
 
     def _join(self):
-        """Stands in for Redis: jobs are done here, news stay here."""
-        loop, self._news = gevent.get_hub().loop, LocalAnnouncements()
+        """Stands in for Redis: jobs are done here, in a thread."""
+        loop, tweaks = gevent.get_hub().loop, self._settings.tweaks
         LOG.configure(worker=self._name)
 
         def make(job):
-            make_alternates(job, self._store, self._settings.tweaks)
-            # This is the queue's thread, and the news are for the loop's.
+            make_alternates(job, self._store, tweaks)
+            # The repository belongs to the loop's thread.
             loop.run_callback_threadsafe(
-                gevent.spawn, self._news.publish, job["sha"])
+                gevent.spawn, repository.refresh, job["sha"])
 
-        return LocalJobQueue(make)
+        repository = Repository(tweaks, self._store, LocalJobQueue(make))
+        return repository
 
     def _report_ready(self):
         """Tells the developer."""
@@ -6512,8 +6410,7 @@ def _become_redis(program, scratch):
 #             17 Worker, 18 Arbiter
 # ---------------------------------------------------------------------------
 
-#: no worker's life may be set shorter without a flag that is named unsafe
-_LEAST_APOPTOSIS_SECONDS = 900
+_LEAST_APOPTOSIS_SECONDS = 900  #: without a flag that is named unsafe
 
 
 class _UsageError(ShimmerCatError):
@@ -6560,8 +6457,7 @@ def _parser():
     flags = ("flag", "internet flag")
     for name, places, run, text in (
             ("devlove", flags[:1], functools.partial(_serve, LoneWorker),
-             "One foreground process that shows developers as much as"
-             " possible"),
+             "One foreground process that shows a developer everything"),
             ("internet", flags, functools.partial(_serve, Arbiter),
              "A master mode for monitoring workers and running in the"
              " Internet"),
@@ -6580,24 +6476,22 @@ def _parser():
 
 def _add_flag(parser, option):
     """Makes an argument of an option; left out, it has no attribute."""
-    names = [f"--{option.name}"]
-    if option.name == "redirect":
-        names.insert(0, "-t")
+    names = ["-t"] if option.name == "redirect" else []
     form = {"action": "store_true"}
     if option.kind != "switch":
         form = {"type": functools.partial(_read, option),
                 "metavar": "|".join(option.span) if option.kind == "choice"
                 else option.kind.upper()}
     default = f" (default: {option.default})" if option.default else ""
-    parser.add_argument(*names, **form, default=argparse.SUPPRESS,
-                        help=option.text + default)
+    parser.add_argument(*names, f"--{option.name}", **form,
+                        default=argparse.SUPPRESS, help=option.text + default)
 
 
 def _read(option, text):
     """Value of a flag, with the option's own words when it is wrong."""
     try:
         return option.read(text)
-    except (ValueError, AddressError) as error:
+    except ValueError as error:
         raise argparse.ArgumentTypeError(f"got {text!r}, {error}") from error
 
 
@@ -6608,43 +6502,30 @@ def _serve(server, flags):
 
 
 def _check(flags):
-    """Prints the effective configuration; 78 if something is wrong."""
+    """Prints the configuration as JSON; 78 if something is wrong."""
     settings = _settings(flags, write_tweaks=False)
-    for name in ("working-dir", "scratch-dir", "listen", "redirect", "workers",
-                 "apoptosis-seconds", "log-format", "log-file", "domains"):
-        value = getattr(settings, name.replace("-", "_"))
-        for line in _lines(name, value):
-            print(line)
-    for option in OPTIONS:
-        value = getattr(settings.tweaks, option.attribute, option.default)
-        if value != option.default:
-            print(f"tweak {option.name}: {option.shown(value)}"
-                  f" (default {option.shown(option.default)})")
-    scratch = ScratchFolder(settings.scratch_dir)
-    if not (scratch.path / "cert.pem").exists():
-        print("certificate: a development one will be made at the start")
+    print(json.dumps(settings, default=_shown, indent=4))
+    if not (settings.scratch_dir / "cert.pem").exists():
+        # A development certificate is made at the start.
         return 0
-    problems = CertificateStore(scratch, settings.domains,
-                                settings.tweaks.tls_minimum).problems()
+    problems = CertificateStore(
+        ScratchFolder(settings.scratch_dir), settings.domains,
+        settings.tweaks.tls_minimum).problems()
     for problem in problems:
         print(problem, file=sys.stderr)
     return 78 if problems else 0
 
 
-def _lines(name, value, indent=""):
-    """Yields what a name is set to, nothing for what is absent."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield from _lines(f"{name} {key}", part, indent)
-    elif isinstance(value, (DomainSettings, RemoteRoot, ConsultantSettings)):
-        yield f"{indent}{name}:"
-        for field in dataclasses.fields(value):
-            part = getattr(value, field.name)
-            label = field.name.replace("_", "-")
-            yield from _lines(label, part, indent + "    ")
-    elif value not in (None, "", ()):
-        values = value if isinstance(value, tuple) else (value,)
-        yield f"{indent}{name}: {', '.join(map(str, values))}"
+def _shown(value):
+    """A value that JSON has no form for, without what is absent in it."""
+    if isinstance(value, (Path, NetworkAddress)):
+        return str(value)
+    if isinstance(value, frozenset):
+        return _code_list(value)
+    parts = {field.name.replace("_", "-"): getattr(value, field.name)
+             for field in dataclasses.fields(value)}
+    return {name: part for name, part in parts.items()
+            if part not in (None, "", (), {})}
 
 
 def _messages(_flags):
@@ -6655,9 +6536,13 @@ def _messages(_flags):
               f"        {message.meaning}")
     print("\nSets for --log-codes:")
     for name, codes in CodeSet.NAMED.items():
-        words = " ".join(f"M{code:05}" for code in sorted(codes))
-        print(textwrap.fill(f"{name}: {words}", 79, subsequent_indent="    "))
+        print(textwrap.fill(f"{name}: {_code_list(codes)}", 79,
+                            subsequent_indent="    "))
     return 0
+
+
+def _code_list(codes):
+    return " ".join(f"M{code:05}" for code in sorted(codes))
 
 
 def _settings(flags, write_tweaks=True):

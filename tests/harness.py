@@ -111,8 +111,8 @@ class Server:
     """
 
     def __init__(self, folder, *flags, mode="internet", program=PROGRAM,
-                 environment=None, stdout=None, port=None,
-                 pass_fds=()):
+                 environment=None, stdout=None, port=None, pass_fds=(),
+                 through=()):
         self.folder = pathlib.Path(folder)
         self.port = port or free_port()
         self.mark = uuid.uuid4().hex
@@ -122,7 +122,7 @@ class Server:
         self._pass_fds = pass_fds
         self._environment = {**os.environ, **(environment or {}),
                              _MARK: self.mark}
-        self._command = [sys.executable, str(program), mode, *flags]
+        self._command = [*through, sys.executable, str(program), mode, *flags]
         if not any(flag.startswith("--listen") for flag in flags):
             self._command += ["--listen", f"127.0.0.1:{self.port}"]
 

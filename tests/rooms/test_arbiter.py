@@ -1,11 +1,13 @@
 """Room 18, Arbiter."""
 
 import os
+import pathlib
 import signal
 import time
 
 import harness
 import pytest
+
 from shimmercat import LOG, BootFailure, Slot, WorkerLine
 
 
@@ -182,8 +184,9 @@ def test_the_arbiter_has_no_greenlets_and_one_thread(server):
 
 def test_an_idle_arbiter_costs_next_to_nothing(server):
     def spent():
-        words = open(f"/proc/{server.pid}/stat").read().rpartition(")")[2]
-        return sum(map(int, words.split()[11:13])) / os.sysconf("SC_CLK_TCK")
+        words = pathlib.Path(f"/proc/{server.pid}/stat").read_text()
+        ticks = map(int, words.rpartition(")")[2].split()[11:13])
+        return sum(ticks) / os.sysconf("SC_CLK_TCK")
     begin, before = time.monotonic(), spent()
     harness.eventually(lambda: time.monotonic() - begin > 2)
     assert spent() - before < 0.1

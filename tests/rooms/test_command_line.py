@@ -1,5 +1,6 @@
 """Room 19, Command line."""
 
+import json
 import os
 import re
 import shutil
@@ -69,7 +70,8 @@ def test_the_version_is_told(run):
     (["internet", "--workers", "many"], "got 'many', expected a whole"),
     (["check", "--log-format", "xml"], "got 'xml', expected text or json"),
     (["check", "--scratch-dir-name", "a/b"], "expected a name without /"),
-    (["check", "--log-codes", "connektion"], "--log-codes, character 1: "),
+    (["check", "--log-codes", "connektion"],
+     "argument --log-codes: got 'connektion', character 1: found"),
     (["internet", "--apoptosis-seconds", "5"], "got '5', expected MIN-MAX"),
     (["messages", "--listen", "80"], "unrecognized arguments"),
 ])
@@ -114,32 +116,35 @@ shimmercat-devlove:
 """)
     done = run("check", "-t", "0.0.0.0:80", "--workers", "7")
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    for line in (
-            f"working-dir: {folder}",
-            "listen: 0.0.0.0:4043", "redirect: 0.0.0.0:80", "workers: 7",
-            "domains www.a.test:",
-            "    kind: elec", f"    place: {folder}/devlove.yaml:4",
-            "    remote-root:", "        use-consultant: shop",
-            f"    views-dir: {folder}/www",
-            "    consultants shop:", "        application-protocol: https",
-            "        connect-to: 127.0.0.1:8080, [::1]:81",
-            "        max-connections: 32",
-            "    change-url: /a -> /b",
-            "domains api.a.test:", "    kind: api",
-            f"    place: {folder}/devlove.yaml:10", "    port: 127.0.0.1:9000"):
-        assert line in done.stdout.splitlines()
-    assert "tweak" not in done.stdout
+    found = json.loads(done.stdout)
+    assert found["working-dir"] == str(folder)
+    assert found["listen"] == "0.0.0.0:4043"
+    assert found["redirect"] == "0.0.0.0:80"
+    assert found["workers"] == 7
+    assert found["log-codes"].split()[0] == "M10001"
+    assert "log-file" not in found
+    web, api = found["domains"].values()
+    assert web["remote-root"] == {"use-consultant": "shop"}
+    assert web["views-dir"] == f"{folder}/www"
+    assert web["change-url"] == ["/a -> /b"]
+    assert web["consultants"]["shop"] == {
+        "name": "shop", "application-protocol": "https", "verify": True,
+        "connect-to": ["127.0.0.1:8080", "[::1]:81"],
+        "max-connections": 32, "first-byte-timeout": 300}
+    assert api == {
+        "name": "api.a.test", "kind": "api", "port": "127.0.0.1:9000",
+        "place": f"{folder}/devlove.yaml:10", "prob-accelerator-kicks-in": 1,
+        "bot-protection-enabled": False}
 
 
-def test_check_prints_the_tweaks_that_differ(run, folder):
+def test_check_prints_all_tweaks_with_their_effective_values(run, folder):
     scratch = folder / ".shimmercat.loves.devs"
     scratch.mkdir()
-    (scratch / "tweaks.yaml").write_text(
-        "max-body-bytes: 2 MiB\nbacklog: 1024\n")
-    assert [line for line in run("check").stdout.splitlines()
-            if line.startswith("tweak")] == [
-                "tweak max-body-bytes: 2 MiB (default 1 GiB)"]
+    (scratch / "tweaks.yaml").write_text("max-body-bytes: 2 MiB\n")
+    tweaks = json.loads(run("check").stdout)["tweaks"]
+    assert tweaks == {option.name: option.default for option in OPTIONS
+                      if option.where == "tweak"} | {
+                          "max-body-bytes": 2 << 20}
 
 
 def test_check_makes_nothing(run, folder):

@@ -18,7 +18,6 @@ from shimmercat import (
     Announcements,
     Deadline,
     JobQueue,
-    LocalAnnouncements,
     LocalJobQueue,
     LogRecord,
     LogSubscription,
@@ -437,11 +436,3 @@ def test_announcements_reach_every_worker_again_after_redis_was_away(
     child.start()
     eventually(lambda: all_heard("again"))
     gevent.killall(workers)
-
-
-def test_local_announcements_reach_who_listens():
-    heard, news = [], LocalAnnouncements()
-    news.publish("too early")
-    news.run(heard.append)
-    news.publish("x")
-    assert heard == ["x"]

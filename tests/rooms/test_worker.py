@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import pathlib
+import re
 import resource
 import signal
 import socket
@@ -10,6 +12,7 @@ import sys
 
 import harness
 import pytest
+
 from shimmercat import (
     LOG,
     CannotListen,
@@ -267,8 +270,8 @@ def test_a_child_keeps_no_line_or_listener_of_its_siblings_open(server):
 
 def test_workers_have_one_thread_and_ignore_what_is_for_the_group(server):
     for pid in server.workers().values():
-        status = dict(line.split(":\t", 1) for line in open(
-            f"/proc/{pid}/status").read().splitlines() if ":\t" in line)
+        text = pathlib.Path(f"/proc/{pid}/status").read_text()
+        status = dict(re.findall(r"^(\w+):\s+(\w+)", text, re.MULTILINE))
         ignored = int(status["SigIgn"], 16)
         assert int(status["Threads"]) == 1
         assert not int(status["SigBlk"], 16)

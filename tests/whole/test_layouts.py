@@ -1,5 +1,6 @@
 """Sites laid out as the product's public examples are work unchanged."""
 
+import json
 import subprocess
 import sys
 
@@ -90,13 +91,13 @@ def lay_out(folder, layout, root=None):
 
 
 def checked(folder):
-    """Return what `check` says about a site, which it must accept."""
+    """Return the domains as `check` shows them, which must accept all."""
     done = subprocess.run(
         [sys.executable, PROGRAM, "check", "--working-dir", folder],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    return done.stdout
+    return json.loads(done.stdout)["domains"]
 
 
 def refused_as(server, mode, path, domain, feature):
@@ -119,8 +120,7 @@ def refused_as(server, mode, path, domain, feature):
 def test_a_site_and_its_api_without_prefixes(
         tmp_path, mode, layout, root, site, api):
     lay_out(tmp_path, layout, root)
-    said = checked(tmp_path)
-    assert f"domains {site}:\n" in said and f"domains {api}:\n" in said
+    assert set(checked(tmp_path)) == {site, api}
     with Server(tmp_path, mode=mode) as server:
         assert server.fetch("/", domain=site).content == PAGE
         assert server.fetch("/js/app.js", domain=site).content == SCRIPT
@@ -132,10 +132,11 @@ def test_a_site_and_its_api_without_prefixes(
 @both_modes
 def test_an_elec_domain_with_views_and_consultants(tmp_path, mode):
     lay_out(tmp_path, VIEWS, "public")
-    said = checked(tmp_path)
-    assert "connect-to: unix:///run/php/shop.sock" in said
-    assert "connect-to: 127.0.0.1:8080" in said
     site = "www.bicycles.test"
+    consultants = checked(tmp_path)[site]["consultants"]
+    assert {name: found["connect-to"]
+            for name, found in consultants.items()} == {
+        "shop": ["unix:///run/php/shop.sock"], "blog": ["127.0.0.1:8080"]}
     with Server(tmp_path, mode=mode) as server:
         assert server.fetch("/js/app.js", domain=site).content == SCRIPT
         assert server.fetch("/index.html", domain=site).content == PAGE
@@ -146,9 +147,10 @@ def test_an_elec_domain_with_views_and_consultants(tmp_path, mode):
 @both_modes
 def test_an_edge_whose_statics_are_elsewhere(tmp_path, mode):
     lay_out(tmp_path, REMOTE)
-    said = checked(tmp_path)
-    assert "use-consultant: origin" in said
-    assert "http-port: lookup(origin.bicycles.test):80" in said
+    pages, files = checked(tmp_path).values()
+    assert pages["remote-root"] == {"use-consultant": "origin"}
+    assert files["remote-root"]["http-port"] == (
+        "lookup(origin.bicycles.test):80")
     with Server(tmp_path, mode=mode) as server:
         for site in ("www.bicycles.test", "files.bicycles.test"):
             refused_as(server, mode, "/css/a.css", site, "remote root-dir")

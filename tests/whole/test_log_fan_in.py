@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import signal
 import socket
 import subprocess
 
@@ -34,7 +35,7 @@ def test_json_lines_can_be_read_by_machines(site):
                        if entry["code"] == "M50001")
         assert request["path"] == "/index.html"
         assert int(request["status"]) == 200
-        server.signal(15)
+        server.signal(signal.SIGTERM)
         assert server.wait() == 0
     finally:
         server.kill()
@@ -53,7 +54,7 @@ def test_a_reader_that_does_not_read_stops_nobody(tmp_path):
                 assert client.get(f"/{'x' * 200}{n}.css").status_code == 404
         os.set_blocking(reading, False)
         said = b""
-        server.signal(15)
+        server.signal(signal.SIGTERM)
 
         def has_all():
             nonlocal said
@@ -77,14 +78,13 @@ def answers(server):
 
 
 def test_without_a_standard_output_the_program_serves(site):
-    server = Server(site)
-    server._command = ["sh", "-c", 'exec "$@" >&- 2>&- <&-', "sh",
-                       *server._command]
+    server = Server(site, through=("sh", "-c", 'exec "$@" >&- 2>&- <&-',
+                                   "sh"))
     server.start()
     try:
         eventually(lambda: answers(server), 30)
         eventually(lambda: server.fetch().status_code == 200)
-        server.signal(15)
+        server.signal(signal.SIGTERM)
         assert server.wait() == 0
     finally:
         server.kill()
@@ -96,24 +96,24 @@ def test_no_line_is_written_when_none_is_wanted(site):
     try:
         eventually(lambda: answers(server), 30)
         server.fetch()
-        server.signal(15)
+        server.signal(signal.SIGTERM)
         assert server.wait() == 0
         assert server.output.read_text() == ""
     finally:
         server.kill()
 
 
-def coloured(server, site):
-    """Return what a server writes to a terminal until it is ready."""
+def is_coloured(site, **environment):
+    """Return whether a start writes colours to a terminal."""
     ours, theirs = pty.openpty()
-    server._stdout = theirs
+    server = Server(site, environment=environment, stdout=theirs)
     server.start()
     os.close(theirs)
     said = b""
     try:
         while b"M50003" not in said:
             said += os.read(ours, 4096)
-        server.signal(15)
+        server.signal(signal.SIGTERM)
         assert server.wait() == 0
     finally:
         os.close(ours)
@@ -122,9 +122,8 @@ def coloured(server, site):
 
 
 def test_colours_are_for_terminals_that_want_them(site):
-    plain = {"NO_COLOR": "", "TERM": "xterm"}
-    assert coloured(Server(site, environment=plain), site)
-    assert not coloured(Server(site, environment={"NO_COLOR": "1"}), site)
+    assert is_coloured(site, NO_COLOR="", TERM="xterm")
+    assert not is_coloured(site, NO_COLOR="1", TERM="xterm")
     with Server(site) as server:
         assert "\x1b" not in server.output.read_text()
 
@@ -138,7 +137,7 @@ def test_a_reader_that_goes_away_stops_nobody(site):
     try:
         eventually(lambda: answers(server), 30)
         eventually(lambda: server.fetch().status_code == 200)
-        server.signal(15)
+        server.signal(signal.SIGTERM)
         assert server.wait() == 0
     finally:
         server.kill()

@@ -104,23 +104,16 @@ def test_no_connection_is_lost_when_slots_come_and_go(server):
 
 
 def test_a_foreign_child_is_reaped_and_means_nothing(site):
-    # Process 1 of a container inherits the orphans of others.
-    class WithForeignChild(Server):
-        def start(self):
-            super().start()
+    # Process 1 of a container is given the orphans of others.
+    through = ("sh", "-c", 'sleep 1.5 & exec "$@"', "sh")
+    with Server(site, through=through) as server:
+        children = pathlib.Path(
+            f"/proc/{server.pid}/task/{server.pid}/children")
 
-    shell = site / "start.sh"
-    shell.write_text('sleep 1.5 &\nexec "$@"\n')
-    server = Server(site)
-    server._command = ["sh", str(shell), *server._command]
-    with server:
-        def foreign():
-            children = pathlib.Path(
-                f"/proc/{server.pid}/task/{server.pid}/children")
-            return [pid for pid in children.read_text().split()
-                    if pathlib.Path(f"/proc/{pid}/comm").read_text()
-                    == "sleep\n"]
-        eventually(lambda: not foreign())
+        def has_foreign_child():
+            return any(pathlib.Path(f"/proc/{pid}/comm").read_text()
+                       == "sleep\n" for pid in children.read_text().split())
+        eventually(lambda: not has_foreign_child())
         assert server.fetch().status_code == 200
         assert not server.lines("M60002")
 

@@ -6,7 +6,7 @@ import threading
 
 from harness import DOMAIN, Server, eventually, make_site
 
-BIG = os.urandom(8 << 20)
+BIG = os.urandom(2 << 20)
 
 
 def begin_download(server, path="/big.bin"):
@@ -28,9 +28,10 @@ def finish_download(client, begun):
 def test_downloads_in_flight_are_finished_byte_for_byte(tmp_path):
     make_site(tmp_path, {"big.bin": BIG})
     with Server(tmp_path, "--workers", "2") as server:
-        begun = [begin_download(server) for _ in range(20)]
+        begun = [begin_download(server) for _ in range(100)]
         server.signal(signal.SIGTERM)
         server.await_line("M40004")
+        assert not server.lines("M50001")
         bodies = []
         readers = [threading.Thread(target=lambda pair=pair: bodies.append(
             finish_download(*pair).partition(b"\r\n\r\n")[2]))
@@ -39,7 +40,7 @@ def test_downloads_in_flight_are_finished_byte_for_byte(tmp_path):
             reader.start()
         for reader in readers:
             reader.join(60)
-        assert [body == BIG for body in bodies] == [True] * 20
+        assert [body == BIG for body in bodies] == [True] * 100
         assert server.wait() == 0
 
 
@@ -77,7 +78,7 @@ def queued_connections(port):
 
 
 def test_who_does_not_finish_in_time_is_cut_off(tmp_path):
-    make_site(tmp_path, {"big.bin": BIG * 4}, {"graceful-seconds": 1})
+    make_site(tmp_path, {"big.bin": BIG * 16}, {"graceful-seconds": 1})
     with Server(tmp_path) as server:
         client, _ = begin_download(server)
         server.signal(signal.SIGTERM)
