@@ -1828,26 +1828,19 @@ PriorityChanged = collections.namedtuple("PriorityChanged", "stream field")
 PeerLeaving = collections.namedtuple("PeerLeaving", "code")
 #: the connection cannot go on: write `output` and close
 ProtocolFault = collections.namedtuple("ProtocolFault", "code reason")
+#: what a reset or a goodbye is about (RFC 9113 section 7)
+ErrorCode = h2.errors.ErrorCodes
 
 
 class StreamGone(ShimmerCatError):
     """Something was to be sent on a stream that is closed."""
 
 
-class ErrorCode(enum.IntEnum):
-    """What a reset or goodbye is about (RFC 9113 section 7)."""
-
-    NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR = 0x0, 0x1, 0x2
-    FRAME_SIZE_ERROR, REFUSED_STREAM = 0x6, 0x7
-    COMPRESSION_ERROR, ENHANCE_YOUR_CALM = 0x9, 0xB
-
-
 class EngineLimits(typing.NamedTuple):
     """What a peer may make an engine hold."""
 
-    #: octets of a request head, counted as RFC 9113 section 6.5.2 does
+    #: octets (as in RFC 9113 section 6.5.2) and fields of a request head
     header_bytes: int = 65536
-    #: fields of a request head
     header_count: int = 128
     #: requests open at a time (SETTINGS_MAX_CONCURRENT_STREAMS)
     streams: int = 100
@@ -1922,15 +1915,14 @@ class Http2Engine(Engine):
         self._early = set()
         #: octets of body still due, by stream
         self._owed = {}
-        self._announce(limits, h2.settings.SettingCodes)
+        self._announce(limits)
 
-    def _announce(self, limits, codes):
+    def _announce(self, limits):
+        """Sends our settings; those left out have RFC 9113's first values."""
+        codes = h2.settings.SettingCodes
         mine = self._h2.local_settings = h2.settings.Settings(False, {
-            codes.HEADER_TABLE_SIZE: 4096,
-            codes.ENABLE_PUSH: 0,
             codes.MAX_CONCURRENT_STREAMS: limits.streams,
             codes.INITIAL_WINDOW_SIZE: limits.window_bytes,
-            codes.MAX_FRAME_SIZE: _FRAME_BYTES,
             codes.MAX_HEADER_LIST_SIZE: limits.header_bytes,
             _NO_RFC7540_PRIORITIES: 1})
         # Beyond this a head is not answered with 431 but ends the connection:
@@ -2025,10 +2017,7 @@ class Http2Engine(Engine):
                 events.append(self._refuse(stream, ErrorCode.PROTOCOL_ERROR))
 
     def _is_late(self, kind, length, stream):
-        """Swallows what was under way to a stream that we have reset.
-
-        RFC 9113 section 5.1; h2 would answer each frame with a reset.
-        """
+        """Swallows DATA for a stream we reset; h2 would reset it again."""
         if kind != _DATA or stream not in self._reset:
             return False
         if length:
@@ -2135,7 +2124,7 @@ class Http2Engine(Engine):
         events.append(StreamReset(event.stream_id, int(event.error_code)))
 
     def _take_settings(self, event, events):
-        """Raises for a setting that h2 does not know; RFC 9218 2.1."""
+        """Checks the setting that h2 does not know; RFC 9218 section 2.1."""
         told = event.changed_settings.get(_NO_RFC7540_PRIORITIES)
         if told and told.new_value > 1:
             raise h2.exceptions.ProtocolError("neither 0 nor 1")
@@ -2146,12 +2135,9 @@ class Http2Engine(Engine):
         oversized = isinstance(error, h2.exceptions.DenialOfServiceError)
         if isinstance(error.__cause__, _UNDECODABLE) and not oversized:
             code = ErrorCode.COMPRESSION_ERROR
-        return self._end(code, str(error))
-
-    def _end(self, code, reason):
         self.goodbye(code)
         self.closing = True
-        return ProtocolFault(code, reason)
+        return ProtocolFault(code, str(error))
 
     def hungry(self):
         # What a peer may have under way is bounded by its windows.
@@ -2161,17 +2147,16 @@ class Http2Engine(Engine):
         return bool(self._rest or self._block or self._preface)
 
     def time_out(self):
-        calm = ErrorCode.ENHANCE_YOUR_CALM
-        return [self._end(calm, "a frame came too slowly")]
+        slow = h2.exceptions.DenialOfServiceError("a frame came too slowly")
+        return [self._fail(slow)]
 
     def sendable(self, stream):
-        conn = self._h2
-        known = conn.streams.get(stream)
+        known = self._h2.streams.get(stream)
         if known is None or known.closed:
             return 0
-        return max(0, min(
-            known.outbound_flow_control_window,
-            conn.outbound_flow_control_window, conn.max_outbound_frame_size))
+        window = min(known.outbound_flow_control_window,
+                     self._h2.outbound_flow_control_window)
+        return max(0, min(window, self._h2.max_outbound_frame_size))
 
     def headers(self, stream, fields, end=False):
         try:
@@ -2194,8 +2179,7 @@ class Http2Engine(Engine):
         self._reset[stream] = None
         if len(self._reset) > _H2.MAX_CLOSED_STREAMS:
             self._reset.popitem(last=False)
-        # h2 calls both "no such stream" and "closed" protocol errors; in
-        # either case there is nothing left to give up.
+        # Closed, or refused before it was open: nothing is left to give up.
         with contextlib.suppress(h2.exceptions.ProtocolError):
             self._h2.reset_stream(stream, code)
 
@@ -2235,16 +2219,15 @@ _CRUMB_BYTES = 1024
 _NO_RFC7540_PRIORITIES = 0x9
 #: points that a frame costs its sender; what is not listed costs 1
 _POINTS = {_DATA: 0, _HEADERS: 0, _RST_STREAM: 10, _SETTINGS: 5, 0x6: 2}
-_OWN_FRAMES = {0x2: Http2Engine._take_priority,
-               0x7: Http2Engine._take_goaway,
-               0x10: Http2Engine._take_priority_update}
+_OWN_FRAMES = {
+    0x2: Http2Engine._take_priority, 0x7: Http2Engine._take_goaway,
+    0x10: Http2Engine._take_priority_update}
 _TRANSLATIONS = {
     h2.events.RequestReceived: Http2Engine._take_request,
     h2.events.DataReceived: Http2Engine._take_body,
     h2.events.TrailersReceived: Http2Engine._take_trailers,
     h2.events.StreamReset: Http2Engine._take_reset,
-    h2.events.RemoteSettingsChanged: Http2Engine._take_settings,
-}
+    h2.events.RemoteSettingsChanged: Http2Engine._take_settings}
 _H2_CONFIG = h2.config.H2Configuration(
     client_side=False, header_encoding=None,
     validate_inbound_headers=False, normalize_inbound_headers=False,
@@ -2262,17 +2245,16 @@ _UNDECODABLE = hpack.HPACKError, IndexError, TypeError, UnicodeDecodeError
 
 
 class Http1Engine(Engine):
-    """RFC 9112 through httptools (llhttp), whose `on_` calls it takes."""
+    """RFC 9112 through httptools (llhttp); flow control is left to TCP."""
 
     protocol = "http/1.1"
 
     def __init__(self, limits: EngineLimits):
         self._limits = limits
+        #: calls the methods `on_...`
         self._parser = httptools.HttpRequestParser(self)
-        self._output = []
-        self._waiting = collections.deque()
-        self._heads = {}
-        self._stream = -1
+        self._output, self._waiting = [], collections.deque()
+        self._heads, self._stream = {}, -1
         #: stream whose answer is not finished, 0 when there is none
         self._answering = 0
         #: whether what comes is of no interest any more
@@ -2320,7 +2302,8 @@ class Http1Engine(Engine):
             self._waiting.append(RequestRefused(self._stream, status))
         else:
             self._heads[self._stream].keep = False
-            self._waiting.append(StreamReset(self._stream, ErrorCode.PROTOCOL_ERROR))
+            self._waiting.append(
+                StreamReset(self._stream, ErrorCode.PROTOCOL_ERROR))
 
     def _release(self):
         """Events up to the next request that has to wait its turn."""
@@ -2353,10 +2336,10 @@ class Http1Engine(Engine):
             return
         self._in_head = False
         self._stream += 2
-        keep = (parser.should_keep_alive()
-                and self._stream < 2 * self._limits.requests - 1)
+        is_last = self._stream >= 2 * self._limits.requests - 1
         self._heads[self._stream] = _Http1Head(
-            version, keep, parser.get_method() == b"HEAD")
+            version, parser.should_keep_alive() and not is_last,
+            parser.get_method() == b"HEAD")
         self._waiting.append(self._started())
 
     def _fault(self, version):
@@ -2365,12 +2348,10 @@ class Http1Engine(Engine):
         hosts = sum(name == b"host" for name, _ in fields)
         if version not in ("1.0", "1.1"):
             return 505
-        if codings := [v for n, v in fields if n == b"transfer-encoding"]:
-            # RFC 9112 section 6.1: what others might frame otherwise.
-            if version == "1.0":
-                return 400
-            if codings != [b"chunked"]:
-                return 501
+        # RFC 9112 section 6.1: what others might frame otherwise.
+        codings = [v for n, v in fields if n == b"transfer-encoding"]
+        if codings and (version == "1.0" or codings != [b"chunked"]):
+            return 400 if version == "1.0" else 501
         if (_list_size(fields) + len(self._target) > limits.header_bytes
                 or len(fields) > limits.header_count):
             return 431
@@ -2418,7 +2399,6 @@ class Http1Engine(Engine):
         return self._release()
 
     def sendable(self, stream):
-        # HTTP/1.1 leaves flow control to TCP.
         return _FRAME_BYTES if stream == self._answering else 0
 
     def headers(self, stream, fields, end=False):
@@ -2454,9 +2434,9 @@ class Http1Engine(Engine):
 
     def _write_head(self, status, fields):
         reason = http.HTTPStatus(status).phrase.encode()
-        self._output.append(b"HTTP/1.1 %d %b\r\n" % (status, reason))
-        self._output += [b"%b: %b\r\n" % field for field in fields]
-        self._output.append(b"\r\n")
+        self._output += (
+            b"HTTP/1.1 %d %b\r\n" % (status, reason),
+            *(b"%b: %b\r\n" % field for field in fields), b"\r\n")
 
     def body(self, stream, piece, end=False):
         head = self._head(stream)
@@ -2471,8 +2451,7 @@ class Http1Engine(Engine):
 
     def _finish(self, head):
         del self._heads[self._answering]
-        self._answering = 0
-        self._chunked = False
+        self._answering, self._chunked = 0, False
         self.closing = not head.keep or self._goodbyes > 1
         self._deaf = self._deaf or self.closing
 
@@ -2487,26 +2466,19 @@ class Http1Engine(Engine):
             self._deaf = head is None or head.ended
             self.closing = self.closing or head is None
 
-    def consumed(self, stream, count):
-        # HTTP/1.1 leaves flow control to TCP.
-        return
-
     def output(self):
-        written = b"".join(self._output)
-        self._output.clear()
+        written, self._output = b"".join(self._output), []
         return written
 
 
+@dataclasses.dataclass(slots=True)
 class _Http1Head:
     """What the framing of an answer depends on."""
 
-    __slots__ = "ended", "for_head", "keep", "version"
-
-    def __init__(self, version, keep, for_head):
-        self.version = version
-        self.keep = keep
-        self.for_head = for_head
-        self.ended = False
+    version: str
+    keep: bool
+    for_head: bool
+    ended: bool = False
 
 
 _ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?#]*)(.*)", re.DOTALL)
@@ -4761,26 +4733,22 @@ _ALLOW = b"GET, HEAD, OPTIONS"
 #             6 Scheduler, 14 Hints, 15 Site
 # ---------------------------------------------------------------------------
 #
-# This half holds what is said, the next one (16b) the sockets and times.
-#
 # A connection has no greenlet.  It is an object that the event loop calls
 # when its socket can be read or written (`_turn`); a call drives TLS, engine
 # and scheduler as far as they go without waiting, and returns.  That keeps an
 # idle connection small and a busy one quick.  What may wait (reading a new
 # file, a thread, a backend) runs in a greenlet of its own, which comes back
-# with a Response.  Connection knows sockets and times, Conversation knows
-# requests and streams; neither does the other's work.
+# with a Response.  Conversation knows requests and streams, Connection (16b)
+# knows sockets and times; neither does the other's work.
 #
 # The invariant: engine and scheduler calls never switch greenlets, so nothing
 # here needs a lock.
 #
-# Of a response no more is held than the socket took and one chunk.  A body in
-# a file is read when its stream's turn comes.  After a chunk the connection
-# waits until the kernel has nearly sent it (TCP_NOTSENT_LOWAT), so that a
-# more urgent response that comes up meanwhile finds the way free.
+# Of a response no more is held than the socket took and one chunk.  After a
+# chunk the connection waits until the kernel has nearly sent it
+# (TCP_NOTSENT_LOWAT), so that a more urgent response finds the way free.
 #
-# Times are looked after by one sweep over all connections: a timer each would
-# cost more than it is worth.
+# One sweep looks after the times of all connections: a timer each costs more.
 
 
 class Service:
@@ -4840,20 +4808,16 @@ class _Outgoing:
     __slots__ = "left", "request", "response", "sent"
 
     def __init__(self, request, response):
-        self.request = request
-        self.response = response
+        self.request, self.response = request, response
         body = response.body
         self.left = len(body) if isinstance(body, bytes) else body.length
         self.sent = 0
 
     def take(self, count):
         """The next piece; raises SourceChanged."""
-        count = min(count, self.left)
-        body = self.response.body
-        if isinstance(body, bytes):
-            piece = body[self.sent:self.sent + count]
-        else:
-            piece = body.read(count)
+        count, body = min(count, self.left), self.response.body
+        piece = (body[self.sent:self.sent + count]
+                 if isinstance(body, bytes) else body.read(count))
         self.sent += count
         self.left -= count
         return piece
@@ -4866,22 +4830,17 @@ class _Outgoing:
 class Conversation:
     """The exchanges of one connection, without its socket."""
 
-    __slots__ = (
-        "_calm", "_client", "_early", "_newest", "_outgoing", "_scheduler",
-        "_service", "_site", "_unfinished", "_waiting", "_wake", "engine")
+    __slots__ = ("_calm", "_client", "_early", "_newest", "_outgoing",
+                 "_scheduler", "_service", "_site", "_unfinished", "_waiting",
+                 "_wake", "engine")
 
-    def __init__(
-        self, service: Service, site: Site, engine: Engine, client: str,
-        wake: typing.Callable[[], None]):
+    def __init__(self, service: Service, site: Site, engine: Engine,
+                 client: str, wake: typing.Callable[[], None]):
         """`wake` is called when there is output that nobody asked for."""
-        self._service = service
-        self._site = site
-        self._client = client
-        self._wake = wake
-        self.engine = engine
-        self._scheduler = Scheduler()
+        self._service, self._site, self.engine = service, site, engine
+        self._client, self._wake = client, wake
         self._calm = _CalmMeter(service.tweaks)
-        self._outgoing = {}
+        self._scheduler, self._outgoing = Scheduler(), {}
         #: streams that a greenlet works for
         self._waiting = set()
         #: octets of body so far, by stream whose request has not ended
@@ -4959,8 +4918,7 @@ class Conversation:
             gevent.spawn(self._exchange, stream, request)
         else:
             busy = NotServed(503, "too many requests wait", _RETRY)
-            refusal = self._site.refuse(busy, request)
-            self._respond(stream, request, refusal)
+            self._respond(stream, request, self._site.refuse(busy, request))
 
     def _expect_body(self, stream, request):
         limit = self._service.tweaks.max_body_bytes
@@ -4988,13 +4946,9 @@ class Conversation:
 
     def _respond(self, stream, request, response):
         """Sends the head; queues the body for its turn."""
-        fields = [
-            (b":status", b"%d" % response.status),
-            *response.fields,
-            self._service.date,
-        ]
-        bodiless = not response.body or (
-            request and request.method == "HEAD")
+        fields = [(b":status", b"%d" % response.status), *response.fields,
+                  self._service.date]
+        bodiless = not response.body or (request and request.method == "HEAD")
         outgoing = _Outgoing(request, response)
         try:
             self.engine.headers(stream, fields, bodiless)
@@ -5019,11 +4973,10 @@ class Conversation:
             self.engine.reset(stream, 0)
         request, response = outgoing.request or _Unread, outgoing.response
         spent = max(0, time.monotonic() - request.started) * 1000
-        LOG.say(
-            50001, self._client, request.method, request.host, request.target,
-            response.status, outgoing.sent, f"{spent:.1f}",
-            self.engine.protocol, answered or response.answered,
-            response.representation)
+        LOG.say(50001, self._client, request.method, request.host,
+                request.target, response.status, outgoing.sent,
+                f"{spent:.1f}", self.engine.protocol,
+                answered or response.answered, response.representation)
 
     def _on_refused(self, event):
         reason = f"the request's head ends in status {event.status}"
@@ -5032,14 +4985,14 @@ class Conversation:
 
     def _on_body(self, event):
         """Bodies have no taker yet: they are counted and let go."""
-        self.engine.consumed(event.stream, event.cost)
-        if event.stream not in self._unfinished:
-            self.engine.reset(event.stream, ErrorCode.NO_ERROR)
-        else:
-            self._unfinished[event.stream] += len(event.piece)
-            limit = self._service.tweaks.max_body_bytes
-            if self._unfinished[event.stream] > limit:
-                self._abandon(event.stream, ErrorCode.ENHANCE_YOUR_CALM)
+        stream, limit = event.stream, self._service.tweaks.max_body_bytes
+        self.engine.consumed(stream, event.cost)
+        if stream not in self._unfinished:
+            self.engine.reset(stream, ErrorCode.NO_ERROR)
+            return
+        self._unfinished[stream] += len(event.piece)
+        if self._unfinished[stream] > limit:
+            self._abandon(stream, ErrorCode.ENHANCE_YOUR_CALM)
 
     def _on_ended(self, event):
         self._unfinished.pop(event.stream, None)
@@ -5101,8 +5054,7 @@ _HANDLERS = {
     StreamReset: Conversation._on_reset,
     PriorityChanged: Conversation._on_priority,
     PeerLeaving: Conversation._on_leaving,
-    ProtocolFault: Conversation._on_fault,
-}
+    ProtocolFault: Conversation._on_fault}
 
 
 class _Unread:
@@ -5120,8 +5072,7 @@ class _CalmMeter:
     def __init__(self, tweaks):
         self._burst = self._credit = tweaks.calm_points_burst
         self._rate = tweaks.calm_points_per_second
-        self._seen = 0
-        self._moment = time.monotonic()
+        self._seen, self._moment = 0, time.monotonic()
 
     def bears(self, total):
         """Whether the points so far are within burst and rate."""

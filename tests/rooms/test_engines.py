@@ -22,7 +22,6 @@ from shimmercat import (
     RequestStarted,
     StreamGone,
     StreamReset,
-    WindowOpened,
     make_engine,
 )
 
@@ -694,8 +693,8 @@ class Client:
         self._decoder = hpack.Decoder()
         self.heads = {}
         values = {} if window is None else {4: window}
-        assert self.send(PREFACE, hf.SettingsFrame(0, settings=values)) == (
-            [] if window is None else [WindowOpened(0)])
+        settings = hf.SettingsFrame(0, settings=values)
+        assert self.send(PREFACE, settings) == []
         self.greeting = self.read()
 
     def send(self, *frames):
@@ -786,9 +785,9 @@ def test_a_head_may_come_in_fragments(client):
 
 @pytest.mark.parametrize("frame, events", [
     (hf.RstStreamFrame(1, 8), [StreamReset(1, 8)]),
-    (hf.WindowUpdateFrame(1, 9), [WindowOpened(1)]),
-    (hf.WindowUpdateFrame(0, 9), [WindowOpened(0)]),
-    (hf.SettingsFrame(0, settings={4: 9}), [WindowOpened(0)]),
+    (hf.WindowUpdateFrame(1, 9), []),
+    (hf.WindowUpdateFrame(0, 9), []),
+    (hf.SettingsFrame(0, settings={4: 9}), []),
     (hf.SettingsFrame(0, settings={1: 0}), []),
     (hf.SettingsFrame(0, flags=["ACK"]), []),
     (hf.PingFrame(0, b"12345678"), []),
@@ -928,7 +927,7 @@ def test_an_answer_is_framed_by_the_windows(engine_class):
         engine.body(1, b"x" * room)
         sent += room
     assert sent == 40_000
-    assert client.send(hf.WindowUpdateFrame(1, 5)) == [WindowOpened(1)]
+    assert client.send(hf.WindowUpdateFrame(1, 5)) == []
     assert engine.sendable(1) == 5
     engine.body(1, b"y" * 5, True)
     assert engine.sendable(1) == 0
