@@ -1791,8 +1791,7 @@ def _read_weights(accepted):
 # socket gave, takes events from it, tells it what to answer, and writes what
 # `output` returns.  It never raises for what the peer did: broken input ends
 # in a ProtocolFault (connection error) or in a stream that is reset or
-# refused.  Above this room nobody knows which protocol is spoken: HTTP/1.1
-# is streams 1, 3, 5 ... of which one is open at a time.
+# refused.  Nobody above knows which protocol is spoken.
 #
 # The h2 library keeps the rules of streams, windows and header compression.
 # Four things are done around it, each because of what it would do otherwise:
@@ -1807,8 +1806,7 @@ def _read_weights(accepted):
 #   limit is refused (section 5.1.2), not fatal.
 #
 # What costs a peer nothing and us something (resets, pings, empty frames ...)
-# is counted in `nuisance`; the connection, which has a clock, compares that
-# with what a peer in good faith can reach.
+# is counted in `nuisance`; those who have a clock judge it.
 
 
 #: a request's head is complete; `ended` when it has no body
@@ -1906,15 +1904,12 @@ class Http2Engine(Engine):
         self._settled = False
         #: octets and frames of the header block that is coming, if any
         self._block = None
-        #: frames of our own, beside those that h2 writes
-        self._extra = b""
+        self._extra = b""  #: frames of our own, beside those of h2
         self._last = 2**31 - 1
         #: streams that we reset, newest last
         self._reset = collections.OrderedDict()
-        #: idle streams that have a priority already
-        self._early = set()
-        #: octets of body still due, by stream
-        self._owed = {}
+        self._early = set()  #: idle streams that have a priority already
+        self._owed = {}  #: octets of body still due, by stream
         self._announce(limits)
 
     def _announce(self, limits):
@@ -2197,13 +2192,9 @@ class Http2Engine(Engine):
 
 
 class _H2(h2.connection.H2Connection):
-    #: how many closed streams it remembers; 65,536 would be 8 MB a connection
+    """Remembers few closed streams; 65,536 would be 8 MB a connection."""
+
     MAX_CLOSED_STREAMS = 512
-
-
-def _list_size(fields):
-    """Octets of a field section; RFC 9113 section 6.5.2."""
-    return sum(len(name) + len(value) + 32 for name, value in fields)
 
 
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS = 0x0, 0x1, 0x3, 0x4
@@ -2242,6 +2233,8 @@ _UNDECODABLE = hpack.HPACKError, IndexError, TypeError, UnicodeDecodeError
 #    Offers   Http1Engine, NATIVE_ENGINE, make_engine
 #    Uses     1 Words, 4 HTTP
 # ---------------------------------------------------------------------------
+#
+# Requests are streams 1, 3, 5 ... of which one at a time is being answered.
 
 
 class Http1Engine(Engine):
@@ -2469,6 +2462,11 @@ class Http1Engine(Engine):
     def output(self):
         written, self._output = b"".join(self._output), []
         return written
+
+
+def _list_size(fields):
+    """Octets of a field section; RFC 9113 section 6.5.2."""
+    return sum(len(name) + len(value) + 32 for name, value in fields)
 
 
 @dataclasses.dataclass(slots=True)
@@ -3585,9 +3583,7 @@ class Representation:
     __slots__ = ("body", "coding", "etag", "fields", "kept", "length", "path")
 
     def __init__(self, coding: str, etag: bytes, length: int):
-        self.coding = coding
-        self.etag = etag
-        self.length = length
+        self.coding, self.etag, self.length = coding, etag, length
         #: the octets when they are held in memory, else None
         self.body: bytes | None = None
         #: file that holds the octets when memory doesn't
@@ -3604,12 +3600,9 @@ class Asset:
                  "probed", "representations", "sha", "type", "untried")
 
     def __init__(self, key: tuple, source: "Source", sha: str):
-        self.key = key
-        self.path = source.path
+        self.key, self.sha, self.type = key, sha, b""
+        self.path, self.modified = source.path, source.modified
         self.identity = source.identity
-        self.modified = source.modified
-        self.sha = sha
-        self.type = b""
         self.representations: dict[str, Representation] = {}
         #: codings that no cheap alternate was tried for yet
         self.untried = frozenset()
@@ -3634,10 +3627,10 @@ class Asset:
 
     def lacks(self, accept_encoding: bytes | None) -> str | None:
         """A coding that should be tried before this client is answered."""
-        if self.untried:
-            coding = choose((*_CODINGS, "identity"), accept_encoding)
-            return coding if coding in self.untried else None
-        return None
+        if not self.untried:
+            return None
+        coding = choose((*_CODINGS, "identity"), accept_encoding)
+        return coding if coding in self.untried else None
 
     def add(self, representation: Representation) -> None:
         """Offers a form unless its coding has a smaller one already."""
@@ -3672,9 +3665,8 @@ class Source(typing.NamedTuple):
         status = os.fstat(fd)
         # Every change sets ctime; mtime is what somebody says it is.
         age = abs(time.time_ns() - status.st_ctime_ns)
-        return cls(
-            fd, path, file_identity(status), status.st_nlink,
-            status.st_mtime, age > _QUIET_NS)
+        return cls(fd, path, file_identity(status), status.st_nlink,
+                   status.st_mtime, age > _QUIET_NS)
 
     @property
     def length(self) -> int:
@@ -3693,13 +3685,8 @@ class Source(typing.NamedTuple):
 
 def file_identity(status: os.stat_result) -> tuple:
     """What changes when a file is replaced or written into."""
-    return (
-        status.st_dev,
-        status.st_ino,
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-    )
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns,
+            status.st_ctime_ns)
 
 
 class Repository:
@@ -3707,13 +3694,10 @@ class Repository:
 
     def __init__(self, tweaks: Tweaks, store, jobs):
         """`store` has the artisan's work, `jobs` takes orders for it."""
-        self._tweaks = tweaks
-        self._store = store
-        self._jobs = jobs
+        self._tweaks, self._store, self._jobs = tweaks, store, jobs
         self._assets = collections.OrderedDict()
         self._keys_of = collections.defaultdict(set)
-        self._memory = 0
-        self._at_work = {}
+        self._memory, self._at_work = 0, {}
 
     def peek(self, key: tuple) -> Asset | None:
         """The asset of the key when it is known and current."""
@@ -3729,24 +3713,21 @@ class Repository:
         Raises what `fetch` raises, and SourceChanged when the file does not
         hold still.  May wait.
         """
-        return self.peek(key) or self._once(
-            key, lambda: self._read(key, fetch))
+        return self.peek(key) or self._once(key, self._read, fetch)
 
-    def _once(self, key, work):
-        """Has `work` done by one greenlet, whose result all waiters get."""
+    def _once(self, key, work, argument):
+        """Has one greenlet do `work`, whose result all waiters get."""
         if running := self._at_work.get(key):
             return running.get()
         running = self._at_work[key] = gevent.event.AsyncResult()
         try:
-            result = work()
+            running.set(work(key, argument))
         except BaseException as error:
             running.set_exception(error)
             raise
-        else:
-            running.set(result)
-            return result
         finally:
             del self._at_work[key]
+        return running.get()
 
     def _read(self, key, fetch):
         for _ in range(_READ_ATTEMPTS):
@@ -3764,20 +3745,16 @@ class Repository:
 
     def _digest(self, key, source):
         """An asset of the source with its identity representation."""
-        small = source.length <= self._tweaks.small_file_bytes
-        if small:
-            body = os.pread(source.fd, source.length, 0)
+        if source.length <= self._tweaks.small_file_bytes:
+            body = sample = os.pread(source.fd, source.length, 0)
             sha = hashlib.sha256(body).hexdigest()
-            sample = body
         else:
-            body = None
+            body, sample = None, os.pread(source.fd, _SAMPLE_BYTES, 0)
             sha = _in_thread(_file_digest, source.fd)
-            sample = os.pread(source.fd, _SAMPLE_BYTES, 0)
         asset = Asset(key, source, sha)
         asset.type = content_type(source.path, sample)
         identity = self._form(asset, "identity", source.length, "")
-        identity.body = body
-        identity.path = source.path
+        identity.body, identity.path = body, source.path
         asset.add(identity)
         self._plan(asset, source.length)
         return asset
@@ -3792,13 +3769,8 @@ class Repository:
             asset.untried = frozenset(_CODINGS)
         self._probe(asset)
         if not asset.best:
-            self._jobs.put(
-                {
-                    "sha": asset.sha,
-                    "path": asset.path,
-                    "type": asset.type.decode(),
-                }
-            )
+            self._jobs.put({"sha": asset.sha, "path": asset.path,
+                            "type": asset.type.decode()})
 
     def _probe(self, asset):
         """Adds the alternates that the store has of the asset."""
@@ -3816,8 +3788,7 @@ class Repository:
                 form.body = body
             form.path = str(stored.path)
             asset.add(form)
-            asset.best = True
-            asset.untried = frozenset()
+            asset.best, asset.untried = True, frozenset()
 
     def _form(self, asset, coding, length, suffix):
         """A representation with its fields, body still to be given."""
@@ -3828,33 +3799,26 @@ class Repository:
         kept = [(b"etag", etag), (b"cache-control", self._lifetime(asset))]
         if is_compressible(asset.type):
             kept.append((b"vary", b"accept-encoding"))
-        date = http_date(asset.modified).encode()
-        kept.append((b"last-modified", date))
-        fields = [
-            (b"content-type", asset.type),
-            (b"content-length", b"%d" % length),
-            (b"accept-ranges", b"bytes"),
-        ]
+        kept.append((b"last-modified", http_date(asset.modified).encode()))
+        fields = [(b"content-type", asset.type),
+                  (b"content-length", b"%d" % length),
+                  (b"accept-ranges", b"bytes")]
         if coding != "identity":
             fields.append((b"content-encoding", coding.encode()))
-        form.kept = tuple(kept)
-        form.fields = (*fields, *kept)
+        form.kept, form.fields = tuple(kept), (*fields, *kept)
         return form
 
     def _lifetime(self, asset):
-        html_page = asset.type.startswith(b"text/html")
-        tweaks = self._tweaks
-        value = (
-            tweaks.cache_control_html if html_page else tweaks.cache_control)
-        return value.encode()
+        if asset.type.startswith(b"text/html"):
+            return self._tweaks.cache_control_html.encode()
+        return self._tweaks.cache_control.encode()
 
     def hasten(self, asset: Asset, coding: str) -> None:
         """Makes a cheap alternate of a coding, if that is smaller. Waits."""
-        self._once((asset.sha, coding), lambda: self._hasten(asset, coding))
+        self._once((asset.sha, coding), self._hasten, asset)
 
-    def _hasten(self, asset, coding):
-        source = asset.representations["identity"]
-        body = source.body
+    def _hasten(self, key, asset):
+        coding, body = key[1], asset.representations["identity"].body
         if body is None:
             body = _in_thread(_read_source, asset)
         asset.untried -= {coding}
@@ -3935,11 +3899,8 @@ def _is_utf8(sample):
 def is_compressible(kind: bytes) -> bool:
     """Whether a type's content is text-like, not compressed already."""
     essence = kind.partition(b";")[0].strip().decode("latin-1")
-    return (
-        essence.startswith("text/")
-        or essence.endswith(("+json", "+xml"))
-        or essence in _COMPRESSIBLE
-    )
+    return (essence.startswith("text/") or essence in _COMPRESSIBLE
+            or essence.endswith(("+json", "+xml")))
 
 
 def _in_thread(work, argument):
@@ -3948,8 +3909,7 @@ def _in_thread(work, argument):
 
 
 def _file_digest(fd):
-    digest = hashlib.sha256()
-    at = 0
+    digest, at = hashlib.sha256(), 0
     while piece := os.pread(fd, _DIGEST_BYTES, at):
         digest.update(piece)
         at += len(piece)
@@ -3965,16 +3925,9 @@ def _read_source(asset):
     return body if hashlib.sha256(body).hexdigest() == asset.sha else None
 
 
-def _quick_gzip(body):
-    # mtime 0: equal input gives equal octets on every worker.
-    return gzip.compress(body, 4, mtime=0)
-
-
-def _quick_brotli(body):
-    return brotli.compress(body, quality=4)
-
-
-_QUICK = {"br": _quick_brotli, "gzip": _quick_gzip}
+#: cheap compressors; mtime 0 gives equal octets on every worker
+_QUICK = {"br": lambda body: brotli.compress(body, quality=4),
+          "gzip": lambda body: gzip.compress(body, 4, mtime=0)}
 #: codings that are made, preferred first while none is there yet
 _CODINGS = ("br", "gzip") if brotli else ("gzip",)
 #: octets below which no coding pays for its own header
@@ -4474,11 +4427,10 @@ class NotServedYet(NotServed):
 class Site:
     """The domains of this instance, without a socket in sight."""
 
-    def __init__(
-        self, settings: Settings, repository: Repository | None = None):
+    def __init__(self, settings: Settings,
+                 repository: Repository | None = None):
         """Nothing is read before the first request."""
-        self._settings = settings
-        self._repository = repository
+        self._settings, self._repository = settings, repository
         self._open = settings.mode == "devlove"
         self._backends = {
             name: FilesystemBackend(domain.root_dir, (settings.scratch_dir,))
@@ -4495,11 +4447,8 @@ class Site:
         if backend is None or request.method not in _READS:
             return None
         asset = self._repository.peek((backend.root, request.path))
-        if (
-            asset is None
-            or self._repository.is_due(asset, request.started)
-            or asset.lacks(request.headers.get(b"accept-encoding"))
-        ):
+        if (asset is None or self._repository.is_due(asset, request.started)
+                or asset.lacks(request.headers.get(b"accept-encoding"))):
             return None
         try:
             return self._timed(request, self._send_asset(request, asset))
@@ -4516,9 +4465,8 @@ class Site:
         except ShimmerCatError as error:
             return self.refuse(error, request)
 
-    def refuse(
-        self, error: ShimmerCatError, request: Request | None = None
-    ) -> Response:
+    def refuse(self, error: ShimmerCatError,
+               request: Request | None = None) -> Response:
         """The page for an error that was raised on purpose."""
         fields = getattr(error, "fields", ())
         return self._page(error.status, request, str(error), fields)
@@ -4528,23 +4476,19 @@ class Site:
         return self._page(500, request, traceback.format_exc(), ())
 
     def _page(self, status, request, reason, fields):
-        trail = ()
-        if self._open:
-            trail = (*((request and request.trail) or ()), reason)
-        body = error_page(status, trail)
-        head = (
-            (b"content-type", b"text/html; charset=utf-8"),
-            (b"content-length", b"%d" % len(body)),
-            (b"cache-control", b"no-store"), *fields)
+        tried = (request and request.trail) or ()
+        body = error_page(status, (*tried, reason) if self._open else ())
+        head = ((b"content-type", b"text/html; charset=utf-8"),
+                (b"content-length", b"%d" % len(body)),
+                (b"cache-control", b"no-store"), *fields)
         return Response(status, head, body, "error", "page")
 
     def _timed(self, request, response):
         """Tells developers what the way to the response has cost."""
         if self._open:
             spent = (time.monotonic() - request.started) * 1000
-            timing = b'site;desc="%b, %b";dur=%.2f' % (
-                response.answered.encode(), response.representation.encode(),
-                spent)
+            what = f"{response.answered}, {response.representation}"
+            timing = f'site;desc="{what}";dur={spent:.2f}'.encode()
             response.fields = (*response.fields, (b"server-timing", timing))
         return response
 
@@ -4586,10 +4530,9 @@ class Site:
             request.note(f"views in {domain.views_dir}")
             raise NotServedYet("views")
         backend = self._backends.get(domain.name)
-        if backend and os.path.isfile(
-                os.path.join(backend.root, *folder, "index.html")):
-            return
-        if domain.consultants:
+        has_index = backend and os.path.isfile(
+            os.path.join(backend.root, *folder, "index.html"))
+        if domain.consultants and not has_index:
             self._consult(request, domain)
 
     def _consult(self, request, domain):
@@ -4606,9 +4549,8 @@ class Site:
         if request.method == "OPTIONS":
             return self._options()
         if request.method not in _READS:
-            raise NotServed(
-                405, f"{request.method} is not for statics",
-                ((b"allow", _ALLOW),))
+            reason = f"{request.method} is not for statics"
+            raise NotServed(405, reason, ((b"allow", _ALLOW),))
         request.note("file " + os.path.join(backend.root, *components))
         for _ in range(_ATTEMPTS):
             # Replaced or written into under our hands: look again.
@@ -4641,22 +4583,20 @@ class Site:
         if status == 412:
             raise NotServed(412, "the asset changed meanwhile")
         ranges = byte_ranges(request, form.etag, asset.modified, form.length)
-        fields = form.fields
         if request.method == "HEAD":
-            return Response(200, fields, b"", "static", form.coding)
+            return Response(200, form.fields, b"", "static", form.coding)
         body = form.body
         if body is None:
             body = self._open_file(asset, form)
         if ranges:
             return self._send_ranges(form, body, ranges)
-        return Response(200, fields, body, "static", form.coding)
+        return Response(200, form.fields, body, "static", form.coding)
 
     def _open_file(self, asset, form):
         """The octets that memory does not hold, from the file system."""
         try:
-            source = Source.adopt(os.open(
-                form.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC),
-                form.path)
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+            source = Source.adopt(os.open(form.path, flags), form.path)
         except OSError as error:
             self._repository.forget(asset)
             raise SourceChanged(f"{form.path}: {error}") from error
@@ -4682,10 +4622,8 @@ class Site:
         start, stop = ranges[0]
         fields[b"content-length"] = b"%d" % (stop - start)
         fields[b"content-range"] = content_range(start, stop, form.length)
-        if isinstance(body, bytes):
-            body = body[start:stop]
-        else:
-            body = Chain([body.part(start, stop)], body)
+        body = (body[start:stop] if isinstance(body, bytes)
+                else Chain([body.part(start, stop)], body))
         return Response(206, tuple(fields.items()), body, "static", name)
 
 
@@ -4710,10 +4648,8 @@ def error_page(status: int, trail: tuple[str, ...]) -> bytes:
     tried = "".join(f"<li><pre>{html.escape(step)}</pre>" for step in trail)
     if tried:
         tried = f"<p>What was tried:<ol>{tried}</ol>"
-    return (
-        f"<!DOCTYPE html><html lang=en><meta charset=utf-8>"
-        f"<title>{title}</title><h1>{title}</h1>{tried}\n"
-    ).encode()
+    return (f"<!DOCTYPE html><html lang=en><meta charset=utf-8>"
+            f"<title>{title}</title><h1>{title}</h1>{tried}\n").encode()
 
 
 #: how often a file that is replaced under our hands is looked up
@@ -4756,15 +4692,13 @@ class Service:
 
     def __init__(self, settings: Settings, site: Site):
         """Serves `site` within the limits of the tweaks."""
-        self.settings = settings
+        self.settings, self.site = settings, site
         self.tweaks = tweaks = settings.tweaks
-        self.site = site
         self.limits = EngineLimits(
             header_bytes=tweaks.max_header_bytes,
             header_count=tweaks.max_headers, streams=tweaks.max_streams)
         self.loop = gevent.get_hub().loop
-        self.connections = set()
-        self.draining = False
+        self.connections, self.draining = set(), False
         #: exchanges that wait in greenlets
         self.waiting = 0
         self.date = _date_field()
@@ -4941,8 +4875,8 @@ class Conversation:
             self._waiting.discard(stream)
             self._respond(stream, request, response)
             self._wake()
-        elif not isinstance(response.body, bytes):
-            response.body.close()
+        else:
+            _Outgoing(request, response).close()
 
     def _respond(self, stream, request, response):
         """Sends the head; queues the body for its turn."""
@@ -5102,17 +5036,14 @@ _SWEEP_SECONDS = 0.5
 class Connection:
     """The socket of one client and the times it must keep."""
 
-    __slots__ = (
-        "_client", "_clock", "_conversation", "_deadline", "_events",
-        "_farewell", "_has_parted", "_has_room", "_service", "_socket",
-        "_stage", "_unsent", "_watcher")
+    __slots__ = ("_client", "_clock", "_conversation", "_deadline", "_events",
+                 "_farewell", "_has_parted", "_has_room", "_service",
+                 "_socket", "_stage", "_unsent", "_watcher")
 
-    def __init__(
-        self, sock: socket.socket, context: ssl.SSLContext, service: Service,
-        client: str):
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext,
+                 service: Service, client: str):
         """Takes an accepted socket over; raises OSError."""
-        self._service = service
-        self._client = client
+        self._service, self._client = service, client
         self._conversation = self._unsent = None
         #: when the client must have heard that we leave; whether it has
         self._farewell, self._has_parted = None, False
@@ -5130,9 +5061,9 @@ class Connection:
         """The socket to speak through, and what comes first."""
         self._clock = "handshake"
         self._deadline = Deadline(self._service.tweaks.handshake_seconds)
-        return context.wrap_socket(
-            sock, server_side=True,
-            do_handshake_on_connect=False), self._handshake
+        tls = context.wrap_socket(
+            sock, server_side=True, do_handshake_on_connect=False)
+        return tls, self._handshake
 
     def _turn(self, events):
         """Goes on after the loop said that the socket is ready."""
@@ -5174,18 +5105,29 @@ class Connection:
 
     def _converse(self):
         """Reads what came, answers, writes what fits."""
-        if self._write() and self._conversation.engine.hungry():
+        if self._write():
             # Nothing there after all, or not enough for a TLS record.
             with contextlib.suppress(*_WOULD_WAIT):
-                if data := self._socket.recv(_RECORD_BYTES):
-                    self._conversation.receive(data)
-                else:
-                    self._stage = self._finish_up
+                self._read()
         self._send()
+
+    def _read(self):
+        """Takes a TLS record, or all that wait while bodies are under way."""
+        talk = self._conversation
+        for _ in range(_RECORDS_A_TURN):
+            if not talk.engine.hungry():
+                return
+            data = self._socket.recv(_RECORD_BYTES)
+            if not data:
+                self._stage = self._finish_up
+                return
+            talk.receive(data)
+            # What is most urgent may be the last that came.
+            if not talk.is_sending():
+                return
 
     def _finish_up(self):
         """The client will say no more; answers under way are finished."""
-        self._write()
         self._send()
 
     def flush(self) -> None:
@@ -5198,9 +5140,8 @@ class Connection:
         while self._write():
             # Frames from the client must not push out the next chunk before
             # the kernel has sent the last one.
-            chunk = self._service.tweaks.send_chunk_bytes
-            if self._events & _WRITE and not self._has_room:
-                chunk = 0
+            waits = self._events & _WRITE and not self._has_room
+            chunk = 0 if waits else self._service.tweaks.send_chunk_bytes
             self._has_room = False
             if data := talk.output(chunk):
                 self._unsent = memoryview(data)
@@ -5257,8 +5198,7 @@ class Connection:
 
     def _set_clock(self, clock, seconds):
         if self._clock != clock:
-            self._clock = clock
-            self._deadline = Deadline(seconds)
+            self._clock, self._deadline = clock, Deadline(seconds)
 
     def _watch(self, events):
         if events != self._events:
@@ -5273,13 +5213,10 @@ class Connection:
         if self._farewell and self._farewell.moment < now:
             self._farewell = None
             self._guard(self._say_last_stream)
-        if self._deadline.moment > now:
-            return
-        LOG.say(6, self._client, self._clock)
-        if self._clock in ("head", "idle"):
-            self._guard(self._give_up)
-        else:
-            self.close()
+        if self._deadline.moment <= now:
+            LOG.say(6, self._client, self._clock)
+            polite = self._clock in ("head", "idle")
+            self._guard(self._give_up if polite else self.close)
 
     def _give_up(self):
         """Ends the conversation politely when nothing more comes."""
@@ -5312,8 +5249,7 @@ class Connection:
         """Ends the conversation so that the client gets the last octets."""
         self._conversation.abandon_all()
         if isinstance(self._socket, ssl.SSLSocket):
-            # The client's close_notify is not worth waiting for, nor is
-            # what comes instead of it an error of ours.
+            # Nothing that comes instead of a close_notify matters now.
             with contextlib.suppress(ssl.SSLError):
                 self._socket.unwrap()
         self._socket.shutdown(socket.SHUT_WR)
@@ -5346,8 +5282,7 @@ class _PlainConnection(Connection):
     __slots__ = ()
 
     def _open(self, sock, site):
-        self._clock = "redirect"
-        self._deadline = Deadline(_REDIRECT_SECONDS)
+        self._clock, self._deadline = "redirect", Deadline(_REDIRECT_SECONDS)
         engine = Http1Engine(_REDIRECT_LIMITS)
         return sock, lambda: self._begin(engine, site)
 
@@ -5360,20 +5295,17 @@ class TlsListener:
 
     _connection = Connection
 
-    def __init__(
-        self, sock: socket.socket, context: ssl.SSLContext, service: Service):
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext,
+                 service: Service):
         """`sock` is non-blocking and not patched."""
-        self._socket = sock
-        self._context = context
-        self._service = service
-        self._name = sock.getsockname()
+        self._socket, self._context, self._service = sock, context, service
         self._watcher = service.loop.io(sock.fileno(), _READ)
         self._pause = None
         if sock.family != socket.AF_UNIX:
-            lowat = service.tweaks.notsent_lowat_bytes
-            tcp = socket.IPPROTO_TCP
+            tcp, tweaks = socket.IPPROTO_TCP, service.tweaks
             sock.setsockopt(tcp, socket.TCP_NODELAY, 1)
-            sock.setsockopt(tcp, _TCP_NOTSENT_LOWAT, lowat)
+            sock.setsockopt(
+                tcp, _TCP_NOTSENT_LOWAT, tweaks.notsent_lowat_bytes)
 
     def start(self) -> None:
         """Begins to accept."""
@@ -5418,13 +5350,13 @@ class TlsListener:
 
     def _rest(self, reason):
         """Stops for a while; trying at once would burn the processor."""
-        LOG.say(40010, self._name, reason)
+        LOG.say(40010, self._socket.getsockname(), reason)
         self._watcher.stop()
         self._pause = gevent.spawn_later(_PAUSE_SECONDS, self._resume)
         return False
 
     def _resume(self):
-        LOG.say(40011, self._name)
+        LOG.say(40011, self._socket.getsockname())
         self._pause = None
         if not self._service.draining:
             self.start()
@@ -5445,11 +5377,8 @@ _READ, _WRITE = 1, 2
 _WOULD_WAIT = ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError
 #: octets of one TLS record, the most that one read can give
 _RECORD_BYTES = 16384
-_FAREWELL_SECONDS = 1
-_LINGER_SECONDS = 2
-_PAUSE_SECONDS = 0.5
-_ACCEPTS_A_TURN = 32
-_MOST_QUEUED = 65536
+_FAREWELL_SECONDS, _LINGER_SECONDS, _PAUSE_SECONDS = 1, 2, 0.5
+_ACCEPTS_A_TURN, _RECORDS_A_TURN, _MOST_QUEUED = 32, 256, 65536
 _REDIRECT_SECONDS = 3
 _REDIRECT_LIMITS = EngineLimits(header_bytes=16384, requests=1)
 _TCP_NOTSENT_LOWAT = 25
