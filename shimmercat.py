@@ -4919,13 +4919,14 @@ class Conversation:
 
     def _on_body(self, event):
         """Bodies have no taker yet: they are counted and let go."""
-        stream, limit = event.stream, self._service.tweaks.max_body_bytes
+        stream = event.stream
         self.engine.consumed(stream, event.cost)
         if stream not in self._unfinished:
             self.engine.reset(stream, ErrorCode.NO_ERROR)
             return
         self._unfinished[stream] += len(event.piece)
-        if self._unfinished[stream] > limit:
+        limit = self._service.tweaks.max_body_bytes
+        if self._unfinished[stream] > limit and stream in self._waiting:
             self._abandon(stream, ErrorCode.ENHANCE_YOUR_CALM)
 
     def _on_ended(self, event):
