@@ -93,6 +93,7 @@ __all__ = [
     "FileSlice",  # 4
     "Chain",  # 4
     "is_malformed",  # 4
+    "section_size",  # 4
     "has_odd_field",  # 4
     "conditional",  # 4
     "byte_ranges",  # 4
@@ -1358,8 +1359,8 @@ _KINDS = {
 #
 #    Offers   BadRequest, UriTooLong, RangeNotSatisfiable, SourceChanged,
 #             Headers, Request, Response, FileSlice, Chain, is_malformed,
-#             has_odd_field, conditional, byte_ranges, content_range,
-#             multipart_ranges, choose
+#             section_size, has_odd_field, conditional, byte_ranges,
+#             content_range, multipart_ranges, choose
 #    Uses     1 Words
 # ---------------------------------------------------------------------------
 
@@ -1558,6 +1559,11 @@ def is_malformed(fields: list[tuple[bytes, bytes]]) -> bool:
     return authority is not None and any(
         name == b"host" and value.lower() != authority.lower()
         for name, value in fields[count:])
+
+
+def section_size(fields: list[tuple[bytes, bytes]]) -> int:
+    """Octets of a field section; RFC 9113 section 6.5.2."""
+    return sum(len(name) + len(value) + 32 for name, value in fields)
 
 
 def has_odd_field(fields: list[tuple[bytes, bytes]]) -> bool:
@@ -2081,7 +2087,7 @@ class Http2Engine(Engine):
             self._refuse(stream, ErrorCode.REFUSED_STREAM)
         elif is_malformed(fields) or not self._owes(stream, fields, ended):
             self._refuse(stream, ErrorCode.PROTOCOL_ERROR)
-        elif (_list_size(fields) > limits.header_bytes
+        elif (section_size(fields) > limits.header_bytes
                 or len(fields) > limits.header_count):
             events.append(RequestRefused(stream, 431))
         else:
@@ -2349,7 +2355,7 @@ class Http1Engine(Engine):
         codings = [v for n, v in fields if n == b"transfer-encoding"]
         if codings and (version == "1.0" or codings != [b"chunked"]):
             return 400 if version == "1.0" else 501
-        if (_list_size(fields) + len(self._target) > limits.header_bytes
+        if (section_size(fields) + len(self._target) > limits.header_bytes
                 or len(fields) > limits.header_count):
             return 431
         # RFC 9112 section 3.2: exactly one Host, which 1.0 may leave out.
@@ -2466,11 +2472,6 @@ class Http1Engine(Engine):
     def output(self):
         written, self._output = b"".join(self._output), []
         return written
-
-
-def _list_size(fields):
-    """Octets of a field section; RFC 9113 section 6.5.2."""
-    return sum(len(name) + len(value) + 32 for name, value in fields)
 
 
 @dataclasses.dataclass(slots=True)
