@@ -8,17 +8,7 @@ import time
 import harness
 import pytest
 
-from shimmercat import LOG, BootFailure, Slot, WorkerLine
-
-
-@pytest.fixture
-def said():
-    """The records that this process says."""
-    before = LOG.sink
-    records = []
-    LOG.configure(sink=records.append)
-    yield records
-    LOG.configure(sink=before)
+from shimmercat import BootFailure, Slot, WorkerLine
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import harness
 import pytest
 
 from shimmercat import (
-    LOG,
     CannotListen,
     Child,
     Doors,
@@ -22,16 +21,6 @@ from shimmercat import (
     WorkerLine,
     load_settings,
 )
-
-
-@pytest.fixture
-def said():
-    """The records that this process says."""
-    before = LOG.sink
-    records = []
-    LOG.configure(sink=records.append)
-    yield records
-    LOG.configure(sink=before)
 
 
 def settings(folder, **flags):
