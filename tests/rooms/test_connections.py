@@ -320,7 +320,19 @@ def test_a_handshake_has_its_time(quick_server, hello):
     assert 0.2 < time.monotonic() - begin < 3
 
 
-@pytest.mark.parametrize("hello", [b"GET / HTTP/1.1\r\n\r\n", b"\0" * 50])
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
+def test_plain_http_at_the_port_for_tls_is_told_so(server, method):
+    with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        sock.settimeout(PATIENCE_SECONDS)
+        sock.sendall(method + b" / HTTP/1.1\r\ncontent-length: 9000\r\n\r\n"
+                     + bytes(9000))
+        answer = b"".join(iter(lambda: sock.recv(1000), b""))
+    assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert b"begin the address with https://\n" in answer
+    assert server.fetch("/").status_code == 200
+
+
+@pytest.mark.parametrize("hello", [b"SSH-2.0-x\r\n\r\n", b"\0" * 50])
 def test_what_is_no_handshake_is_closed(server, hello):
     with socket.create_connection(("127.0.0.1", server.port)) as sock:
         sock.settimeout(PATIENCE_SECONDS)

@@ -205,6 +205,13 @@ class TestScratchFolder:
             finally:
                 os.kill(child, signal.SIGKILL)
 
+    def test_a_tweaks_yaml_is_written_once(self, tmp_path):
+        written = tmp_path / "tweaks.yaml"
+        for text in ("idle-seconds: 1", "idle-seconds: 2"):
+            folder = ScratchFolder(tmp_path)
+            folder.occupy(text)
+            assert written.read_text() == "idle-seconds: 1"
+
     def test_a_folder_that_cannot_be_made_is_named(self, tmp_path):
         (tmp_path / "file").touch()
         with pytest.raises(ScratchError, match=str(tmp_path / "file")):
@@ -419,6 +426,16 @@ class TestProblems:
             assert f"{scratch.path}/{name}" in problem
             with pytest.raises(CertificateError, match=name):
                 store.context()
+
+    def test_a_folder_for_a_name_that_is_not_served_is_named(
+            self, make_store, scratch):
+        write_operators_pair(scratch.path, ["a.example"])
+        for name, hint in (("a.exampel", ", nearest: a.example"), ("zz", "")):
+            folder = scratch.sni_certificates / name
+            folder.mkdir()
+            assert make_store(["a.example"]).problems() == [
+                f"{folder} is for none of the domains{hint}"]
+            folder.rmdir()
 
     def test_a_certificate_for_one_name_is_checked_for_that_name(
             self, make_store, scratch):

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import re
 from pathlib import Path
 
@@ -168,9 +167,9 @@ def test_statics_may_come_from_elsewhere(load, site, lines, remote):
     ("? [a]\n      : 1", "unknown key, expected root-dir, "),
     ("<<: {root-dir: www}", "<<: unknown key"),
     # folders
-    ("views-dir: nowhere", "views-dir: got 'nowhere', expected something"
-     " readable at "),
-    ("views-dir: ca.pem", "views-dir: got 'ca.pem', expected something"),
+    ("views-dir: nowhere", "views-dir: got 'nowhere', expected a readable"
+     " folder at "),
+    ("views-dir: ca.pem", "views-dir: got 'ca.pem', expected a readable folder"),
     ("views-dir:", "views-dir: got nothing, expected a path"),
     ("views-dir: true", "views-dir: got 'true', expected a path"),
     ("views-dir: 2016", "views-dir: got '2016', expected a path"),
@@ -201,7 +200,7 @@ def test_statics_may_come_from_elsewhere(load, site, lines, remote):
     # consultants
     ("consultant: 8080", "consultant: got '8080', expected keys with values"),
     ("consultant: {}", "consultant: the key connect-to is missing"),
-    ("consultant: {connect-to: []}", "connect-to: got a list, expected an"),
+    ("consultant: {connect-to: []}", "connect-to: got nothing, expected an"),
     ("consultant: {connect-to: eighty}",
      "consultant > connect-to: got 'eighty', expected an address like"),
     ("consultant: {connect-to: 8080.5}", "got '8080.5', expected an address"),
@@ -210,7 +209,7 @@ def test_statics_may_come_from_elsewhere(load, site, lines, remote):
     ("consultants: {shop: {connect-to: 1, verfy: no}}",
      "consultants > shop > verfy: unknown key, nearest known: verify"),
     ("consultants: {shop: {connect-to: 1, ca-file: www}}",
-     "consultants > shop > ca-file: got 'www', expected something readable"),
+     "consultants > shop > ca-file: got 'www', expected a readable file"),
     ("consultants: {s: {connect-to: 1, application-protocol: ftp}}",
      "got 'ftp', expected http or https or fastcgi"),
     ("consultants: {s: {connect-to: 1, max-connections: 0}}",
@@ -230,7 +229,7 @@ def test_a_mistake_in_an_electric_domain_is_named(refuse, line, mistake):
 
 
 @pytest.mark.parametrize(("root", "mistake"), [
-    ("nowhere", "root-dir: got 'nowhere', expected something readable at"),
+    ("nowhere", "root-dir: got 'nowhere', expected a readable folder at"),
     ("{fetch-backend: ftp, http-port: 1}", "got 'ftp', expected http"),
     ("{fetch-backend: http}", "root-dir: the key http-port is missing"),
     ("{use-consultant: shopp}",
@@ -239,6 +238,7 @@ def test_a_mistake_in_an_electric_domain_is_named(refuse, line, mistake):
      "root-dir: got the consultant 'zzz', expected one of this domain"),
     ("{use-consultant: shop, use-host: x}", "use-host: unknown key"),
     ("{}", "root-dir: the key fetch-backend is missing"),
+    ("[www]", "root-dir: got a list, expected a path"),
 ])
 def test_a_mistake_in_root_dir_is_named(refuse, root, mistake):
     found = refuse(electric(
@@ -288,7 +288,10 @@ def test_all_that_the_schema_allows_is_a_domain_name(load, name):
     ("", ["devlove.yaml: empty, expected the key shimmercat-devlove"]),
     ("# nothing\n---\n",
      ["devlove.yaml: got nothing, expected keys with values"]),
-    ("[]", ["devlove.yaml: got a list, expected keys with values"]),
+    ("[1]", ["devlove.yaml: got a list, expected keys with values"]),
+    ("? [a, b]\n: 1", [
+        "devlove.yaml: the key shimmercat-devlove is missing",
+        "devlove.yaml:1: ? ...: unknown key, expected shimmercat-devlove"]),
     ("shimmercat: {}", [
         "devlove.yaml: the key shimmercat-devlove is missing",
         "devlove.yaml:1: shimmercat: unknown key, nearest known:"
@@ -298,8 +301,8 @@ def test_all_that_the_schema_allows_is_a_domain_name(load, name):
     ("shimmercat-devlove: {}", ["devlove.yaml:1: shimmercat-devlove: the key"
                                 " domains is missing"]),
     ("shimmercat-devlove: {domains: {}}", [
-        "devlove.yaml:1: shimmercat-devlove > domains: got keys, expected at"
-        " least one domain"]),
+        "devlove.yaml:1: shimmercat-devlove > domains: got nothing, expected"
+        " at least one domain"]),
     ("shimmercat-devlove: {domains: {a.test: }}", [
         "devlove.yaml:1: shimmercat-devlove > domains > a.test: got nothing,"
         " expected keys with values"]),
@@ -315,8 +318,7 @@ def test_a_file_of_a_wrong_shape_is_named(refuse, text, mistakes):
 def test_a_folder_without_devlove_yaml_is_named(site):
     with pytest.raises(ConfigurationError, match="devlove.yaml: cannot be"
                        " read: No such file or directory"):
-        load_settings(argparse.Namespace(mode="devlove", working_dir=site),
-                      write_tweaks=False)
+        load_settings(argparse.Namespace(mode="devlove", working_dir=site))
 
 
 def test_a_domain_given_twice_is_named_with_both_places(refuse, site):
@@ -354,28 +356,11 @@ def test_all_mistakes_of_both_files_are_reported_in_their_order(refuse):
     assert lines == ["4", "5", "6", "7", "8", "1", "2"]
 
 
-def test_a_missing_tweaks_yaml_is_written_with_every_default(load, site):
-    settings = load()
-    written = site / ".shimmercat.loves.devs" / "tweaks.yaml"
-    assert written.read_text() == tweaks_text()
-    assert os.listdir(written.parent) == ["tweaks.yaml"]
-    assert written.parent.stat().st_mode & 0o777 == 0o700
-    assert settings.tweaks == Tweaks() == load().tweaks
-
-
-def test_a_check_writes_nothing(load, site):
-    (site / "devlove.yaml").write_text(SMALLEST)
+def test_reading_the_settings_writes_nothing(load, site):
+    load()
     before = sorted(site.rglob("*"))
-    load_settings(argparse.Namespace(mode="internet", working_dir=site),
-                  write_tweaks=False)
+    assert load().tweaks == Tweaks()
     assert sorted(site.rglob("*")) == before
-
-
-def test_a_scratch_folder_that_cannot_be_made_is_named(refuse, site):
-    (site / "occupied").write_text("")
-    found = refuse(scratch_dir_name="occupied")[0]
-    assert found.startswith("occupied/tweaks.yaml: cannot be written: ")
-    assert f"File exists: '{site}/occupied'" in found
 
 
 def test_the_text_of_tweaks_has_each_key_with_meaning_and_default():
@@ -449,7 +434,7 @@ def test_flags_have_the_published_defaults(load, site):
 def test_flags_are_taken_as_texts_and_as_values(load, site):
     settings = load(listen="[::1]:443", redirect="80", workers=5,
                     log_codes="empty", log_file="x.log",
-                    apoptosis_seconds="1800-900")
+                    apoptosis_seconds="900-1800")
     assert str(settings.listen) == "[::1]:443"
     assert settings.redirect == NetworkAddress("inet", "127.0.0.1", 80)
     assert settings.workers == 5

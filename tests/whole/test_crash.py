@@ -1,13 +1,11 @@
 """Workers that die, stall or never come up."""
 
 import os
-import random
 import signal
-import threading
 import time
 
 import pytest
-from harness import DOMAIN, PROGRAM, Server, eventually, make_site
+from harness import PROGRAM, Server, eventually, make_site
 
 
 def sabotaged(folder, place, fault):
@@ -28,50 +26,6 @@ def test_a_killed_worker_is_replaced_at_once(server):
     death, = server.lines("M60002")
     assert name in death.message and "SIGKILL" in death.message
     assert server.fetch().status_code == 200
-
-
-def test_a_hundred_kills_cost_only_connections_of_the_killed(server):
-    rng = random.Random(4)
-    kills, failures, answered = [], [], []
-    has_ended = threading.Event()
-
-    def visit():
-        while not has_ended.is_set():
-            try:
-                assert ask(server) == b"<h1>Hello</h1>\n"
-                answered.append(time.monotonic())
-            except Exception as error:
-                failures.append((time.monotonic(), error))
-
-    clients = [threading.Thread(target=visit) for _ in range(4)]
-    for client in clients:
-        client.start()
-    for n in range(100):
-        pid = rng.choice(list(server.workers().values()))
-        kills.append(time.monotonic())
-        os.kill(pid, signal.SIGKILL)
-        server.await_line("M20002", 3 + n, about="w")
-    has_ended.set()
-    for client in clients:
-        client.join(30)
-    assert len(answered) > 100
-    # Each client loses at most the one connection that it has just then.
-    assert len(failures) <= len(kills) * len(clients)
-    for moment, error in failures:
-        assert not isinstance(error, ConnectionRefusedError | TimeoutError)
-        assert any(0 <= moment - kill < 0.5 for kill in kills)
-    assert not server.lines("M60003")
-
-
-def ask(server):
-    """Return the body of an answer over a connection of its own."""
-    with server.connect() as client:
-        client.sendall(f"GET /index.html HTTP/1.1\r\nHost: {DOMAIN}\r\n"
-                       "Connection: close\r\n\r\n".encode())
-        pieces = []
-        while piece := client.recv(1 << 16):
-            pieces.append(piece)
-    return b"".join(pieces).partition(b"\r\n\r\n")[2]
 
 
 def test_a_crash_loop_backs_off_and_says_so_once_a_step(server):

@@ -5,7 +5,7 @@ import shutil
 import signal
 
 import redis
-from harness import PROGRAM, Server, eventually, running_redis
+from harness import PROGRAM, Server, eventually, make_site, running_redis
 
 
 def test_serving_goes_on_without_redis_and_no_line_is_lost(server):
@@ -30,6 +30,16 @@ def test_a_redis_that_dies_again_and_again_is_started_again(server):
         server.await_line("M60002", n + 1, about="redis")
         assert server.fetch().status_code == 200
     server.await_line("M20002", 4, about="redis")
+
+
+def test_a_redis_that_hangs_is_replaced(site):
+    make_site(site, tweaks={"heartbeat-seconds": 2})
+    with Server(site) as server:
+        os.kill(server.redis(), signal.SIGSTOP)
+        server.await_line("M60004", about="redis")
+        server.await_line("M20002", 2, about="redis")
+        assert server.fetch().status_code == 200
+        server.await_line("M50001")
 
 
 def test_redis_has_no_port_and_writes_no_file(server):

@@ -52,6 +52,39 @@ def test_a_log_file_that_cannot_be_opened_is_named(site):
     assert "no/such/folder.log: No such file or directory" in said
 
 
+def test_a_scratch_folder_that_cannot_be_made_is_named(site):
+    (site / "occupied").write_text("")
+    status, said = refused(Server(site, "--scratch-dir-name", "occupied"))
+    assert status == 73
+    assert f"scratch folder {site}/occupied: " in said
+
+
+def test_a_first_start_writes_tweaks_yaml(site):
+    with Server(site):
+        written = site / ".shimmercat.loves.devs" / "tweaks.yaml"
+        assert "\nidle-seconds: 180\n" in written.read_text()
+
+
+def test_a_unix_socket_where_somebody_serves_is_left_to_him(site):
+    path = site / "other.sock"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        status, said = refused(Server(site, "--listen", f"unix://{path}"))
+        assert path.exists()
+    assert status == 71
+    assert f"unix://{path}: Address already in use" in said
+
+
+def test_a_unix_socket_that_nobody_serves_any_more_is_taken(site):
+    path = site / "public.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    with (Server(site, "--listen", f"unix://{path}"),
+          socket.socket(socket.AF_UNIX) as probe):
+        probe.connect(str(path))
+
+
 def test_a_unix_socket_serves_and_is_swept_away(site):
     path = site / "public.sock"
     with Server(site, "--listen", f"unix://{path}") as server:

@@ -101,6 +101,13 @@ def test_the_order_is_workers_then_the_log_then_redis(server):
     assert not server.lines("M60002")
 
 
+def test_the_last_line_of_devlove_mode_says_that_it_has_ended(site):
+    with Server(site, mode="devlove") as server:
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        assert server.lines()[-1].code == "M40005"
+
+
 def test_idle_connections_do_not_hold_up_the_end(server):
     with server.client() as idle:
         assert idle.get("/", extensions={"sni_hostname": DOMAIN}
