@@ -5863,8 +5863,8 @@ class LoneWorker(Worker):
 _LONGEST_PAUSE = 60
 #: at the end, no log record for so long means that none is to come
 _QUIET_SECONDS = 0.2
-#: a Redis that says nothing is asked for a sign of life so often
-_PING_SECONDS = 1
+#: signs of life that Redis is asked for in the time of one heartbeat
+_PINGS = 4
 #: no turn lasts longer, so no signal waits longer
 _TURN_SECONDS = 0.1
 _ARTISAN_SECONDS = 120
@@ -5880,6 +5880,7 @@ class Arbiter:
     def __init__(self, settings: Settings):
         """Blocks the signals that it handles; `run` does the rest."""
         self._settings = settings
+        self._patience = settings.tweaks.heartbeat_seconds
         self._slots = []
         #: slots that TTOU has closed and that somebody still works in
         self._closed = []
@@ -5920,7 +5921,7 @@ class Arbiter:
         server, path = RedisServer.find(), self._premises.scratch.redis_socket
         self._redis = Slot("redis", lambda name, line: (
             stand_apart(signal.SIGTERM), server.become(path)),
-            settings.tweaks.heartbeat_seconds, RedisMissing)
+            self._patience, RedisMissing)
         self._artisan = Slot("artisan", self._encode, _ARTISAN_SECONDS)
         self._log = LogSubscription(path)
         self._premises.announce()
@@ -5989,7 +5990,7 @@ class Arbiter:
                 self._log.connect()
                 self._is_listening = True
             if self._ping_due.passed():
-                self._ping_due = Deadline(_PING_SECONDS)
+                self._ping_due = Deadline(self._patience / _PINGS)
                 self._log.ping()
             records = self._log.read()
             if records is not None:
@@ -6074,7 +6075,7 @@ class Arbiter:
         tweaks = self._settings.tweaks
         slot = Slot(f"w{next(self._numbers)}", lambda name, line: Worker(
             self._premises, slot.doors, name, line).run(),
-            tweaks.heartbeat_seconds, failure)
+            self._patience, failure)
         slot.doors, slot.farewell_seconds = doors, tweaks.replacement_seconds
         self._slots.append(slot)
 

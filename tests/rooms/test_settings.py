@@ -169,7 +169,8 @@ def test_statics_may_come_from_elsewhere(load, site, lines, remote):
     # folders
     ("views-dir: nowhere", "views-dir: got 'nowhere', expected a readable"
      " folder at "),
-    ("views-dir: ca.pem", "views-dir: got 'ca.pem', expected a readable folder"),
+    ("views-dir: ca.pem", "views-dir: got 'ca.pem', expected a readable"
+     " folder at "),
     ("views-dir:", "views-dir: got nothing, expected a path"),
     ("views-dir: true", "views-dir: got 'true', expected a path"),
     ("views-dir: 2016", "views-dir: got '2016', expected a path"),
