@@ -5887,6 +5887,7 @@ class Arbiter:
         self._numbers = itertools.count()
         self._is_listening = self._is_ready = self._is_ending = False
         self._is_finished, self._failure = False, None
+        self._is_asking = False  #: whether Redis owes a sign of life
         self._born = time.monotonic()
         self._quiet, self._ping_due = Deadline(0), Deadline(0)
         self._handlers = {
@@ -5991,9 +5992,15 @@ class Arbiter:
                 self._is_listening = True
             if self._ping_due.passed():
                 self._ping_due = Deadline(self._patience / _PINGS)
+                if not self._is_asking:
+                    # Its silence counts from the question on: we may have
+                    # been suspended.
+                    self._redis.confirm()
+                self._is_asking = True
                 self._log.ping()
             records = self._log.read()
             if records is not None:
+                self._is_asking = False
                 self._redis.confirm()
             for record in records or ():
                 self._premises.console.write(record)
