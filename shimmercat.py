@@ -27,6 +27,7 @@ only.  ``grep -n '^# [0-9]*b*\\. ' shimmercat.py`` prints where they are.
      8  Scratch          the scratch folder, certificates and TLS contexts
      9  Redis            the one link to Redis and its four uses
     10  Representations  everything that can be served again
+   10b  Files            sources, their types, the store of alternates
     11  Consultants      which application a request belongs to
     12  Fetch backends   how one asset is pulled from where it lives
     13  Artisan          makes alternates, never serves
@@ -73,18 +74,19 @@ __all__ = [
     "CertificateError", "write_atomically",
     "RedisAway", "RedisMissing", "RedisServer", "RedisLink", "LogTap",
     "LogSubscription", "JobQueue", "LocalJobQueue", "Announcements",
-    "Representation", "Asset", "Source", "file_identity", "Repository",
-    "content_type", "is_compressible",
+    "AssetKey", "Representation", "Asset", "formats_shown", "Repository",
+    "Source", "file_identity", "content_type", "is_compressible", "StoreFull",
+    "StoredAlternate", "AlternateStore", "read_file",
     "consultant_of",
     "AssetMissing", "FilesystemBackend",
-    "AlternateStore", "StoredAlternate", "StoreFull", "Artisan",
-    "make_alternates",
+    "JobFailed", "stand_apart", "live_apart", "Workshop", "confine",
+    "exit_text", "Artisan", "make_alternates",
     "urgency_of",
     "NotServed", "NotServedYet", "Site", "RedirectSite", "error_page",
-    "Service", "Conversation", "CannotListen", "Connection", "TlsListener",
-    "RedirectListener", "listen",
-    "PRESS_SECONDS", "CannotWriteLog", "WorkerLine", "Child", "stand_apart",
-    "Doors", "Premises", "Worker", "LoneWorker",
+    "Service", "Conversation",
+    "CannotListen", "Connection", "TlsListener", "RedirectListener", "listen",
+    "PRESS_SECONDS", "CannotWriteLog", "WorkerLine", "Child", "Doors",
+    "Premises", "Worker", "LoneWorker",
     "BootFailure", "Arbiter", "Slot",
     "main",
 ]
@@ -186,6 +188,10 @@ try:
     import brotli
 except ImportError:
     brotli = None
+try:
+    import zstandard
+except ImportError:
+    zstandard = None
 
 #: gevent's saved original of a patched name, for what must not touch the hub
 _plain = gevent.monkey.get_original
@@ -909,6 +915,8 @@ OPTIONS = (
            "allow lives under 900 seconds, for tests"),
     Option("workers", "internet flag", "count", None, (1, 512),
            "number of workers; default one per core, at least 2"),
+    Option("artisan-job-seconds", "tweak", "seconds", 120, (1, 3600),
+           "Longest job of the artisan; then it is tried once more."),
     Option("artisan-memory-bytes", "tweak", "size", 2 * GIB, (MIB, 999 * GIB),
            "Address space of the artisan; a job that needs more fails."),
     Option("artisan-nice", "tweak", "count", 10, (0, 19),
@@ -926,7 +934,7 @@ OPTIONS = (
     Option("calm-points-per-second", "tweak", "count", 200, (10, 100_000),
            "Cheap frames allowed for long; then ENHANCE_YOUR_CALM."),
     Option("compress-limit-bytes", "tweak", "size", 16 * MIB, (0, GIB),
-           "Largest text that the artisan makes alternates of."),
+           "Largest source that the artisan makes alternates of."),
     Option("connections-per-worker", "tweak", "count", 20_000, (10, 10 ** 6),
            "Open connections; above it none is accepted for a while."),
     Option("graceful-seconds", "tweak", "seconds", 30, (0, 86_400),
@@ -939,6 +947,12 @@ OPTIONS = (
            "A worker silent for so long is killed and replaced."),
     Option("idle-seconds", "tweak", "seconds", 180, (1, 86_400),
            "A connection without requests for so long is closed."),
+    Option("image-pixels", "tweak", "count", 50_000_000, (1, 10 ** 9),
+           "Largest image that is decoded, all frames of it counted."),
+    Option("image-similarity", "tweak", "number", 0.985, (0.5, 1),
+           "Least likeness of a lossy image to its source; 1 is the same."),
+    Option("images", "tweak", "choice", "optimize", ("none", "optimize"),
+           "Whether images are served in smaller forms; a domain may differ."),
     Option("log-ring-records", "tweak", "count", 10_000, (100, 1_000_000),
            "Records kept while Redis is away; lost ones are counted."),
     Option("max-body-bytes", "tweak", "size", GIB, (0, 999 * GIB),
@@ -1016,6 +1030,7 @@ class DomainSettings:
     root_dir: Path | None = None
     remote_root: RemoteRoot | None = None
     views_dir: Path | None = None
+    images: str | None = None  #: policy; None leaves it to the tweaks
     #: the one under the key `consultant` has the name "default"
     consultants: dict = dataclasses.field(default_factory=dict)
     port: NetworkAddress | None = None
@@ -1121,6 +1136,7 @@ class _DevloveSchema:
             "change-url": lambda entry: tuple(
                 item.take(self._rule) for item in entry.items()),
             "changelist-settings": _changelist,
+            "images": _key("choice", "none", "optimize"),
             "prob-accelerator-kicks-in": _key("number", 0, 1),
             "bot-protection-enabled": _key("switch")}
         self._consultant_keys = {
@@ -3134,24 +3150,28 @@ def _from_now(**span):
 
 _LOG_CHANNEL = "sc_log_"  #: and the name of a worker (reference 11.2)
 _NEWS_CHANNEL = "sc_news"
-_JOB_LIST = "sc_jobs"
-_JOB_MARK = b"sc_job_"  #: and the text of a job that is queued or running
+_JOBS = "sc_jobs"
+_LEASE = "sc_lease_"  #: and the hash of a source that is being worked on
 _TICK_SECONDS = 0.05  #: records gather so long, and are published together
 _BATCH_RECORDS = 200
 _AGAIN_SECONDS = 0.25  #: until a Redis that was away is tried again
 _ANSWER_SECONDS = 2.0  #: a Redis silent for so long is away
 #: giving up an unanswered batch may double its lines: better to wait long
 _STALL_SECONDS = 30.0
-#: a job that waits or runs longer than this may be queued a second time
-_QUEUED_SECONDS = 3600
-_RUNNING_SECONDS = 600
 
+#: (jobs, lease of the source; limit, job, weight) -> 1 if it is new
 _PUT_JOB = """
-if redis.call('LLEN', KEYS[1]) >= tonumber(ARGV[1])
-   or not redis.call('SET', KEYS[2], 1, 'NX', 'EX', ARGV[2]) then
-    return 0
+local jobs, lease = KEYS[1], KEYS[2]
+local limit, job, weight = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
+if redis.call('EXISTS', lease) == 1 then return 0 end
+local is_new = not redis.call('ZSCORE', jobs, job)
+if is_new and redis.call('ZCARD', jobs) >= limit then
+    local least = redis.call('ZRANGE', jobs, 0, 0, 'WITHSCORES')
+    if tonumber(least[2]) >= weight then return 0 end
+    redis.call('ZPOPMIN', jobs)
 end
-return redis.call('RPUSH', KEYS[1], ARGV[3])"""
+redis.call('ZADD', jobs, 'GT', weight, job)
+return is_new and 1 or 0"""
 
 
 class RedisAway(ShimmerCatError):
@@ -3430,32 +3450,44 @@ def _record_of(reply):
 
 
 class JobQueue:
-    """Jobs for the artisan, each queued or running only once."""
+    """Jobs for the artisan: the most wanted first, one for a source at a time.
 
-    def __init__(self, link: RedisLink, limit: int = 1000):
+    A job is a dictionary for JSON; under `sha` it has the hash of its source.
+    """
+
+    def __init__(self, link: RedisLink, limit: int = 1000,
+                 lease_seconds: float = 600):
+        """The least wanted of more than `limit` jobs are dropped."""
         self._link, self._limit = link, limit
+        #: after which a source whose artisan died may be worked on again
+        self._lease_seconds = math.ceil(lease_seconds)
 
-    def put(self, job: dict) -> bool:
-        """Queues a job; False if it is there already, or cannot be taken."""
-        text = _job_text(job)
+    def put(self, job: dict, weight: int = 1) -> bool:
+        """Queues a job, or moves it up; whether it is new in the queue."""
         with contextlib.suppress(RedisAway):
             # Serving needs no job done; the next visitor asks again.
             return bool(self._link.call(
-                "EVAL", _PUT_JOB, 2, _JOB_LIST, _JOB_MARK + text,
-                self._limit, _QUEUED_SECONDS, text))
+                "EVAL", _PUT_JOB, 2, _JOBS, _LEASE + job["sha"],
+                self._limit, _job_text(job), weight))
         return False
 
     def take(self, seconds: float) -> dict | None:
         """The next job, or None after at most a second; raises RedisAway."""
-        taken = self._link.call("BLPOP", _JOB_LIST, min(seconds, 1.0))
-        if taken is None:
-            return None
-        self._link.call("EXPIRE", _JOB_MARK + taken[1], _RUNNING_SECONDS)
-        return json.loads(taken[1])
+        taken = self._link.call("BZPOPMAX", _JOBS, min(seconds, 1.0))
+        job = taken and json.loads(taken[1])
+        return job if job and self.lease(job) else None
+
+    def lease(self, job: dict) -> bool:
+        """Keeps others from the job's source until it is done.
+
+        False when somebody else works on it; raises RedisAway.
+        """
+        return bool(self._link.call("SET", _LEASE + job["sha"], os.getpid(),
+                                    "NX", "EX", self._lease_seconds))
 
     def done(self, job: dict) -> None:
-        """Lets the job be queued again; raises RedisAway."""
-        self._link.call("DEL", _JOB_MARK + _job_text(job))
+        """Lets the source be worked on again; raises RedisAway."""
+        self._link.call("DEL", _LEASE + job["sha"])
 
 
 def _job_text(job):
@@ -3464,31 +3496,39 @@ def _job_text(job):
 
 
 class LocalJobQueue:
-    """Does jobs in a thread of this process, one by one."""
+    """Does jobs in this process, one by one."""
 
     def __init__(self, work: typing.Callable[[dict], object],
                  limit: int = 1000):
         """Calls `work` with each job; lets at most `limit` wait."""
         self._work, self._limit = work, limit
-        self._jobs = set()
-        self._thread = gevent.threadpool.ThreadPool(1)
+        self._jobs = {}
+        self._greenlet = None
 
-    def put(self, job: dict) -> bool:
-        """Queues a job; False if it is there already, or cannot be taken."""
+    def put(self, job: dict, weight: int = 1) -> bool:
+        """Queues a job, or moves it up; whether it is new in the queue."""
         text = _job_text(job)
-        if text in self._jobs or len(self._jobs) >= self._limit:
+        is_new = text not in self._jobs
+        if is_new and len(self._jobs) >= self._limit:
             return False
-        self._jobs.add(text)
-        gevent.spawn(self._run, job, text)
-        return True
+        self._jobs[text] = max(weight, self._jobs.get(text, 0))
+        if not self._greenlet:
+            self._greenlet = gevent.spawn(self._run)
+        return is_new
 
-    def _run(self, job, text):
-        """Does a job when the thread is free, and reports its failure."""
-        result = self._thread.spawn(self._work, job)
-        result.wait()
-        if result.exception is not None:
-            LOG.say(60010, job["path"], result.exception)
-        self._jobs.remove(text)
+    def close(self) -> None:
+        """Ends what is being done."""
+        if self._greenlet:
+            self._greenlet.kill()
+
+    def _run(self):
+        """Does what there is, the most wanted first."""
+        while self._jobs:
+            text = max(self._jobs, key=self._jobs.get)
+            try:
+                self._work(json.loads(text))
+            finally:
+                del self._jobs[text]
 
 
 class Announcements:
@@ -3523,8 +3563,7 @@ class Announcements:
 # ---------------------------------------------------------------------------
 # 10. Representations: everything that can be served again
 #
-#    Offers   Representation, Asset, Source, file_identity, Repository,
-#             content_type, is_compressible
+#    Offers   AssetKey, Representation, Asset, formats_shown, Repository
 #    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP
 # ---------------------------------------------------------------------------
 #
@@ -3544,13 +3583,25 @@ class Announcements:
 # artisan makes the best one, stores it, and announces the source's hash.
 
 
+class AssetKey(typing.NamedTuple):
+    """What an asset is known by: the query of its URL does not count."""
+
+    root: str
+    path: str
+    #: policy for images: "none", "optimize" or "scale"
+    pictures: str = "none"
+
+
 class Representation:
     """One form of an asset, with all that its answers need."""
 
-    __slots__ = ("body", "coding", "etag", "fields", "kept", "length", "path")
+    __slots__ = ("body", "etag", "fields", "form", "kept", "kind", "length",
+                 "path")
 
-    def __init__(self, coding: str, etag: bytes, length: int):
-        self.coding, self.etag, self.length = coding, etag, length
+    def __init__(self, form: str, kind: bytes, etag: bytes, length: int):
+        #: "identity", a coding, or a format of pictures
+        self.form, self.kind = form, kind
+        self.etag, self.length = etag, length
         #: the octets when they are held in memory, else None
         self.body: bytes | None = None
         #: file that holds the octets when memory doesn't
@@ -3564,17 +3615,22 @@ class Asset:
     """One source and its representations."""
 
     __slots__ = ("best", "counted", "identity", "key", "modified", "path",
-                 "probed", "representations", "sha", "type", "untried")
+                 "probed", "representations", "sha", "type", "untried",
+                 "visits", "wanted")
 
-    def __init__(self, key: tuple, source: "Source", sha: str):
+    def __init__(self, key: AssetKey, source: "Source", sha: str):
         self.key, self.sha, self.type = key, sha, b""
         self.path, self.modified = source.path, source.modified
         self.identity = source.identity
+        #: by form, smallest first
         self.representations: dict[str, Representation] = {}
         #: codings that no cheap alternate was tried for yet
         self.untried = frozenset()
-        #: whether the artisan has done what it can
+        #: (form, level) of all that the artisan can try
+        self.wanted: tuple = ()
+        #: whether it has tried
         self.best = True
+        self.visits = 0
         #: octets that the repository counts for it
         self.counted = 0
         #: when the store was last asked for alternates, monotonic
@@ -3587,74 +3643,61 @@ class Asset:
         except OSError:
             return False
 
-    def pick(self, accept_encoding: bytes | None) -> Representation | None:
+    def pick(self, headers: Headers) -> Representation | None:
         """The representation that the client likes best, small ones first."""
-        coding = choose(tuple(self.representations), accept_encoding)
-        return self.representations.get(coding)
+        codings = headers.get(b"accept-encoding")
+        if self.type not in _PICTURES:
+            form = choose(tuple(self.representations), codings)
+            return self.representations.get(form)
+        if choose(("identity",), codings) is None:
+            return None
+        shown = formats_shown(headers.get(b"accept"))
+        # Its own type is what the client has asked for by the name.
+        return next(form for form in self.representations.values()
+                    if form.kind == self.type or form.kind in shown)
 
-    def lacks(self, accept_encoding: bytes | None) -> str | None:
+    def lacks(self, headers: Headers) -> str | None:
         """A coding that should be tried before this client is answered."""
         if not self.untried:
             return None
-        coding = choose((*_CODINGS, "identity"), accept_encoding)
+        coding = choose((*_CODINGS, "identity"),
+                        headers.get(b"accept-encoding"))
         return coding if coding in self.untried else None
 
     def add(self, representation: Representation) -> None:
-        """Offers a form unless its coding has a smaller one already."""
-        old = self.representations.get(representation.coding)
+        """Offers a form unless there is a smaller one of it already."""
+        old = self.representations.get(representation.form)
         if old and old.length <= representation.length:
             return
-        forms = {**self.representations, representation.coding: representation}
+        forms = {**self.representations, representation.form: representation}
         self.representations = dict(
             sorted(forms.items(), key=lambda item: item[1].length))
-        self.untried -= {representation.coding}
+        self.untried -= {representation.form}
 
     def memory(self) -> int:
         """Octets that its bodies hold."""
         forms = self.representations.values()
         return 2048 + sum(len(form.body or b"") for form in forms)
 
-
-class Source(typing.NamedTuple):
-    """An opened file that an asset is made from; whoever has it closes it."""
-
-    fd: int
-    path: str
-    identity: tuple
-    links: int
-    modified: float
-    #: whether the file was left alone for a while
-    quiet: bool
-
-    @classmethod
-    def adopt(cls, fd: int, path: str) -> "Source":
-        """The open file `fd`, which was found at `path`."""
-        status = os.fstat(fd)
-        # Every change sets ctime; mtime is what somebody says it is, and
-        # RFC 9110 section 8.8.2.1 allows no Last-Modified in the future.
-        age = abs(time.time_ns() - status.st_ctime_ns)
-        return cls(fd, path, file_identity(status), status.st_nlink,
-                   min(status.st_mtime, time.time()), age > _QUIET_NS)
-
-    @property
-    def length(self) -> int:
-        """Octets of the file."""
-        return self.identity[2]
-
-    def is_same(self) -> bool:
-        """Whether nobody wrote into the file since it was opened."""
-        status = os.fstat(self.fd)
-        identity = file_identity(status)
-        # A file that loses its name to another one stays what it is.
-        renamed = status.st_nlink != self.links
-        return identity[:4] == self.identity[:4] and (
-            renamed or identity == self.identity)
+    def job(self) -> dict:
+        """What the artisan is asked for."""
+        return {"sha": self.sha, "path": self.path,
+                "type": self.type.decode(), "wanted": self.wanted}
 
 
-def file_identity(status: os.stat_result) -> tuple:
-    """What changes when a file is replaced or written into."""
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns,
-            status.st_ctime_ns)
+@functools.lru_cache(256)
+def formats_shown(accept: bytes | None) -> frozenset[bytes]:
+    """Types of images that a client can show, of those that are made.
+
+    `accept` is its Accept field.  Of modern formats only those count that
+    it names: browsers send `*/*` along, and mean less by it.
+    """
+    shown = {b"image/png"}
+    for element in (accept or b"").lower().split(b","):
+        kind, *parameters = (part.strip() for part in element.split(b";"))
+        if kind in _MODERN and not _REFUSED.intersection(parameters):
+            shown.add(kind)
+    return frozenset(shown)
 
 
 class Repository:
@@ -3667,15 +3710,25 @@ class Repository:
         self._keys_of = collections.defaultdict(set)
         self._memory, self._at_work = 0, {}
 
-    def peek(self, key: tuple) -> Asset | None:
+    def peek(self, key: AssetKey) -> Asset | None:
         """The asset of the key when it is known and current."""
         asset = self._assets.get(key)
         if asset is None or not asset.is_current():
             return None
         self._assets.move_to_end(key)
+        if not asset.best:
+            self._count_visit(asset)
         return asset
 
-    def find(self, key: tuple, fetch: typing.Callable) -> Asset:
+    def _count_visit(self, asset):
+        """Lets the artisan know how much its work is wanted."""
+        asset.visits += 1
+        if not asset.visits & (asset.visits - 1):
+            # The 2nd, 4th, 8th ...; we may be called by the loop, which must
+            # not wait for Redis.
+            gevent.spawn(self._jobs.put, asset.job(), asset.visits)
+
+    def find(self, key: AssetKey, fetch: typing.Callable) -> Asset:
         """The asset of the key, read through `fetch() -> Source` if need be.
 
         Raises what `fetch` raises, and SourceChanged when the file does not
@@ -3721,7 +3774,8 @@ class Repository:
             sha = _in_thread(_file_digest, source.fd)
         asset = Asset(key, source, sha)
         asset.type = content_type(source.path, sample)
-        identity = self._form(asset, "identity", source.length, "")
+        asset.wanted = self._recipes(asset, source.length)
+        identity = self._form(asset, "identity", source.length)
         identity.body, identity.path = body, source.path
         asset.add(identity)
         self._plan(asset, source.length)
@@ -3729,50 +3783,69 @@ class Repository:
 
     def _plan(self, asset, length):
         """Decides on alternates; takes from the store what is there."""
-        limit = self._tweaks.compress_limit_bytes
-        if not is_compressible(asset.type) or not _LEAST <= length <= limit:
+        if not asset.wanted:
             return
-        asset.best = False
-        if length <= self._tweaks.quick_compress_limit_bytes:
+        quick = self._tweaks.quick_compress_limit_bytes
+        if is_compressible(asset.type) and length <= quick:
             asset.untried = frozenset(_CODINGS)
         self._probe(asset)
         if not asset.best:
-            self._jobs.put({"sha": asset.sha, "path": asset.path,
-                            "type": asset.type.decode()})
+            self._jobs.put(asset.job())
+
+    def _recipes(self, asset, length):
+        """(form, level) of all that may be smaller than the source."""
+        tweaks = self._tweaks
+        if (not _LEAST <= length <= tweaks.compress_limit_bytes
+                or b"no-transform" in self._lifetime(asset)):
+            return ()
+        if is_compressible(asset.type):
+            return tuple((coding, _BEST[coding]) for coding in _CODINGS)
+        if asset.key.pictures == "none":
+            return ()
+        level = round(tweaks.image_similarity * 10_000)
+        return tuple((form, level) for form in _PICTURES.get(asset.type, ()))
 
     def _probe(self, asset):
         """Adds the alternates that the store has of the asset."""
         asset.probed = time.monotonic()
-        limit = asset.representations["identity"].length
-        for stored in self._store.find(asset.sha):
-            if stored.size >= limit:
-                continue
-            body = _in_thread(self._store.load, stored)
-            if body is None:
-                continue
-            form = self._form(
-                asset, stored.coding, stored.size, f"-{stored.level}")
-            if stored.size <= self._tweaks.small_file_bytes:
-                form.body = body
-            form.path = str(stored.path)
-            asset.add(form)
-            asset.best, asset.untried = True, frozenset()
+        found = {stored[:2]: stored for stored in self._store.find(asset.sha)}
+        for stored in map(found.get, asset.wanted):
+            if stored and stored.size < asset.identity[2]:
+                self._take(asset, stored)
+        missing = {form for form, level in asset.wanted
+                   if not {(form, level), (f"no_{form}", level)} & {*found}}
+        asset.best = not missing
+        asset.untried &= missing
 
-    def _form(self, asset, coding, length, suffix):
+    def _take(self, asset, stored):
+        """Offers what the store has, if it is whole."""
+        body = _in_thread(self._store.load, stored)
+        if body is None:
+            return
+        form = self._form(asset, stored.form, stored.size, f"-{stored.level}")
+        if stored.size <= self._tweaks.small_file_bytes:
+            form.body = body
+        form.path = str(stored.path)
+        asset.add(form)
+
+    def _form(self, asset, name, length, suffix=""):
         """A representation with its fields, body still to be given."""
         stem = base64.urlsafe_b64encode(bytes.fromhex(asset.sha)[:16])
-        mark = b"" if coding == "identity" else f"-{coding}{suffix}".encode()
+        mark = b"" if name == "identity" else f"-{name}{suffix}".encode()
         etag = b'"%b%b"' % (stem.rstrip(b"="), mark)
-        form = Representation(coding, etag, length)
+        kind = _FORMATS.get(name, asset.type)
+        form = Representation(name, kind, etag, length)
         kept = [(b"etag", etag), (b"cache-control", self._lifetime(asset))]
         if is_compressible(asset.type):
             kept.append((b"vary", b"accept-encoding"))
+        elif asset.wanted:
+            kept.append((b"vary", b"accept"))
         kept.append((b"last-modified", http_date(asset.modified).encode()))
-        fields = [(b"content-type", asset.type),
+        fields = [(b"content-type", kind),
                   (b"content-length", b"%d" % length),
                   (b"accept-ranges", b"bytes")]
-        if coding != "identity":
-            fields.append((b"content-encoding", coding.encode()))
+        if name in _BEST:
+            fields.append((b"content-encoding", name.encode()))
         form.kept, form.fields = tuple(kept), (*fields, *kept)
         return form
 
@@ -3804,7 +3877,6 @@ class Repository:
         for key in tuple(self._keys_of.get(sha, ())):
             if asset := self._assets.get(key):
                 self._probe(asset)
-                asset.best = True
                 self._account(asset)
 
     def is_due(self, asset: Asset, now: float) -> bool:
@@ -3841,6 +3913,104 @@ class Repository:
             self._dismiss(oldest)
 
 
+def _in_thread(work, argument):
+    """Runs blocking or CPU-bound work beside the loop."""
+    return gevent.get_hub().threadpool.apply(work, (argument,))
+
+
+def _file_digest(fd):
+    digest, at = hashlib.sha256(), 0
+    while piece := os.pread(fd, _DIGEST_BYTES, at):
+        digest.update(piece)
+        at += len(piece)
+    return digest.hexdigest()
+
+
+def _read_source(asset):
+    """The asset's source octets; None when they are no longer those."""
+    try:
+        body = Path(asset.path).read_bytes()
+    except OSError:
+        return None
+    return body if hashlib.sha256(body).hexdigest() == asset.sha else None
+
+
+#: cheap compressors; mtime 0 gives equal octets on every worker
+_QUICK = {"br": lambda body: brotli.compress(body, quality=4),
+          "zstd": lambda body: zstandard.compress(body, 3),
+          "gzip": lambda body: gzip.compress(body, 4, mtime=0)}
+#: codings that are made, preferred first while none is there yet
+_CODINGS = (*(["br"] if brotli else []), *(["zstd"] if zstandard else []),
+            "gzip")
+#: levels of the artisan's codings; zstd keeps to the 8 MiB of window that
+#: browsers must have (RFC 9659)
+_BEST = {"br": 11, "zstd": 19, "gzip": 9}
+#: {type of an image: formats that it is tried in}, its own first
+_PICTURES = {
+    b"image/jpeg": ("jpeg", "webp", "avif"),
+    b"image/png": ("png", "webp", "avif"),
+    b"image/gif": ("png", "webp", "avif"), b"image/webp": ("webp", "avif")}
+_FORMATS = {form: b"image/" + form.encode()
+            for form in ("jpeg", "png", "webp", "avif")}
+_MODERN = frozenset((b"image/webp", b"image/avif"))
+_REFUSED = frozenset((b"q=0", b"q=0.0", b"q=0.00", b"q=0.000"))
+#: octets below which no coding pays for its own header
+_LEAST = 128
+_READ_ATTEMPTS = 20
+_SAMPLE_BYTES = 65536
+_DIGEST_BYTES = 1 << 20
+_PROBE_SECONDS = 60
+# ---------------------------------------------------------------------------
+# 10b. Files: sources, their types, the store of alternates
+#
+#    Offers   Source, file_identity, content_type, is_compressible,
+#             StoreFull, StoredAlternate, AlternateStore, read_file
+#    Uses     1 Words, 2 Messages, 8 Scratch
+# ---------------------------------------------------------------------------
+
+
+class Source(typing.NamedTuple):
+    """An opened file that an asset is made from; whoever has it closes it."""
+
+    fd: int
+    path: str
+    identity: tuple
+    links: int
+    modified: float
+    #: whether the file was left alone for a while
+    quiet: bool
+
+    @classmethod
+    def adopt(cls, fd: int, path: str) -> "Source":
+        """The open file `fd`, which was found at `path`."""
+        status = os.fstat(fd)
+        # Every change sets ctime; mtime is what somebody says it is, and
+        # RFC 9110 section 8.8.2.1 allows no Last-Modified in the future.
+        age = abs(time.time_ns() - status.st_ctime_ns)
+        return cls(fd, path, file_identity(status), status.st_nlink,
+                   min(status.st_mtime, time.time()), age > _QUIET_NS)
+
+    @property
+    def length(self) -> int:
+        """Octets of the file."""
+        return self.identity[2]
+
+    def is_same(self) -> bool:
+        """Whether nobody wrote into the file since it was opened."""
+        status = os.fstat(self.fd)
+        identity = file_identity(status)
+        # A file that loses its name to another one stays what it is.
+        renamed = status.st_nlink != self.links
+        return identity[:4] == self.identity[:4] and (
+            renamed or identity == self.identity)
+
+
+def file_identity(status: os.stat_result) -> tuple:
+    """What changes when a file is replaced or written into."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns,
+            status.st_ctime_ns)
+
+
 def content_type(path: str, sample: bytes) -> bytes:
     """Content-Type of a file by its name; charset when it is UTF-8."""
     kind = _TYPES.get(os.path.splitext(path)[1].lower())
@@ -3871,41 +4041,174 @@ def is_compressible(kind: bytes) -> bool:
             or essence.endswith(("+json", "+xml")))
 
 
-def _in_thread(work, argument):
-    """Runs blocking or CPU-bound work beside the loop."""
-    return gevent.get_hub().threadpool.apply(work, (argument,))
+class StoreFull(ShimmerCatError):
+    """The folder of alternates takes no more files; the text says why."""
+
+    message_code = 60014
 
 
-def _file_digest(fd):
-    digest, at = hashlib.sha256(), 0
-    while piece := os.pread(fd, _DIGEST_BYTES, at):
-        digest.update(piece)
-        at += len(piece)
-    return digest.hexdigest()
+class StoredAlternate(typing.NamedTuple):
+    """A file of the store; its name tells all of this."""
+
+    #: a coding, a format of pictures, or `no_` and one that is not to be had
+    form: str
+    #: what it was made by: another recipe has another level
+    level: int
+    #: length of the body, bytes
+    size: int
+    #: first 16 hex digits of the body's SHA-256
+    digest: str
+    path: Path
 
 
-def _read_source(asset):
-    """The asset's source octets; None when they are no longer those."""
-    try:
-        body = Path(asset.path).read_bytes()
-    except OSError:
-        return None
-    return body if hashlib.sha256(body).hexdigest() == asset.sha else None
+class AlternateStore:
+    """Alternates of sources, as files under the SHA-256 of the source.
+
+        r-cache/v2/<2 digits>/<sha256>.<form>-<level>.<size>.<digest>
+
+    Heals itself: what is damaged is removed and counts as not there, what
+    has another name is left alone, and the folder may be cleared any time.
+    """
+
+    #: a file's time of use is kept to this precision, seconds
+    used_precision_seconds = 3600
+    _source_form = re.compile(r"[0-9a-f]{64}")
+    _file_form = re.compile(_source_form.pattern + (
+        r"\.([a-z0-9_]+)-(\d{1,5})\.(\d{1,12})\.([0-9a-f]{16})"))
+
+    def __init__(self, folder: Path):
+        """Keeps the files in `folder`, which need not exist."""
+        self._folder = Path(folder)
+        self._root = self._folder / "v2"
+        #: bytes that may come before the limit is looked at again
+        self._unchecked_bytes = 0
+
+    def put(self, source_sha: str, form: str, level: int,
+            body: bytes) -> StoredAlternate:
+        """Stores an alternate; raises StoreFull."""
+        digest = _body_digest(body)
+        path = self._folder_of(source_sha) / (
+            f"{source_sha}.{form}-{level}.{len(body)}.{digest}")
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_atomically(path, body)
+        except OSError as error:
+            raise StoreFull(f"{self._root}: {error}") from error
+        self._unchecked_bytes -= len(body)
+        return StoredAlternate(form, level, len(body), digest, path)
+
+    def decline(self, source_sha: str, form: str, level: int,
+                reason: str) -> None:
+        """Notes why there is no such alternate; raises StoreFull."""
+        self.put(source_sha, f"no_{form}", level, reason.encode())
+
+    def find(self, source_sha: str) -> list[StoredAlternate]:
+        """What there is of a source, smallest first; bodies unread."""
+        folder = self._folder_of(source_sha)
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            # Nothing was made yet, or it was cleared away.
+            return []
+        found = [StoredAlternate(match[1], int(match[2]), int(match[3]),
+                                 match[4], folder / name)
+                 for name in names if name.startswith(source_sha)
+                 and (match := self._file_form.fullmatch(name))]
+        return sorted(found, key=lambda stored: (stored.size, stored.form))
+
+    def settled(self, source_sha: str) -> set[tuple[str, int]]:
+        """(form, level) of all that is there, or known not to be had."""
+        return {(stored.form.removeprefix("no_"), stored.level)
+                for stored in self.find(source_sha)}
+
+    def remove(self, stored: StoredAlternate) -> None:
+        """Removes what may have been removed already."""
+        _remove(stored.path)
+
+    def load(self, stored: StoredAlternate) -> bytes | None:
+        """The body, or None when it is gone; a damaged file is removed."""
+        # One byte more shows that something was appended.
+        body = read_file(stored.path, stored.size + 1)
+        if body is not None and _body_digest(body) != stored.digest:
+            LOG.say(40013, stored.path)
+            _remove(stored.path)
+            return None
+        with contextlib.suppress(OSError):
+            # Gone meanwhile, most likely; the body is whole all the same.
+            age = time.time() - stored.path.stat().st_mtime
+            if not 0 <= age <= self.used_precision_seconds:
+                os.utime(stored.path)
+        return body
+
+    def evict(self, limit_bytes: int, added: int = 0) -> int:
+        """Removes the least used files above the limit; returns bytes freed.
+
+        Costs nothing unless enough was stored since the last time; `added`
+        is what other processes stored for this one.
+        """
+        self._unchecked_bytes -= added
+        if self._unchecked_bytes > 0:
+            return 0
+        self._unchecked_bytes = limit_bytes // 20
+        files = sorted(self._files())
+        excess, freed = sum(size for _, size, _ in files) - limit_bytes, 0
+        for _, size, path in files:
+            if freed >= excess:
+                break
+            _remove(path)
+            freed += size
+        return freed
+
+    def _folder_of(self, source_sha):
+        if not self._source_form.fullmatch(source_sha):
+            raise ValueError(f"{source_sha!r} is no SHA-256 in lower case")
+        return self._root / source_sha[:2]
+
+    def _files(self):
+        """(time of use, size, path) of all but what is being written.
+
+        Those of other versions of the program are among them.
+        """
+        abandoned = time.time() - self.used_precision_seconds
+        for folder, _, names in itertools.chain.from_iterable(
+                map(os.walk, self._folder.glob("v[0-9]*"))):
+            for name in names:
+                path = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):
+                    # Another process may remove it before we look.
+                    found = path.lstat()
+                    if (self._file_form.fullmatch(name)
+                            or found.st_mtime < abandoned):
+                        yield found.st_mtime, found.st_size, path
 
 
-#: cheap compressors; mtime 0 gives equal octets on every worker
-_QUICK = {"br": lambda body: brotli.compress(body, quality=4),
-          "gzip": lambda body: gzip.compress(body, 4, mtime=0)}
-#: codings that are made, preferred first while none is there yet
-_CODINGS = ("br", "gzip") if brotli else ("gzip",)
-#: octets below which no coding pays for its own header
-_LEAST = 128
+def _remove(path):
+    with contextlib.suppress(OSError):
+        # Another process was faster; else the next eviction tries again.
+        os.unlink(path)
+
+
+def _body_digest(body):
+    return hashlib.sha256(body).hexdigest()[:16]
+
+
+def read_file(path: Path | str, limit_bytes: int) -> bytes | None:
+    """The beginning of a regular file; None when there is no such file."""
+    with (contextlib.suppress(OSError),
+          open(path, "rb", opener=_open_at_once) as stream):
+        # Gone since we heard of it: nothing is to be done with it any more.
+        if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            return stream.read(limit_bytes)
+    return None
+
+
+def _open_at_once(path, flags):
+    """Opens without waiting, even for the writer of a fifo."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 #: age of the last change that a file must have, several ticks of the clock
 _QUIET_NS = 50_000_000
-_READ_ATTEMPTS = 20
-_SAMPLE_BYTES = 65536
-_DIGEST_BYTES = 1 << 20
-_PROBE_SECONDS = 60
 #: the standard library's table without the machine's files: same everywhere
 _MIME = mimetypes.MimeTypes(filenames=())
 _PACKINGS = {
@@ -4010,174 +4313,193 @@ def _is_below(path, folder):
 # ---------------------------------------------------------------------------
 # 13. Artisan: makes alternates, never serves
 #
-#    Offers   AlternateStore, StoredAlternate, StoreFull, Artisan,
-#             make_alternates
+#    Offers   JobFailed, stand_apart, live_apart, Workshop, confine,
+#             exit_text, Artisan, make_alternates
 #    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 9 Redis,
 #             10 Representations
 # ---------------------------------------------------------------------------
 
-#: bytes encoded between two beats: a quarter of a second of brotli's best
-_ENCODED_BYTES = 128 * KIB
+#: option of prctl(2): a signal when the parent dies
+_PR_SET_PDEATHSIG = 1
+#: times that a job is tried
+_TRIES = 2
+#: longest silence of an artisan at work
+_WAIT_SECONDS = 1
+#: time to store what was made, and to begin, on top of that for the work
+_LEASE_SECONDS = 30
+_LONGEST_RECORD = 128 * KIB
+#: browsers have 8 MiB of window for zstd (RFC 9659)
+_ZSTD_WINDOW_LOG = 23
 #: share of the source that an alternate may have; above, it brings too little
 _WORTHWHILE = 0.95
 #: what the encoders and decoders raise
-_CODEC_ERRORS = (MemoryError, ValueError, OSError, EOFError, zlib.error,
-                 getattr(brotli, "error", ValueError))
+_CODEC_ERRORS = (ValueError, EOFError, zlib.error,
+                 getattr(brotli, "error", ValueError),
+                 getattr(zstandard, "ZstdError", ValueError))
 
 
-class StoreFull(ShimmerCatError):
-    """The folder of alternates takes no more files; the text says why."""
+class JobFailed(ShimmerCatError):
+    """A job came to nothing; the text says why."""
 
-    message_code = 60014
-
-
-class StoredAlternate(typing.NamedTuple):
-    """An alternate in the store; its file's name tells all of this."""
-
-    coding: str
-    level: int
-    #: length of the body, bytes
-    size: int
-    #: first 16 hex digits of the body's SHA-256
-    digest: str
-    path: Path
+    message_code = 60010
 
 
-class AlternateStore:
-    """Alternates of sources, as files under the SHA-256 of the source.
+def stand_apart(number: int) -> None:
+    """Has a session of its own, and a signal when the parent dies.
 
-        r-cache/v1/<2 digits>/<sha256>.<coding>-<level>.<size>.<digest>
-
-    Heals itself: what is damaged is removed and counts as not there, what
-    has another name is left alone, and the folder may be cleared any time.
+    Ctrl-C reaches a whole group, and would end Redis before the last line.
     """
+    parent = os.getppid()
+    os.setsid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if os.getppid() != parent:
+        # It died before the kernel knew of our wish.
+        os._exit(0)
 
-    #: a file's time of use is kept to this precision, seconds
-    used_precision_seconds = 3600
-    _source_form = re.compile(r"[0-9a-f]{64}")
-    _file_form = re.compile(_source_form.pattern + (
-        r"\.([a-z]+)-(\d{1,3})\.(\d{1,12})\.([0-9a-f]{16})"))
 
-    def __init__(self, folder: Path):
-        """Keeps the files in `folder`, which need not exist."""
-        self._root = Path(folder) / "v1"
-        #: bytes that may come before the limit is looked at again
-        self._unchecked_bytes = 0
+def live_apart(live: typing.Callable[[], int]) -> None:
+    """The life of a process just forked; does not return."""
+    status = 70
+    try:
+        status = live()
+    except BaseException:
+        # Nobody above may catch what belongs to the parent's stack.
+        LOG.configure(sink=Console(2).write)
+        LOG.say(60001, f"{LOG.worker} cannot work", traceback.format_exc())
+    finally:
+        os._exit(status)
 
-    def put(self, source_sha: str, coding: str, level: int,
-            body: bytes) -> StoredAlternate:
-        """Stores an alternate; raises StoreFull."""
-        digest = _body_digest(body)
-        path = self._folder(source_sha) / (
-            f"{source_sha}.{coding}-{level}.{len(body)}.{digest}")
-        try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_atomically(path, body)
-        except OSError as error:
-            raise StoreFull(f"{self._root}: {error}") from error
-        self._unchecked_bytes -= len(body)
-        return StoredAlternate(coding, level, len(body), digest, path)
 
-    def find(self, source_sha: str) -> list[StoredAlternate]:
-        """The alternates of a source, smallest first; their bodies unread."""
-        folder = self._folder(source_sha)
-        try:
-            names = os.listdir(folder)
-        except OSError:
-            # Nothing was made yet, or it was cleared away.
-            return []
-        found = [StoredAlternate(match[1], int(match[2]), int(match[3]),
-                                 match[4], folder / name)
-                 for name in names if name.startswith(source_sha)
-                 and (match := self._file_form.fullmatch(name))]
-        return sorted(found, key=lambda stored: (stored.size, stored.coding))
+class Workshop:
+    """Does jobs, each in a process of its own: one can fail alone."""
 
-    def load(self, stored: StoredAlternate) -> bytes | None:
-        """The body, or None when it is gone; a damaged file is removed."""
-        # One byte more shows that something was appended.
-        body = _read_file(stored.path, stored.size + 1)
-        if body is not None and _body_digest(body) != stored.digest:
-            LOG.say(40013, stored.path)
-            _remove(stored.path)
-            return None
-        with contextlib.suppress(OSError):
-            # Gone meanwhile, most likely; the body is whole all the same.
-            age = time.time() - stored.path.stat().st_mtime
-            if not 0 <= age <= self.used_precision_seconds:
-                os.utime(stored.path)
-        return body
+    def __init__(self, store: AlternateStore, tweaks: Tweaks,
+                 beat: typing.Callable = lambda: None):
+        """Calls `beat` each second or so while a job is done."""
+        self._store, self._tweaks, self._beat = store, tweaks, beat
 
-    def evict(self, limit_bytes: int) -> int:
-        """Removes the least used files above the limit; returns bytes freed.
+    def do(self, job: dict) -> int:
+        """Does a job; the number of bytes stored.  Waits.
 
-        Costs nothing unless enough was stored since the last time.
+        A job that fails is done once more.  What it was to make is then
+        declined for good.  Raises StoreFull.
         """
-        if self._unchecked_bytes > 0:
-            return 0
-        self._unchecked_bytes = limit_bytes // 20
-        files = sorted(self._files())
-        excess, freed = sum(size for _, size, _ in files) - limit_bytes, 0
-        for _, size, path in files:
-            if freed >= excess:
+        sha, before = job["sha"], self._size(job["sha"])
+        marks = [x for x in self._store.find(sha) if x.form == "attempt"]
+        trouble = "the artisan died of it"
+        while len(marks) < _TRIES:
+            # It tells the next artisan that this one was not the first.
+            marks.append(self._store.put(sha, "attempt", len(marks), b""))
+            try:
+                self._attempt(job)
                 break
-            _remove(path)
-            freed += size
-        return freed
+            except JobFailed as error:
+                trouble = str(error)
+                LOG.say(error.message_code, job["path"], error)
+            except (SystemExit, gevent.GreenletExit):
+                # It is not the job's fault that we have to leave.
+                self._store.remove(marks.pop())
+                raise
+        else:
+            for form, level in job["wanted"]:
+                self._store.decline(sha, form, level, trouble)
+        for mark in marks:
+            self._store.remove(mark)
+        added = self._size(sha) - before
+        self._store.evict(self._tweaks.r_cache_limit_bytes, added)
+        return added
 
-    def _folder(self, source_sha):
-        if not self._source_form.fullmatch(source_sha):
-            raise ValueError(f"{source_sha!r} is no SHA-256 in lower case")
-        return self._root / source_sha[:2]
+    def _size(self, sha):
+        return sum(stored.size for stored in self._store.find(sha))
 
-    def _files(self):
-        """(time of use, size, path) of all but what is being written."""
-        abandoned = time.time() - self.used_precision_seconds
-        for folder, _, names in os.walk(self._root):
-            for name in names:
-                path = Path(folder, name)
-                with contextlib.suppress(FileNotFoundError):
-                    # Another process may remove it before we look.
-                    found = path.lstat()
-                    if (self._file_form.fullmatch(name)
-                            or found.st_mtime < abandoned):
-                        yield found.st_mtime, found.st_size, path
+    def _attempt(self, job):
+        """Has another process do the job; raises JobFailed."""
+        # Records keep their borders, and the end of the line tells the end.
+        ours, theirs = _socket.socketpair(
+            socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        pid = _plain("os", "fork")()
+        if pid == 0:
+            ours.close()
+            live_apart(lambda: self._work(job, theirs))
+        theirs.close()
+        try:
+            self._listen(ours)
+        finally:
+            ours.close()
+            # Not there to be killed, as a rule.
+            os.kill(pid, signal.SIGKILL)
+            _, status = _plain("os", "waitpid")(pid, 0)
+        if os.waitstatus_to_exitcode(status) == errno.ENOMEM:
+            raise JobFailed("ran out of memory (artisan-memory-bytes)")
+        if status:
+            raise JobFailed(f"its process ended {exit_text(status)}")
+
+    def _listen(self, line):
+        """Passes on what the process says until it ends, or in vain."""
+        deadline = Deadline(self._tweaks.artisan_job_seconds)
+        while not deadline.passed():
+            with gevent.Timeout(_WAIT_SECONDS, False):
+                gevent.socket.wait_read(line.fileno())
+            self._beat()
+            with contextlib.suppress(BlockingIOError):
+                # Only a second has passed.
+                record = line.recv(_LONGEST_RECORD)
+                if not record:
+                    return
+                LOG.sink(LogRecord.unpack(record))
+        seconds = self._tweaks.artisan_job_seconds
+        raise JobFailed(f"took longer than {seconds:g} s")
+
+    def _work(self, job, line):
+        """The life of the process that does the job; its exit status.
+
+        It has been forked by a greenlet and inherits a hub, which it never
+        runs: nothing here waits for anything but the kernel.
+        """
+        stand_apart(signal.SIGKILL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        confine(self._tweaks)
+        LOG.configure(sink=lambda record: line.send(record.pack()))
+        try:
+            make_alternates(job, self._store, self._tweaks)
+        except MemoryError:
+            return errno.ENOMEM
+        return 0
 
 
-def _remove(path):
-    with contextlib.suppress(OSError):
-        # Another process was faster; else the next eviction tries again.
-        os.unlink(path)
+def confine(tweaks: Tweaks) -> None:
+    """Makes the process one that serving does not feel."""
+    niceness = max(os.getpriority(os.PRIO_PROCESS, 0), tweaks.artisan_nice)
+    os.setpriority(os.PRIO_PROCESS, 0, niceness)
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with contextlib.suppress(ValueError):
+        # The operator's own limit is lower, and holds.
+        resource.setrlimit(resource.RLIMIT_AS,
+                           (tweaks.artisan_memory_bytes, hard))
 
 
-def _body_digest(body):
-    return hashlib.sha256(body).hexdigest()[:16]
-
-
-def _read_file(path, limit_bytes):
-    """The beginning of a regular file; None when there is no such file."""
-    with (contextlib.suppress(OSError),
-          open(path, "rb", opener=_open_at_once) as stream):
-        # Gone since we heard of it: nothing is to be done with it any more.
-        if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            return stream.read(limit_bytes)
-    return None
-
-
-def _open_at_once(path, flags):
-    """Opens without waiting, even for the writer of a fifo."""
-    return os.open(path, flags | os.O_NONBLOCK)
+def exit_text(status: int) -> str:
+    """How a process ended, to go on after `died` or `left`."""
+    if os.WIFSIGNALED(status):
+        return f"by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"with status {os.WEXITSTATUS(status)}"
 
 
 class Artisan:
-    """The process that makes alternates, one job after the other."""
+    """The process that has alternates made, one job after the other."""
 
     def __init__(self, settings: Settings, scratch: ScratchFolder,
                  line: socket.socket):
         """`line` leads to the arbiter: its end says that the arbiter did."""
         link = RedisLink(scratch.redis_socket)
         self._tweaks, self._line = settings.tweaks, line
-        self._store = AlternateStore(scratch.cache)
-        self._jobs = JobQueue(link, self._tweaks.artisan_queue_jobs)
+        self._workshop = Workshop(
+            AlternateStore(scratch.cache), self._tweaks, self._beat)
+        self._jobs = JobQueue(
+            link, self._tweaks.artisan_queue_jobs,
+            _TRIES * self._tweaks.artisan_job_seconds + _LEASE_SECONDS)
         self._news = Announcements(link)
         self._tap = LogTap(link, self._tweaks.log_ring_records)
 
@@ -4194,7 +4516,6 @@ class Artisan:
         self._tap.flush(Deadline(1))
 
     def _settle(self):
-        """Makes the process one that serving does not feel."""
         # Waits and jobs end alike: SystemExit is raised in them.
         ourselves = gevent.getcurrent()
         signal.signal(signal.SIGTERM, lambda number, frame: gevent.kill(
@@ -4203,12 +4524,7 @@ class Artisan:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         LOG.configure(worker="artisan", sink=self._tap.append)
         self._line.setblocking(False)
-        os.nice(self._tweaks.artisan_nice)
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        with contextlib.suppress(ValueError):
-            # The operator's own limit is lower, and holds.
-            resource.setrlimit(resource.RLIMIT_AS,
-                               (self._tweaks.artisan_memory_bytes, hard))
+        confine(self._tweaks)
 
     def _beat(self):
         """Tells the arbiter that all is well; raises SystemExit at the end."""
@@ -4227,105 +4543,84 @@ class Artisan:
         try:
             job = self._jobs.take(1)
             if job is not None:
-                if self._work(job):
-                    self._news.publish(job["sha"])
+                self._work(job)
                 self._jobs.done(job)
+                self._news.publish(job["sha"])
         except RedisAway:
             # The tap says so; the arbiter starts Redis again.
             gevent.sleep(0.5)
 
     def _work(self, job):
-        """The alternates of a job; None when something went wrong."""
         try:
-            return make_alternates(job, self._store, self._tweaks, self._beat)
+            self._workshop.do(job)
         except StoreFull as error:
             LOG.say(error.message_code, error)
         except Exception as error:
-            # A job is what somebody's file makes of it: whatever happens,
-            # the next one is done.
+            # Whatever a job is made of, the next one is done.
             LOG.say(60001, f"job {job}: {error!r}", traceback.format_exc())
-        return None
 
 
-def make_alternates(
-        job: dict, store: AlternateStore, tweaks: Tweaks,
-        beat: typing.Callable = lambda: None) -> list[StoredAlternate]:
-    """Stores all worthwhile alternates of a source and returns them.
+def make_alternates(job: dict, store: AlternateStore, tweaks: Tweaks) -> None:
+    """Stores what is wanted of a source, or the reason why not.
 
     Makes nothing of a source that is gone, too large, or has changed since
-    the job was put.  Calls `beat` each second or so.  Raises StoreFull.
+    the job was put.  Raises StoreFull.
     """
-    made = store.find(job["sha"])
-    there = {stored[:2] for stored in made}
-    wanted = [maker for maker in _MAKERS if maker[:2] not in there
-              and maker.is_for(job["type"].encode())]
-    source = wanted and _read_file(job["path"], tweaks.compress_limit_bytes)
+    settled = store.settled(job["sha"])
+    wanted = {form: level for form, level in job["wanted"]
+              if (form, level) not in settled}
+    source = wanted and read_file(job["path"], tweaks.compress_limit_bytes)
     if not source or hashlib.sha256(source).hexdigest() != job["sha"]:
-        return made
-    for maker in wanted:
+        return
+    for form, level in wanted.items():
         try:
-            body = _alternate(maker, source, job["type"], beat)
+            body = _coded(form, level, source, job["type"])
         except _CODEC_ERRORS as error:
-            LOG.say(60010, job["path"], f"{maker.coding}: {error!r}")
+            LOG.say(60010, job["path"], f"{form}: {error!r}")
+            store.decline(job["sha"], form, level, f"{error!r}")
             continue
-        if body is not None:
-            made.append(store.put(job["sha"], *maker[:2], body))
-            LOG.say(20004, maker.coding, job["path"], len(body), len(source))
-    store.evict(tweaks.r_cache_limit_bytes)
-    return made
+        if len(body) > _WORTHWHILE * len(source):
+            store.decline(job["sha"], form, level,
+                          f"not smaller: {len(body)} of {len(source)} bytes")
+        else:
+            store.put(job["sha"], form, level, body)
+            LOG.say(20004, form, job["path"], len(body), len(source))
 
 
-def _alternate(maker, source, kind, beat):
-    """The alternate, or None if it is not worthwhile."""
-    body = maker.make(source, kind, beat)
-    if len(body) > _WORTHWHILE * len(source):
-        return None
-    if maker.decode(body) != source:
+def _coded(coding, level, source, kind):
+    """The source in a coding, after a look at what clients will make of it."""
+    encode, decode = _CODECS[coding]
+    body = encode(source, level, kind)
+    if decode(body) != source:
         raise ValueError("decodes to something else")
     return body
 
 
-def _best_brotli(source, kind, beat):
+def _brotli(source, level, kind):
     """Text is what the mode of that name is for, fonts and wasm are not."""
     mode = (brotli.MODE_TEXT if kind.startswith("text/")
             else brotli.MODE_GENERIC)
-    encoder = brotli.Compressor(mode=mode, quality=11, lgwin=22)
-    return _in_pieces(encoder.process, encoder.finish, source, beat)
+    return brotli.compress(source, mode=mode, quality=level, lgwin=22)
 
 
-def _best_gzip(source, _kind, beat):
+def _zstd(source, level, _kind):
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        level, source_size=len(source), window_log=min(
+            _ZSTD_WINDOW_LOG, max(10, len(source).bit_length())))
+    return zstandard.ZstdCompressor(
+        compression_params=parameters).compress(source)
+
+
+def _gzip(source, level, _kind):
     """No time is inside: the same source always gives the same bytes."""
-    encoder = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
-    return _in_pieces(encoder.compress, encoder.flush, source, beat)
+    return gzip.compress(source, level, mtime=0)
 
 
-def _in_pieces(encode, finish, source, beat):
-    """As small as at one go, but beats and signals come in between."""
-    body = []
-    for n in range(0, len(source), _ENCODED_BYTES):
-        body.append(encode(source[n:n + _ENCODED_BYTES]))
-        beat()
-    return b"".join([*body, finish()])
-
-
-class _Maker(typing.NamedTuple):
-    """A way to a smaller form of a source."""
-
-    coding: str
-    level: int
-    #: (source, content type, beat) -> body
-    make: typing.Callable
-    decode: typing.Callable
-    #: content type as bytes -> whether this is worth a try
-    is_for: typing.Callable
-
-
-#: what is made of a source, best first
-_MAKERS = (
-    *([_Maker("br", 11, _best_brotli, brotli.decompress, is_compressible)]
-      if brotli else []),
-    _Maker("gzip", 9, _best_gzip, gzip.decompress, is_compressible),
-)
+#: {coding: (how it is made, how it is undone)}
+_CODECS = {
+    "br": (_brotli, lambda body: brotli.decompress(body)),
+    "zstd": (_zstd, lambda body: zstandard.decompress(body)),
+    "gzip": (_gzip, gzip.decompress)}
 
 
 # ---------------------------------------------------------------------------
@@ -4404,19 +4699,24 @@ class Site:
             name: FilesystemBackend(domain.root_dir, (settings.scratch_dir,))
             for name, domain in settings.domains.items()
             if domain.root_dir}
+        self._images = {
+            name: domain.images or settings.tweaks.images
+            for name, domain in settings.domains.items()}
         #: those whose paths mean files and nothing else
         self._plain = {
-            name: backend for name, backend in self._backends.items()
+            name: (backend.root, self._images[name])
+            for name, backend in self._backends.items()
             if not settings.domains[name].change_url}
 
     def ready(self, request: Request) -> Response | None:
         """The response when it takes no waiting, else None."""
-        backend = self._plain.get(request.host)
-        if backend is None or request.method not in _READS:
+        plain = self._plain.get(request.host)
+        if plain is None or request.method not in _READS:
             return None
-        asset = self._repository.peek((backend.root, request.path))
+        root, images = plain
+        asset = self._repository.peek(AssetKey(root, request.path, images))
         if (asset is None or self._repository.is_due(asset, request.started)
-                or asset.lacks(request.headers.get(b"accept-encoding"))):
+                or asset.lacks(request.headers)):
             return None
         try:
             return self._timed(request, self._send_asset(request, asset))
@@ -4524,15 +4824,17 @@ class Site:
         for _ in range(_ATTEMPTS):
             # Replaced or written into under our hands: look again.
             with contextlib.suppress(SourceChanged):
-                asset = self._find(request, (backend.root, key), lambda:
-                                   backend.fetch(components))
+                asset = self._find(
+                    request, AssetKey(backend.root, key,
+                                      self._images[domain.name]),
+                    lambda: backend.fetch(components))
                 return self._send_asset(request, asset)
         raise NotServed(503, "the file does not hold still", _SOON)
 
     def _find(self, request, key, fetch):
         """The asset with what this client's coding needs. Waits."""
         asset = self._repository.find(key, fetch)
-        if coding := asset.lacks(request.headers.get(b"accept-encoding")):
+        if coding := asset.lacks(request.headers):
             self._repository.hasten(asset, coding)
         if self._repository.is_due(asset, request.started):
             self._repository.refresh(asset.sha)
@@ -4543,7 +4845,7 @@ class Site:
         return Response(200, fields, b"", "static", "options")
 
     def _send_asset(self, request, asset):
-        form = asset.pick(request.headers.get(b"accept-encoding"))
+        form = asset.pick(request.headers)
         if form is None:
             raise NotServed(406, "no coding that is there is acceptable")
         status = conditional(request, form.etag, asset.modified)
@@ -4553,13 +4855,13 @@ class Site:
             raise NotServed(412, "the asset changed meanwhile")
         ranges = byte_ranges(request, form.etag, asset.modified, form.length)
         if request.method == "HEAD":
-            return Response(200, form.fields, b"", "static", form.coding)
+            return Response(200, form.fields, b"", "static", form.form)
         body = form.body
         if body is None:
             body = self._open_file(asset, form)
         if ranges:
             return self._send_ranges(form, body, ranges)
-        return Response(200, form.fields, body, "static", form.coding)
+        return Response(200, form.fields, body, "static", form.form)
 
     def _open_file(self, asset, form):
         """The octets that memory does not hold, from the file system."""
@@ -4569,7 +4871,7 @@ class Site:
         except OSError as error:
             self._repository.forget(asset)
             raise SourceChanged(f"{form.path}: {error}") from error
-        is_source = form.coding == "identity"
+        is_source = form.form == "identity"
         if source.length != form.length or (
                 is_source and source.identity != asset.identity):
             os.close(source.fd)
@@ -4581,7 +4883,7 @@ class Site:
 
     def _send_ranges(self, form, body, ranges):
         fields = dict(form.fields)
-        name = f"{form.coding}, {len(ranges)} ranges"
+        name = f"{form.form}, {len(ranges)} ranges"
         if len(ranges) > 1:
             boundary = secrets.token_hex(16).encode()
             replaced, body = multipart_ranges(
@@ -5440,7 +5742,7 @@ _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 # 17. Worker: the life of a serving process
 #
 #    Offers   PRESS_SECONDS, CannotWriteLog, WorkerLine, Child,
-#             stand_apart, Doors, Premises, Worker, LoneWorker
+#             Doors, Premises, Worker, LoneWorker
 #    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 9 Redis,
 #             10 Representations, 13 Artisan, 15 Site, 16 Connections
 # ---------------------------------------------------------------------------
@@ -5459,8 +5761,6 @@ _STEADY_SECONDS = 10
 PRESS_SECONDS = 2
 _HARDER = {signal.SIGTERM: signal.SIGQUIT, signal.SIGQUIT: signal.SIGKILL,
            signal.SIGABRT: signal.SIGKILL}
-#: option of prctl(2): a signal when the parent dies
-_PR_SET_PDEATHSIG = 1
 
 
 class CannotWriteLog(ShimmerCatError):
@@ -5569,26 +5869,6 @@ class Child:
         # Only we reap, so the pid still means this child.
         os.kill(self.pid, number)
         self._next, self._due = _HARDER.get(number), Deadline(seconds)
-
-    def end(self) -> str:
-        """How it ended, to go on after `died` or `left`."""
-        if os.WIFSIGNALED(self.status):
-            return f"by {signal.Signals(os.WTERMSIG(self.status)).name}"
-        return f"with status {os.WEXITSTATUS(self.status)}"
-
-
-def stand_apart(number: int) -> None:
-    """Has a session of its own, and a signal when the arbiter dies.
-
-    Ctrl-C reaches a whole group, and would end Redis before the last line.
-    """
-    parent = os.getppid()
-    os.setsid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    if os.getppid() != parent:
-        # It died before the kernel knew of our wish.
-        os._exit(0)
 
 
 class Doors(typing.NamedTuple):
@@ -5811,16 +6091,20 @@ class LoneWorker(Worker):
 
     def _join(self):
         """Stands in for Redis: jobs are done here, in a thread."""
-        loop, tweaks = gevent.get_hub().loop, self._settings.tweaks
+        tweaks = self._settings.tweaks
         LOG.configure(worker=self._name)
 
-        def make(job):
-            make_alternates(job, self._store, tweaks)
-            # The repository belongs to the loop's thread.
-            loop.run_callback_threadsafe(
-                gevent.spawn, repository.refresh, job["sha"])
+        workshop = Workshop(self._store, tweaks)
 
-        repository = Repository(tweaks, self._store, LocalJobQueue(make))
+        def work(job):
+            try:
+                workshop.do(job)
+            except StoreFull as error:
+                LOG.say(error.message_code, error)
+            repository.refresh(job["sha"])
+
+        self._jobs = LocalJobQueue(work, tweaks.artisan_queue_jobs)
+        repository = Repository(tweaks, self._store, self._jobs)
         return repository
 
     def _report_ready(self):
@@ -5829,6 +6113,7 @@ class LoneWorker(Worker):
         LOG.say(50003, "1 process", os.getpid())
 
     def _part(self):
+        self._jobs.close()
         LOG.say(40005, int(time.monotonic() - self._born))
         self._premises.console.close()
 
@@ -6206,7 +6491,7 @@ class Slot:
 
     def _bury(self, child):
         """Draws the conclusions from a death."""
-        end = child.end()
+        end = exit_text(child.status)
         if child.stage == "retiring" or child.status == 0:
             LOG.say(30001, child.name, end)
             return
@@ -6237,29 +6522,21 @@ def _fork(name, live, private):
     try:
         pid = _plain("os", "fork")()
         if pid == 0:
-            _live(name, live, theirs, [ours, *private])
+            live_apart(lambda: _live(name, live, theirs, [ours, *private]))
     finally:
         theirs.close()
     return pid, ours
 
 
 def _live(name, live, line, private):
-    """The life of a child; does not return."""
-    status = 70
-    try:
-        LOG.configure(worker=name, sink=Console(2).write)
-        if gevent.hub._get_hub() is not None:
-            # Some modules make one when they are imported.
-            gevent.get_hub().destroy(destroy_loop=True)
-        for source in private:
-            source.close()
-        status = live(name, line)
-    except BaseException:
-        # Nobody above may catch what belongs to the arbiter's stack.
-        LOG.configure(sink=Console(2).write)
-        LOG.say(60001, f"{name} cannot work", traceback.format_exc())
-    finally:
-        os._exit(status)
+    """The life of a child; its exit status."""
+    if gevent.hub._get_hub() is not None:
+        # Some modules make one when they are imported.
+        gevent.get_hub().destroy(destroy_loop=True)
+    LOG.configure(worker=name, sink=Console(2).write)
+    for source in private:
+        source.close()
+    return live(name, line)
 
 
 # ---------------------------------------------------------------------------

@@ -29,7 +29,7 @@ WIDTH = 79
 MAY_CATCH_ALL = frozenset((
     "Conversation._exchange",  # top of an exchange's greenlet
     "Connection._guard",  # top of a call by the event loop
-    "_live",  # top of a forked child
+    "live_apart",  # top of a forked child
     "Arbiter._take_turn",  # arbiter loop
     "Artisan._work",  # one job of the artisan
 ))

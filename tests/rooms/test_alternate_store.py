@@ -40,7 +40,7 @@ def grow_old(stored, seconds):
 def test_what_was_put_is_found_and_loaded(store):
     stored = store.put(SHA, "br", 11, b"body")
     assert store.find(SHA) == [stored]
-    assert (stored.coding, stored.level, stored.size) == ("br", 11, 4)
+    assert (stored.form, stored.level, stored.size) == ("br", 11, 4)
     assert store.load(stored) == b"body"
 
 

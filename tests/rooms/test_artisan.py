@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import hashlib
 import os
+import resource
 import select
 import signal
 import socket
@@ -11,25 +12,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import brotli
 import pytest
 import redis
+import zstandard
+from harness import eventually
 
 import shimmercat
 from shimmercat import (
-    LOG,
     AlternateStore,
     JobQueue,
     RedisLink,
+    Tweaks,
+    Workshop,
     make_alternates,
 )
 
 TEXT = b"".join(b"p.class-%d { margin: %dpx; }\n" % (n, n * n % 97)
                 for n in range(2000))
-TWEAKS = SimpleNamespace(compress_limit_bytes=1 << 20,
-                         r_cache_limit_bytes=1 << 30)
+TWEAKS = Tweaks(artisan_nice=0)
+CODINGS = (("br", 11), ("zstd", 19), ("gzip", 9))
 
 
 @pytest.fixture
@@ -37,91 +40,107 @@ def store(tmp_path):
     return AlternateStore(tmp_path / "r-cache")
 
 
-@pytest.fixture
-def said():
-    """What is said to the log."""
-    records = []
-    before, enabled = LOG.sink, LOG.enabled
-    LOG.configure(sink=records.append,
-                  enabled=frozenset(shimmercat.MESSAGES))
-    yield records
-    LOG.configure(sink=before, enabled=enabled)
-
-
-def job_for(path, content=TEXT, kind="text/css; charset=utf-8"):
+def job_for(path, content=TEXT, kind="text/css; charset=utf-8",
+            wanted=CODINGS):
     """Write a source; the job that asks for its alternates."""
     path.write_bytes(content)
     return {"sha": hashlib.sha256(content).hexdigest(), "path": str(path),
-            "type": kind}
+            "type": kind, "wanted": wanted}
 
 
-def codings(alternates):
-    return {(stored.coding, stored.level) for stored in alternates}
+def forms(store, job):
+    """(form, level) of all that the store has of a job's source."""
+    return {stored[:2] for stored in store.find(job["sha"])}
 
 
-def test_text_gets_the_best_brotli_and_gzip(store, tmp_path):
+def reasons(store, job):
+    """{form: why there is none of it}."""
+    return {stored.form.removeprefix("no_"): store.load(stored).decode()
+            for stored in store.find(job["sha"])
+            if stored.form.startswith("no_")}
+
+
+def test_text_gets_the_best_of_all_codings(store, tmp_path):
     job = job_for(tmp_path / "a.css")
-    made = make_alternates(job, store, TWEAKS)
-    assert codings(made) == {("br", 11), ("gzip", 9)}
-    bodies = {stored.coding: store.load(stored) for stored in made}
+    make_alternates(job, store, TWEAKS)
+    assert forms(store, job) == set(CODINGS)
+    bodies = {stored.form: store.load(stored)
+              for stored in store.find(job["sha"])}
     assert brotli.decompress(bodies["br"]) == TEXT
     assert gzip.decompress(bodies["gzip"]) == TEXT
+    assert zstandard.decompress(bodies["zstd"]) == TEXT
     assert bodies["br"] == brotli.compress(
         TEXT, mode=brotli.MODE_TEXT, quality=11, lgwin=22)
 
 
+def test_zstd_keeps_to_the_window_that_browsers_have(store, tmp_path):
+    job = job_for(tmp_path / "a.css", TEXT * 200, wanted=[("zstd", 19)])
+    assert len(TEXT * 200) > 9 << 20
+    make_alternates(job, store, TWEAKS)
+    stored, = store.find(job["sha"])
+    frame = zstandard.get_frame_parameters(store.load(stored))
+    assert frame.window_size <= 8 << 20
+
+
 def test_the_same_source_gives_the_same_bytes_at_any_time(store, tmp_path):
     job = job_for(tmp_path / "a.css")
-    first = make_alternates(job, store, TWEAKS)
+    make_alternates(job, store, TWEAKS)
     other = AlternateStore(tmp_path / "other")
     os.utime(tmp_path / "a.css", (1, 1))
-    second = make_alternates(job, other, TWEAKS)
-    assert {stored.digest for stored in first} == {
-        stored.digest for stored in second}
+    make_alternates(job, other, TWEAKS)
+    assert {stored.digest for stored in store.find(job["sha"])} == {
+        stored.digest for stored in other.find(job["sha"])}
 
 
 def test_what_is_said_names_source_and_sizes(store, tmp_path, said):
     make_alternates(job_for(tmp_path / "a.css"), store, TWEAKS)
     lines = [record.text() for record in said if record.code == 20004]
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert all(str(tmp_path / "a.css") in line and str(len(TEXT)) in line
                for line in lines)
 
 
 def test_what_is_there_is_not_made_again(store, tmp_path, said):
     job = job_for(tmp_path / "a.css")
-    made = make_alternates(job, store, TWEAKS)
+    make_alternates(job, store, TWEAKS)
     said.clear()
-    assert set(make_alternates(job, store, TWEAKS)) == set(made)
+    make_alternates(job, store, TWEAKS)
     assert not said
 
 
 def test_a_damaged_alternate_is_made_again(store, tmp_path):
     job = job_for(tmp_path / "a.css")
-    for stored in make_alternates(job, store, TWEAKS):
+    make_alternates(job, store, TWEAKS)
+    for stored in store.find(job["sha"]):
         stored.path.write_bytes(b"damage")
-        store.load(stored)
-    assert len(make_alternates(job, store, TWEAKS)) == 2
+        assert store.load(stored) is None
+    make_alternates(job, store, TWEAKS)
+    assert forms(store, job) == set(CODINGS)
+    assert all(map(store.load, store.find(job["sha"])))
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"a", os.urandom(5000)], ids=["empty", "tiny", "random"])
+    b"a", os.urandom(5000)], ids=["tiny", "random"])
 def test_what_does_not_save_enough_is_not_kept(store, tmp_path, content):
     job = job_for(tmp_path / "a.css", content)
-    assert make_alternates(job, store, TWEAKS) == []
+    make_alternates(job, store, TWEAKS)
+    assert set(reasons(store, job)) == {"br", "zstd", "gzip"}
+    assert all(reason.startswith("not smaller: ") and reason.endswith(
+        f" of {len(content)} bytes")
+        for reason in reasons(store, job).values())
 
 
-@pytest.mark.parametrize("kind", [
-    "image/jpeg", "font/woff2", "video/mp4", "application/zip"])
-def test_what_is_compressed_by_its_type_is_left_alone(store, tmp_path, kind):
-    job = job_for(tmp_path / "a", kind=kind)
-    assert make_alternates(job, store, TWEAKS) == []
+def test_only_what_is_wanted_is_made(store, tmp_path):
+    job = job_for(tmp_path / "a", wanted=[("gzip", 9)])
+    make_alternates(job, store, TWEAKS)
+    assert forms(store, job) == {("gzip", 9)}
 
 
 def test_nothing_is_made_of_a_source_that_changed(store, tmp_path):
     job = job_for(tmp_path / "a.css")
     (tmp_path / "a.css").write_bytes(TEXT + b" ")
-    assert make_alternates(job, store, TWEAKS) == []
+    make_alternates(job, store, TWEAKS)
+    assert not forms(store, job)
 
 
 @pytest.mark.parametrize("replace", [
@@ -131,25 +150,25 @@ def test_nothing_is_made_of_what_is_no_file_any_more(
     job = job_for(tmp_path / "a.css")
     (tmp_path / "a.css").unlink()
     replace(tmp_path / "a.css")
-    assert make_alternates(job, store, TWEAKS) == []
+    make_alternates(job, store, TWEAKS)
+    assert not forms(store, job)
 
 
 def test_a_source_above_the_limit_is_refused(store, tmp_path):
     job = job_for(tmp_path / "a.css")
-    for limit, expected in ((len(TEXT) - 1, 0), (len(TEXT), 2)):
-        tweaks = SimpleNamespace(compress_limit_bytes=limit,
-                                 r_cache_limit_bytes=1 << 30)
-        assert len(make_alternates(job, store, tweaks)) == expected
+    for limit, expected in ((len(TEXT) - 1, 0), (len(TEXT), 3)):
+        make_alternates(job, store, Tweaks(compress_limit_bytes=limit))
+        assert len(forms(store, job)) == expected
 
 
 def test_the_limit_of_the_store_is_kept(store, tmp_path):
-    tweaks = SimpleNamespace(compress_limit_bytes=1 << 20,
-                             r_cache_limit_bytes=10_000)
+    workshop = Workshop(store, Tweaks(
+        artisan_nice=0, r_cache_limit_bytes=50_000))
     for n in range(10):
-        make_alternates(job_for(tmp_path / f"{n}.css", b"%d" % n + TEXT),
-                        store, tweaks)
+        job = job_for(tmp_path / f"{n}.css", b"%d" % n + TEXT)
+        assert workshop.do(job) > 10_000
     sizes = [path.stat().st_size for path in store_files(tmp_path)]
-    assert 0 < sum(sizes) <= 20_000
+    assert 10_000 < sum(sizes) <= 52_500
 
 
 def store_files(folder):
@@ -157,11 +176,82 @@ def store_files(folder):
             if path.is_file()]
 
 
-def test_beats_come_while_a_large_text_is_made(store, tmp_path):
-    beats = []
-    job = job_for(tmp_path / "a.css", TEXT * 10)
-    make_alternates(job, store, TWEAKS, lambda: beats.append(0))
-    assert len(beats) >= len(TEXT * 10) // (128 * 1024)
+@pytest.fixture
+def faulty(monkeypatch):
+    """Sets what a job does instead of its work, in its own process."""
+    def install(fault):
+        monkeypatch.setattr(shimmercat, "make_alternates", fault)
+    return install
+
+
+def out_of_memory(*_):
+    raise MemoryError
+
+
+def hang(*_):
+    while True:
+        sum(range(1000))
+
+
+@pytest.mark.parametrize("fault, reason", [
+    (lambda *_: os.kill(os.getpid(), signal.SIGKILL),
+     "its process ended by SIGKILL"),
+    (lambda *_: os.kill(os.getpid(), signal.SIGSEGV),
+     "its process ended by SIGSEGV"),
+    (out_of_memory, "ran out of memory (artisan-memory-bytes)"),
+    (hang, "took longer than 1 s")],
+    ids=["killed", "crashed", "memory", "slow"])
+def test_a_job_that_fails_is_tried_twice_and_then_declined_for_good(
+        store, tmp_path, said, faulty, fault, reason):
+    faulty(fault)
+    job = job_for(tmp_path / "a.css")
+    workshop = Workshop(store, Tweaks(artisan_nice=0, artisan_job_seconds=1))
+    workshop.do(job)
+    failures = [record.text() for record in said if record.code == 60010]
+    assert len(failures) == 2
+    assert all(reason in failure and job["path"] in failure
+               for failure in failures)
+    assert reasons(store, job) == dict.fromkeys(("br", "zstd", "gzip"), reason)
+    assert len(forms(store, job)) == 3
+    assert store.settled(job["sha"]) >= set(CODINGS)
+
+
+def test_a_job_that_fails_once_is_done_the_second_time(
+        store, tmp_path, faulty):
+    begun = tmp_path / "begun"
+    original = make_alternates
+
+    def stumble(*words):
+        if not begun.exists():
+            begun.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(*words)
+
+    faulty(stumble)
+    job = job_for(tmp_path / "a.css")
+    Workshop(store, TWEAKS).do(job)
+    assert forms(store, job) == set(CODINGS)
+
+
+def test_a_job_that_two_artisans_died_of_is_not_tried_again(store, tmp_path):
+    job = job_for(tmp_path / "a.css")
+    for n in range(2):
+        store.put(job["sha"], "attempt", n, b"")
+    Workshop(store, TWEAKS).do(job)
+    assert set(reasons(store, job).values()) == {"the artisan died of it"}
+    assert len(forms(store, job)) == 3
+
+
+def test_the_process_of_a_job_is_nice_and_its_memory_is_capped(
+        store, tmp_path, faulty):
+    def report(*_):
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        (tmp_path / "report").write_text(
+            f"{limits[0]} {os.getpriority(os.PRIO_PROCESS, 0)}")
+    faulty(report)
+    Workshop(store, Tweaks(artisan_nice=7, artisan_memory_bytes=1 << 30)).do(
+        job_for(tmp_path / "a.css"))
+    assert (tmp_path / "report").read_text() == f"{1 << 30} 7"
 
 
 class ArtisanProcess:
@@ -199,8 +289,8 @@ class ArtisanProcess:
         while True:
             message = subscription.get_message(timeout=30)
             assert message is not None
-            if message["type"] == "message":
-                return message["data"].decode() == job["sha"]
+            if message["data"] == job["sha"].encode():
+                return True
 
     def end(self):
         self.line.close()
@@ -231,15 +321,15 @@ def test_the_artisan_does_jobs_and_announces_them(artisan, tmp_path):
     with listening(artisan) as subscription:
         artisan.put(job)
         assert artisan.announced(job, subscription)
-    made = AlternateStore(tmp_path / "scratch/r-cache").find(job["sha"])
-    assert codings(made) == {("br", 11), ("gzip", 9)}
+    made = AlternateStore(tmp_path / "scratch/r-cache")
+    assert forms(made, job) == set(CODINGS)
 
 
 def test_a_job_that_is_nonsense_does_not_stop_the_next(artisan, tmp_path):
     job = job_for(tmp_path / "a.css")
     with listening(artisan) as subscription:
         artisan.put({"sha": "../../etc", "path": "/etc/passwd"})
-        artisan.put({"nothing": None})
+        artisan.put({"sha": "nothing"})
         artisan.put(job)
         assert artisan.announced(job, subscription)
 
@@ -267,11 +357,16 @@ def test_term_ends_a_long_job_soon_and_leaves_no_half_file(
         artisan, tmp_path):
     artisan.put(job_for(tmp_path / "a.css", os.urandom(4 << 20).hex()
                         .encode()))
-    wait_until_busy(artisan.process.pid)
+    wait_until_busy(eventually(lambda: children(artisan.process.pid))[0])
     artisan.process.send_signal(signal.SIGTERM)
     assert artisan.process.wait(5) == 0
     assert not [path for path in (tmp_path / "scratch").rglob("*")
                 if path.is_file()]
+
+
+def children(pid):
+    """Process ids of a process's children."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def wait_until_busy(pid):
@@ -307,10 +402,7 @@ monkey.patch_all()
 import socket, sys
 from types import SimpleNamespace
 import shimmercat
-tweaks = SimpleNamespace(
-    artisan_nice=7, artisan_memory_bytes=1 << 30, artisan_queue_jobs=100,
-    log_ring_records=100, compress_limit_bytes=16 << 20,
-    r_cache_limit_bytes=1 << 30)
+tweaks = shimmercat.Tweaks(artisan_nice=7, artisan_memory_bytes=1 << 30)
 shimmercat.Artisan(
     SimpleNamespace(tweaks=tweaks),
     shimmercat.ScratchFolder(sys.argv[1]),

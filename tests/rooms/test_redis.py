@@ -14,7 +14,6 @@ import pytest
 import redis
 
 from shimmercat import (
-    LOG,
     Announcements,
     Deadline,
     JobQueue,
@@ -305,34 +304,50 @@ def test_a_job_is_queued_once_until_it_is_done(link):
     assert not queue.put(dict(reversed(JOB.items())))
     assert queue.take(1) == JOB
     assert not queue.put(JOB)
+    assert queue.take(0.01) is None
     queue.done(JOB)
     assert queue.put(JOB)
 
 
-def test_jobs_are_taken_in_their_order_and_then_none(link):
+def test_the_most_wanted_job_is_taken_first_and_then_none(link):
     queue = JobQueue(link)
     jobs = [{**JOB, "sha": str(n)} for n in range(5)]
-    assert all(map(queue.put, jobs))
-    assert [queue.take(1) for _ in jobs] == jobs
+    for job, weight in zip(jobs, (1, 16, 2, 8, 4), strict=True):
+        assert queue.put(job, weight)
+    assert not queue.put(jobs[0], 32)
+    assert not queue.put(jobs[1], 1)
+    assert [queue.take(1)["sha"] for _ in jobs] == ["0", "1", "3", "4", "2"]
     assert queue.take(0.01) is None
 
 
-def test_a_full_queue_refuses_and_has_room_again_later(link):
+def test_a_full_queue_drops_the_job_that_is_wanted_least(link):
     queue = JobQueue(link, limit=2)
     one, two, three = [{**JOB, "sha": str(n)} for n in range(3)]
-    assert queue.put(one) and queue.put(two) and not queue.put(three)
-    queue.take(1)
-    assert queue.put(three)
+    assert queue.put(one, 2) and queue.put(two, 4)
+    assert not queue.put(three, 2)
+    assert queue.put(three, 3)
+    assert [queue.take(1)["sha"] for _ in range(2)] == ["1", "2"]
+    assert queue.put(one)
 
 
-def test_a_job_whose_artisan_died_can_be_queued_again_in_time(
-        link, client):
-    queue = JobQueue(link)
+def test_a_source_is_worked_on_by_one_artisan_at_a_time(link):
+    queue, other = JobQueue(link), JobQueue(link)
     queue.put(JOB)
-    (key,) = client.keys("sc_job_*")
-    assert 600 < client.ttl(key) <= 3600
+    queue.put({**JOB, "path": "/elsewhere"})
+    taken = queue.take(1)
+    assert other.take(1) is None
+    assert not other.lease(JOB)
+    queue.done(taken)
+    assert other.lease(JOB)
+
+
+def test_a_source_whose_artisan_died_can_be_worked_on_again_in_time(
+        link, client):
+    queue = JobQueue(link, lease_seconds=30.5)
+    queue.put(JOB)
     queue.take(1)
-    assert 0 < client.ttl(key) <= 600
+    (key,) = client.keys("sc_lease_*")
+    assert 0 < client.ttl(key) <= 31
 
 
 def test_twenty_greenlets_queue_a_job_only_once(link):
@@ -398,21 +413,46 @@ def test_local_jobs_are_done_one_by_one_each_once():
     eventually(lambda: queue.put(jobs[0]))
 
 
-def test_a_local_job_that_fails_is_told_and_the_next_is_done(monkeypatch):
-    done, said = [], []
-    monkeypatch.setattr(LOG, "sink", said.append)
+def test_a_local_job_that_fails_does_not_stop_the_next():
+    done = []
 
     def work(job):
-        done.append(job)
+        done.append(job["sha"])
         if len(done) == 1:
             raise ValueError("no such type")
 
     queue = LocalJobQueue(work)
     queue.put(JOB)
     queue.put({**JOB, "sha": "2"})
-    eventually(lambda: len(done) == 2)
-    assert [record.code for record in said] == [60010]
-    assert "no such type" in said[0].text()
+    eventually(lambda: len(done) == 1)
+    queue.put({**JOB, "sha": "3"}, 2)
+    eventually(lambda: len(done) == 3)
+    assert done[1:] == ["3", "2"]
+
+
+def test_the_most_wanted_local_job_is_done_first():
+    done = []
+    queue = LocalJobQueue(lambda job: done.append(job["sha"]))
+    for sha, weight in (("a", 1), ("b", 4), ("c", 2), ("a", 8)):
+        queue.put({**JOB, "sha": sha}, weight)
+    eventually(lambda: len(done) == 3)
+    assert done == ["a", "b", "c"]
+
+
+def test_what_is_being_done_locally_ends_when_the_queue_is_closed():
+    ended = []
+
+    def work(job):
+        try:
+            gevent.sleep(60)
+        finally:
+            ended.append(job)
+
+    queue = LocalJobQueue(work)
+    queue.put(JOB)
+    gevent.sleep(0)
+    queue.close()
+    assert ended == [JOB]
 
 
 # Announcements

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 from shimmercat import (
     AlternateStore,
+    AssetKey,
     AssetMissing,
     FilesystemBackend,
+    Headers,
     Repository,
     SourceChanged,
     Tweaks,
@@ -33,18 +35,20 @@ NOISE = random.Random(10).randbytes(5000)
 class Shelf:
     """A repository, the folder it reads, and what it orders."""
 
-    def __init__(self, folder, **tweaks):
+    def __init__(self, folder, images="optimize", **tweaks):
+        self.images = images
         self.folder = folder / "www"
         self.folder.mkdir(exist_ok=True)
         self.store = AlternateStore(folder / "r-cache")
-        self.jobs = []
+        self.jobs, self.weights = [], []
         self.fetched = 0
         self.repository = Repository(Tweaks(**tweaks), self.store, self)
         self._backend = FilesystemBackend(self.folder, ())
 
-    def put(self, job):
+    def put(self, job, weight=1):
         """Takes an order for the artisan."""
         self.jobs.append(job)
+        self.weights.append(weight)
 
     def write(self, name, content):
         path = self.folder / name
@@ -53,14 +57,15 @@ class Shelf:
 
     def find(self, name):
         """The asset of a file."""
-        return self.repository.find(("www", name), lambda: self._fetch(name))
+        return self.repository.find(AssetKey("www", name, self.images),
+                                    lambda: self._fetch(name))
 
     def _fetch(self, name):
         self.fetched += 1
         return self._backend.fetch((name,))
 
     def peek(self, name):
-        return self.repository.peek(("www", name))
+        return self.repository.peek(AssetKey("www", name, self.images))
 
     def settle(self, name):
         """The asset once it was quiet for long enough to be trusted."""
@@ -68,8 +73,18 @@ class Shelf:
 
     def body(self, name, accepted=None):
         """The octets that a client gets."""
-        form = self.find(name).pick(accepted)
+        form = self.find(name).pick(coding(accepted))
         return form.body
+
+
+def coding(field):
+    """Headers with an Accept-Encoding field, or without one."""
+    return Headers([(b"accept-encoding", field)] if field else [])
+
+
+def accept(field):
+    """Headers with an Accept field."""
+    return Headers([(b"accept", field)])
 
 
 @pytest.fixture
@@ -83,7 +98,7 @@ def test_a_file_that_holds_still_is_read_once(shelf):
     shelf.fetched = 0
     assert shelf.find("a.css") is asset
     assert shelf.fetched == 0
-    assert asset.pick(None).body == CSS
+    assert asset.pick(coding(None)).body == CSS
 
 
 def test_a_file_from_the_future_is_read_once_too(shelf):
@@ -120,9 +135,9 @@ def test_a_changed_file_is_seen_at_once(shelf, change, content, is_quiet):
     before = (shelf.settle if is_quiet else shelf.find)("a.css")
     change(path, content)
     after = shelf.find("a.css")
-    assert after.pick(None).body == content
-    assert after.pick(None).etag != before.pick(None).etag
-    assert after.pick(None).length == len(content)
+    assert after.pick(coding(None)).body == content
+    assert after.pick(coding(None)).etag != before.pick(coding(None)).etag
+    assert after.pick(coding(None)).length == len(content)
 
 
 @pytest.mark.parametrize("small_file_bytes", [0, 1 << 20])
@@ -152,15 +167,15 @@ def test_the_tag_is_made_of_the_octets_alone(tmp_path, shelf):
     shelf.write("b.css", CSS)
     digest = hashlib.sha256(CSS).digest()
     tag = b'"%b"' % base64.urlsafe_b64encode(digest[:16]).rstrip(b"=")
-    assert shelf.find("a.css").pick(None).etag == tag
-    assert shelf.find("b.css").pick(None).etag == tag
+    assert shelf.find("a.css").pick(coding(None)).etag == tag
+    assert shelf.find("b.css").pick(coding(None)).etag == tag
     assert shelf.find("a.css").sha == digest.hex()
 
 
 def test_a_file_above_the_limit_stays_on_disk(tmp_path):
     shelf = Shelf(tmp_path, small_file_bytes=1000)
     path = shelf.write("a.bin", NOISE)
-    form = shelf.find("a.bin").pick(None)
+    form = shelf.find("a.bin").pick(coding(None))
     assert form.body is None
     assert form.path == str(path)
     assert form.length == len(NOISE)
@@ -170,17 +185,17 @@ def test_a_file_above_the_limit_stays_on_disk(tmp_path):
 def test_the_first_visitor_has_a_cheap_alternate_made(shelf):
     shelf.write("a.css", CSS)
     asset = shelf.find("a.css")
-    assert asset.pick(b"br").coding == "identity"
-    assert asset.lacks(b"br, gzip") == "br"
-    assert asset.lacks(b"gzip") == "gzip"
-    assert asset.lacks(None) is None
-    assert asset.lacks(b"identity") is None
+    assert asset.pick(coding(b"br")).form == "identity"
+    assert asset.lacks(coding(b"br, gzip")) == "br"
+    assert asset.lacks(coding(b"gzip")) == "gzip"
+    assert asset.lacks(coding(None)) is None
+    assert asset.lacks(coding(b"identity")) is None
     shelf.repository.hasten(asset, "br")
     shelf.repository.hasten(asset, "gzip")
-    assert asset.lacks(b"br, gzip") is None
-    assert brotli.decompress(asset.pick(b"br").body) == CSS
-    assert gzip.decompress(asset.pick(b"gzip").body) == CSS
-    tags = {asset.pick(field).etag for field in (None, b"br", b"gzip")}
+    assert asset.lacks(coding(b"br, gzip")) is None
+    assert brotli.decompress(asset.pick(coding(b"br")).body) == CSS
+    assert gzip.decompress(asset.pick(coding(b"gzip")).body) == CSS
+    tags = {asset.pick(coding(field)).etag for field in (None, b"br", b"gzip")}
     assert len(tags) == 3
 
 
@@ -192,7 +207,8 @@ def test_cheap_alternates_are_the_same_on_every_worker(tmp_path):
         shelf.write("a.css", CSS)
         asset = shelf.find("a.css")
         shelf.repository.hasten(asset, "gzip")
-        bodies.add((asset.pick(b"gzip").etag, asset.pick(b"gzip").body))
+        form = asset.pick(coding(b"gzip"))
+        bodies.add((form.etag, form.body))
     assert len(bodies) == 1
 
 
@@ -200,11 +216,11 @@ def test_the_best_alternate_takes_the_place_of_the_cheap_one(shelf):
     shelf.write("a.css", CSS)
     asset = shelf.find("a.css")
     shelf.repository.hasten(asset, "br")
-    quick = asset.pick(b"br")
+    quick = asset.pick(coding(b"br"))
     best = brotli.compress(CSS, quality=11)
     shelf.store.put(asset.sha, "br", 11, best)
     shelf.repository.refresh(asset.sha)
-    form = asset.pick(b"br")
+    form = asset.pick(coding(b"br"))
     assert (form.body, form.length) == (best, len(best))
     assert form.etag != quick.etag
     assert dict(form.fields)[b"content-length"] == b"%d" % len(best)
@@ -215,30 +231,33 @@ def test_an_alternate_that_is_not_smaller_is_never_served(shelf):
     shelf.write("a.css", CSS)
     asset = shelf.find("a.css")
     shelf.repository.hasten(asset, "br")
-    quick = asset.pick(b"br")
+    quick = asset.pick(coding(b"br"))
     shelf.store.put(asset.sha, "br", 11, quick.body + b"x")
     shelf.store.put(asset.sha, "gzip", 9, CSS + b"x")
     shelf.repository.refresh(asset.sha)
-    assert asset.pick(b"br") is quick
-    assert asset.pick(b"gzip, br;q=0").coding == "identity"
+    assert asset.pick(coding(b"br")) is quick
+    assert asset.pick(coding(b"gzip, br;q=0")).form == "identity"
 
 
 def test_what_does_not_shrink_is_served_as_it_is(shelf):
     shelf.write("a.css", NOISE)
     asset = shelf.find("a.css")
-    for coding in ("br", "gzip"):
-        shelf.repository.hasten(asset, coding)
-        assert asset.pick(coding.encode()).coding == "identity"
-        assert asset.lacks(coding.encode()) is None
+    for name in ("br", "gzip"):
+        shelf.repository.hasten(asset, name)
+        assert asset.pick(coding(name.encode())).form == "identity"
+        assert asset.lacks(coding(name.encode())) is None
 
 
 def test_alternates_in_the_store_are_used_from_the_start(shelf):
     shelf.write("a.css", CSS)
     best = brotli.compress(CSS, quality=11)
-    shelf.store.put(hashlib.sha256(CSS).hexdigest(), "br", 11, best)
+    sha = hashlib.sha256(CSS).hexdigest()
+    shelf.store.put(sha, "br", 11, best)
+    shelf.store.put(sha, "gzip", 9, gzip.compress(CSS))
+    shelf.store.decline(sha, "zstd", 19, "not smaller")
     asset = shelf.find("a.css")
-    assert asset.pick(b"br").body == best
-    assert asset.lacks(b"br") is None
+    assert asset.pick(coding(b"br")).body == best
+    assert asset.lacks(coding(b"br")) is None
     assert shelf.jobs == []
 
 
@@ -247,18 +266,18 @@ def test_a_damaged_alternate_is_not_used(shelf):
     sha = hashlib.sha256(CSS).hexdigest()
     stored = shelf.store.put(sha, "br", 11, brotli.compress(CSS))
     stored.path.write_bytes(b"x" * stored.size)
-    assert shelf.find("a.css").pick(b"br").coding == "identity"
+    assert shelf.find("a.css").pick(coding(b"br")).form == "identity"
 
 
 @pytest.mark.parametrize("name, content, orders", [
     ("a.css", CSS, 1), ("a.svg", CSS, 1), ("a.json", CSS, 1),
-    ("a.png", CSS, 0), ("a.woff2", CSS, 0), ("a.zip", CSS, 0),
+    ("a.png", CSS, 1), ("a.woff2", CSS, 0), ("a.zip", CSS, 0),
     ("a.css", CSS[:127], 0), ("a.css", b"", 0)])
-def test_the_artisan_is_asked_for_text_only(shelf, name, content, orders):
+def test_the_artisan_is_asked_for_what_may_become_smaller(
+        shelf, name, content, orders):
     path = shelf.write(name, content)
     asset = shelf.find(name)
     assert len(shelf.jobs) == orders
-    assert not asset.lacks(b"br") or orders
     for job in shelf.jobs:
         assert job["sha"] == asset.sha
         assert job["path"] == str(path)
@@ -267,14 +286,14 @@ def test_the_artisan_is_asked_for_text_only(shelf, name, content, orders):
 def test_large_text_is_left_to_the_artisan(tmp_path):
     shelf = Shelf(tmp_path, quick_compress_limit_bytes=1000)
     shelf.write("a.css", CSS)
-    assert shelf.find("a.css").lacks(b"br") is None
+    assert shelf.find("a.css").lacks(coding(b"br")) is None
     assert len(shelf.jobs) == 1
 
 
 def test_huge_text_is_served_as_it_is(tmp_path):
     shelf = Shelf(tmp_path, compress_limit_bytes=1000)
     shelf.write("a.css", CSS)
-    assert shelf.find("a.css").lacks(b"br") is None
+    assert shelf.find("a.css").lacks(coding(b"br")) is None
     assert shelf.jobs == []
 
 
@@ -283,8 +302,69 @@ def test_a_missed_announcement_is_made_up_for(shelf):
     asset, now = shelf.find("a.css"), time.monotonic()
     assert not shelf.repository.is_due(asset, now)
     assert shelf.repository.is_due(asset, now + 61)
+    for form, level in asset.wanted:
+        shelf.store.put(asset.sha, form, level, b"small")
     shelf.repository.refresh(asset.sha)
+    assert asset.pick(coding(b"gzip")).body == b"small"
     assert not shelf.repository.is_due(asset, now + 1000)
+
+
+def test_a_form_that_is_not_to_be_had_is_not_asked_for_again(shelf):
+    shelf.write("a.css", CSS)
+    asset = shelf.find("a.css")
+    for form, level in asset.wanted:
+        shelf.store.decline(asset.sha, form, level, "not smaller")
+    shelf.repository.refresh(asset.sha)
+    assert asset.best
+    assert asset.lacks(coding(b"br, zstd, gzip")) is None
+    assert asset.pick(coding(b"br")).form == "identity"
+
+
+def test_the_more_visits_an_asset_has_the_more_its_forms_are_wanted(shelf):
+    shelf.write("a.css", CSS)
+    shelf.settle("a.css")
+    for _ in range(40):
+        shelf.peek("a.css")
+    gevent.idle()
+    assert 32 in shelf.weights
+    assert shelf.weights == sorted(shelf.weights)
+    assert len(shelf.jobs) <= 8
+
+
+@pytest.mark.parametrize("field, best", [
+    (b"image/avif,image/webp,*/*;q=0.8", "avif"),
+    (b"image/webp,*/*", "webp"), (b"*/*", "jpeg"), (b"image/*", "jpeg"),
+    (b"image/avif;q=0, image/webp;q=0.1", "webp"),
+    (b"text/html", "jpeg"), (b"", "jpeg"), (b"IMAGE/AVIF ; x=1", "avif")])
+def test_an_image_comes_in_the_smallest_format_that_the_client_names(
+        shelf, field, best):
+    shelf.write("a.jpg", NOISE)
+    asset = shelf.find("a.jpg")
+    for (form, level), size in zip(asset.wanted, (3000, 2000, 1000),
+                                   strict=True):
+        shelf.store.put(asset.sha, form, level, bytes(size))
+    shelf.repository.refresh(asset.sha)
+    form = asset.pick(accept(field))
+    assert form.form == best
+    fields = dict(form.fields)
+    assert fields[b"content-type"] == b"image/" + best.encode()
+    assert fields[b"vary"] == dict(form.kept)[b"vary"] == b"accept"
+    assert b"content-encoding" not in fields
+
+
+def test_an_image_that_must_not_be_identity_is_not_acceptable(shelf):
+    shelf.write("a.jpg", NOISE)
+    assert shelf.find("a.jpg").pick(coding(b"identity;q=0")) is None
+
+
+@pytest.mark.parametrize("options", [
+    {"images": "none"}, {"cache_control": "public, no-transform"}])
+def test_images_are_left_alone_where_that_is_wanted(tmp_path, options):
+    shelf = Shelf(tmp_path, **options)
+    shelf.write("a.jpg", NOISE)
+    form = shelf.find("a.jpg").pick(accept(b"image/avif"))
+    assert b"vary" not in dict(form.fields)
+    assert shelf.jobs == []
 
 
 def test_an_announcement_of_an_unknown_source_does_nothing(shelf):
@@ -297,7 +377,7 @@ def test_a_source_that_changed_is_not_compressed_for_the_old_one(tmp_path):
     asset = shelf.find("a.css")
     path.write_bytes(CSS[::-1])
     shelf.repository.hasten(asset, "br")
-    assert asset.pick(b"br").coding == "identity"
+    assert asset.pick(coding(b"br")).form == "identity"
 
 
 def test_no_more_memory_is_used_than_allowed(tmp_path):
@@ -383,13 +463,14 @@ def test_many_who_want_what_cannot_be_read_all_hear_of_it(shelf):
         gevent.idle()
         raise AssetMissing("not there")
 
-    finders = [gevent.spawn(shelf.repository.find, "key", fetch)
+    key = AssetKey("www", "key")
+    finders = [gevent.spawn(shelf.repository.find, key, fetch)
                for _ in range(5)]
     gevent.joinall(finders, timeout=20)
     assert all(isinstance(finder.exception, AssetMissing)
                for finder in finders)
     with pytest.raises(AssetMissing):
-        shelf.repository.find("key", fetch)
+        shelf.repository.find(key, fetch)
 
 
 def test_a_file_that_never_holds_still_is_given_up(tmp_path):
@@ -403,7 +484,7 @@ def test_a_file_that_never_holds_still_is_given_up(tmp_path):
 
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(SourceChanged):
-        shelf.repository.find("key", fetch)
+        shelf.repository.find(AssetKey("www", "key"), fetch)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
