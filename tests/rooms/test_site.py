@@ -82,7 +82,7 @@ class House:
             configured.tweaks, AlternateStore(folder / "r-cache"), self)
         self.site = Site(configured, self.repository)
 
-    def put(self, job):
+    def put(self, job, weight=1):
         """Takes orders for the artisan, who has the day off."""
 
     def request(self, target, *fields, method="GET", host=DOMAIN):

@@ -19,6 +19,7 @@ from shimmercat import (
     Doors,
     NetworkAddress,
     WorkerLine,
+    exit_text,
     load_settings,
 )
 
@@ -62,7 +63,7 @@ def await_death(child):
         child.press_on()
         return child.is_dead()
     harness.eventually(has_died)
-    return child.end()
+    return exit_text(child.status)
 
 
 def test_words_arrive_in_their_order():
@@ -202,7 +203,7 @@ def test_words_put_off_the_end_of_patience(tmp_path, said):
         child.press_on()
         return child.is_dead()
     harness.eventually(has_died)
-    assert child.end() == "with status 4"
+    assert exit_text(child.status) == "with status 4"
     assert 60004 not in [record.code for record in said]
 
 
