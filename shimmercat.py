@@ -15,7 +15,7 @@ explains itself.
 
 The file runs alone: copy it beside a ``devlove.yaml`` and start it.  It is
 ordered in rooms, pure ones first; a room uses names of lower-numbered rooms
-only.  ``grep -n '^# [0-9]*b*\\. ' shimmercat.py`` prints where they are.
+only.  ``grep -n '^# [0-9]*[b-d]*\\. ' shimmercat.py`` prints where they are.
 
      0  Threshold        makes the process fit for imports, then imports
      1  Words            constants, the root of errors, helpers for all rooms
@@ -30,11 +30,13 @@ only.  ``grep -n '^# [0-9]*b*\\. ' shimmercat.py`` prints where they are.
      9  Redis            the one link to Redis and its four uses
     10  Representations  everything that can be served again
    10b  Files            sources, their types, the store of alternates
+   10c  Repository       the assets that a process knows
     11  Consultants      which application a request belongs to
     12  Fetch backends   how one asset is pulled from where it lives
     13  Artisan          makes alternates, never serves
-   13b  Pictures         what a browser shows of an image, how alike two are
-   13c  Canvas           the smallest files that look the same
+   13b  Alternates       what is made of a source, and how it is verified
+   13c  Pictures         what a browser shows of an image, how alike two are
+   13d  Canvas           the smallest files that look the same
     14  Hints            what a client wants first when it does not say so
     15  Site             from request to response
     16  Connections      one socket, one engine, many exchanges
@@ -72,16 +74,16 @@ __all__ = [
     "StreamGone", "ErrorCode", "EngineLimits", "Engine", "Http2Engine",
     "Http1Engine", "NATIVE_ENGINE", "make_engine",
     "Urgency", "Scheduler",
-    "ForbiddenPath", "RuleError", "Kind", "classify", "plain_path",
+    "ForbiddenPath", "RuleError", "Kind", "classify", "plain_path", "family",
     "RewriteRule",
     "ScratchFolder", "ScratchError", "ScratchBusy", "CertificateStore",
     "CertificateError", "write_atomically",
     "RedisAway", "RedisMissing", "RedisServer", "RedisLink", "LogTap",
     "LogSubscription", "JobQueue", "LocalJobQueue", "Announcements",
-    "AssetKey", "Representation", "Asset", "formats_shown", "Repository",
-    "PICTURE_FORMS",
+    "AssetKey", "Representation", "Asset", "dictionary", "formats_shown",
     "Source", "file_identity", "content_type", "is_compressible", "StoreFull",
     "StoredAlternate", "AlternateStore", "read_file",
+    "Repository", "PICTURE_FORMS",
     "consultant_of",
     "AssetMissing", "FilesystemBackend",
     "JobFailed", "stand_apart", "live_apart", "Workshop", "confine",
@@ -957,6 +959,8 @@ OPTIONS = (
            "Largest source that the artisan makes alternates of."),
     Option("connections-per-worker", "tweak", "count", 20_000, (10, 10 ** 6),
            "Open connections; above it none is accepted for a while."),
+    Option("dictionaries", "tweak", "switch", True, (),
+           "Whether versions of a text are sent as what changed (RFC 9842)."),
     Option("graceful-seconds", "tweak", "seconds", 30, (0, 86_400),
            "Time for requests in flight to end after TERM."),
     Option("handshake-seconds", "tweak", "seconds", 3, (0.1, 60),
@@ -973,6 +977,8 @@ OPTIONS = (
            "Least likeness of a lossy image to its source; 1 is the same."),
     Option("images", "tweak", "choice", "optimize", ("none", "optimize"),
            "Whether images are served in smaller forms; a domain may differ."),
+    Option("keep-removed-days", "tweak", "count", 7, (0, 365),
+           "Files with a hash in their name are served so long when gone."),
     Option("log-ring-records", "tweak", "count", 10_000, (100, 1_000_000),
            "Records kept while Redis is away; lost ones are counted."),
     Option("max-body-bytes", "tweak", "size", GIB, (0, 999 * GIB),
@@ -2641,7 +2647,7 @@ def _read_urgency(field, default):
 # 7. Paths: what a URL means
 #
 #    Offers   ForbiddenPath, RuleError, Kind, classify, plain_path,
-#             RewriteRule
+#             family, RewriteRule
 #    Uses     1 Words
 # ---------------------------------------------------------------------------
 
@@ -2700,6 +2706,26 @@ def plain_path(path: str) -> tuple[str, ...]:
     return tuple(plain[1:].split("/"))
 
 
+def family(path: str) -> tuple[str, bool]:
+    """Pattern of a URL path and its other versions; whether it has a hash.
+
+    Build tools put a hash of its content into a file's name.  In its place
+    the pattern, a URLPattern (RFC 9842 section 2.1.1), has a `*`.  Empty for
+    paths that would mean something else as a pattern.
+    """
+    if not _LITERAL_PATH.fullmatch(path):
+        return "", False
+    for found in _HASH.finditer(path, path.rfind("/") + 1):
+        word = found[0]
+        is_hex = not (word.strip("0123456789abcdef") or word.isalpha()
+                      or word.isdigit())
+        is_mixed = word != word.lower() and word != word.upper() and (
+            not word.isalpha() or not word[1:].islower())
+        if is_hex or is_mixed:
+            return path[:found.start()] + "*" + path[found.end():], True
+    return path, False
+
+
 class RewriteRule(typing.NamedTuple):
     """One line of change-url: `PATTERN -> [ACTION] PROGRAM`.
 
@@ -2739,6 +2765,10 @@ _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _PLAIN_PATH = re.compile(
     r"(?=/)(?:/\.well-known(?![^/]))?"
     r"(?:/(?!\.)[^/\\\x00-\x1f\x7f\ud800-\udfff]+)*/?")
+
+_LITERAL_PATH = re.compile(r"/[A-Za-z0-9._~!$&',;=@%/-]*")
+_HASH = re.compile(
+    r"(?<=[._-])(?:[A-Za-z0-9]{8,64}|[A-Za-z0-9_-]{8})(?=\.)")
 
 _BEFORE_ARROW = re.compile(r"\s*\S*\s*")
 _RULE = re.compile(
@@ -3583,9 +3613,8 @@ class Announcements:
 # ---------------------------------------------------------------------------
 # 10. Representations: everything that can be served again
 #
-#    Offers   AssetKey, Representation, Asset, formats_shown, Repository,
-#             PICTURE_FORMS
-#    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP
+#    Offers   AssetKey, Representation, Asset, dictionary, formats_shown
+#    Uses     4 HTTP
 # ---------------------------------------------------------------------------
 #
 # An asset is what a URL path of a domain stands for: one source, known by
@@ -3611,6 +3640,13 @@ class AssetKey(typing.NamedTuple):
     path: str
     #: policy for images: "none", "optimize" or "scale"
     pictures: str = "none"
+    #: whether it is no longer where it was, and served from the store
+    is_removed: bool = False
+
+    def memo(self) -> str:
+        """The hash under which the store remembers what it was."""
+        text = f"{self.root}\0{self.path}"
+        return hashlib.sha256(os.fsencode(text)).hexdigest()
 
 
 class Representation:
@@ -3635,9 +3671,9 @@ class Representation:
 class Asset:
     """One source and its representations."""
 
-    __slots__ = ("best", "counted", "identity", "key", "modified", "path",
-                 "probed", "representations", "sha", "type", "untried",
-                 "visits", "wanted")
+    __slots__ = ("best", "counted", "deltas", "family", "identity", "key",
+                 "modified", "path", "probed", "representations", "sha",
+                 "type", "untried", "visits", "wanted")
 
     def __init__(self, key: AssetKey, source: "Source", sha: str):
         self.key, self.sha, self.type = key, sha, b""
@@ -3651,6 +3687,11 @@ class Asset:
         self.wanted: tuple = ()
         #: whether it has tried
         self.best = True
+        #: its versions as a URLPattern, when they may be dictionaries of
+        #: each other (RFC 9842), else empty
+        self.family = ""
+        #: {hash of a dictionary: what it makes of this asset, or None}
+        self.deltas: dict[str, Representation | None] = {}
         self.visits = 0
         #: octets that the repository counts for it
         self.counted = 0
@@ -3668,8 +3709,11 @@ class Asset:
         """The representation that the client likes best, small ones first."""
         codings = headers.get(b"accept-encoding")
         if self.type not in PICTURE_FORMS:
-            form = choose(tuple(self.representations), codings)
-            return self.representations.get(form)
+            forms = self.representations
+            if delta := self.family and self.deltas.get(dictionary(headers)):
+                # Smaller than all: that is looked after when it is made.
+                forms = {"dcz": delta, **forms}
+            return forms.get(choose(tuple(forms), codings))
         if choose(("identity",), codings) is None:
             return None
         shown = formats_shown(headers.get(b"accept"))
@@ -3679,6 +3723,8 @@ class Asset:
 
     def lacks(self, headers: Headers) -> str | None:
         """A coding that should be tried before this client is answered."""
+        if self.family and dictionary(headers) not in (None, *self.deltas):
+            return "dcz"
         if not self.untried:
             return None
         coding = choose((*_CODINGS, "identity"),
@@ -3697,13 +3743,29 @@ class Asset:
 
     def memory(self) -> int:
         """Octets that its bodies hold."""
-        forms = self.representations.values()
-        return 2048 + sum(len(form.body or b"") for form in forms)
+        forms = (*self.representations.values(), *self.deltas.values())
+        return 2048 + sum(len(form.body or b"") for form in forms if form)
 
     def job(self) -> dict:
         """What the artisan is asked for."""
-        return {"sha": self.sha, "path": self.path,
+        return {"sha": self.sha, "path": self.path, "memo": self.key.memo(),
                 "type": self.type.decode(), "wanted": self.wanted}
+
+
+def dictionary(headers: Headers) -> str | None:
+    """SHA-256 of the dictionary that a client has for us (RFC 9842 2.2).
+
+    None when it has none, cannot take `dcz`, or asks from another site.
+    """
+    field = headers.get(b"available-dictionary")
+    if (field is None or b"dcz" not in headers.get(b"accept-encoding", b"")
+            or headers.get(b"sec-fetch-site", b"none") not in _OURS):
+        return None
+    with contextlib.suppress(ValueError):
+        # What cannot be read is no dictionary of ours.
+        digest = base64.b64decode(field.strip(b" :"), validate=True)
+        return digest.hex() if len(digest) == 32 else None
+    return None
 
 
 @functools.lru_cache(256)
@@ -3721,287 +3783,6 @@ def formats_shown(accept: bytes | None) -> frozenset[bytes]:
     return frozenset(shown)
 
 
-class Repository:
-    """The assets that this process knows, least used forgotten first."""
-
-    def __init__(self, tweaks: Tweaks, store, jobs):
-        """`store` has the artisan's work, `jobs` takes orders for it."""
-        self._tweaks, self._store, self._jobs = tweaks, store, jobs
-        self._assets = collections.OrderedDict()
-        self._keys_of = collections.defaultdict(set)
-        self._memory, self._at_work = 0, {}
-
-    def peek(self, key: AssetKey) -> Asset | None:
-        """The asset of the key when it is known and current."""
-        asset = self._assets.get(key)
-        if asset is None or not asset.is_current():
-            return None
-        self._assets.move_to_end(key)
-        if not asset.best:
-            self._count_visit(asset)
-        return asset
-
-    def _count_visit(self, asset):
-        """Lets the artisan know how much its work is wanted."""
-        asset.visits += 1
-        if not asset.visits & (asset.visits - 1):
-            # The 2nd, 4th, 8th ...; we may be called by the loop, which must
-            # not wait for Redis.
-            gevent.spawn(self._jobs.put, asset.job(), asset.visits)
-
-    def find(self, key: AssetKey, fetch: typing.Callable) -> Asset:
-        """The asset of the key, read through `fetch() -> Source` if need be.
-
-        Raises what `fetch` raises, and SourceChanged when the file does not
-        hold still.  May wait.
-        """
-        return self.peek(key) or self._once(key, self._read, fetch)
-
-    def _once(self, key, work, argument):
-        """Has one greenlet do `work`, whose result all waiters get."""
-        if running := self._at_work.get(key):
-            return running.get()
-        running = self._at_work[key] = gevent.event.AsyncResult()
-        try:
-            running.set(work(key, argument))
-        except BaseException as error:
-            running.set_exception(error)
-            raise
-        finally:
-            del self._at_work[key]
-        return running.get()
-
-    def _read(self, key, fetch):
-        for _ in range(_READ_ATTEMPTS):
-            source = fetch()
-            try:
-                if source.quiet:
-                    asset = self._digest(key, source)
-                    if source.is_same():
-                        self._keep(asset)
-                        return asset
-            finally:
-                os.close(source.fd)
-            gevent.sleep(_QUIET_NS / 1e9)
-        raise SourceChanged(f"{source.path} is being written")
-
-    def _digest(self, key, source):
-        """An asset of the source with its identity representation."""
-        if source.length <= self._tweaks.small_file_bytes:
-            body = sample = os.pread(source.fd, source.length, 0)
-            sha = hashlib.sha256(body).hexdigest()
-        else:
-            body, sample = None, os.pread(source.fd, _SAMPLE_BYTES, 0)
-            sha = _in_thread(_file_digest, source.fd)
-        asset = Asset(key, source, sha)
-        asset.type = content_type(source.path, sample)
-        asset.wanted = self._recipes(asset, source.length)
-        identity = self._form(asset, "identity", source.length)
-        identity.body, identity.path = body, source.path
-        asset.add(identity)
-        self._plan(asset, source.length)
-        return asset
-
-    def _plan(self, asset, length):
-        """Decides on alternates; takes from the store what is there."""
-        if not asset.wanted:
-            return
-        quick = self._tweaks.quick_compress_limit_bytes
-        if is_compressible(asset.type) and length <= quick:
-            asset.untried = frozenset(_CODINGS)
-        self._probe(asset)
-        if not asset.best:
-            self._jobs.put(asset.job())
-
-    def _recipes(self, asset, length):
-        """(form, level) of all that may be smaller than the source."""
-        tweaks = self._tweaks
-        if (not _LEAST <= length <= tweaks.compress_limit_bytes
-                or b"no-transform" in self._lifetime(asset)):
-            return ()
-        if is_compressible(asset.type):
-            return tuple((coding, _BEST[coding]) for coding in _CODINGS)
-        if asset.key.pictures == "none":
-            return ()
-        level = round(tweaks.image_similarity * 10_000)
-        return tuple((form, level)
-                     for form in PICTURE_FORMS.get(asset.type, ()))
-
-    def _probe(self, asset):
-        """Adds the alternates that the store has of the asset."""
-        asset.probed = time.monotonic()
-        found = {stored[:2]: stored for stored in self._store.find(asset.sha)}
-        for stored in map(found.get, asset.wanted):
-            if stored and stored.size < asset.identity[2]:
-                self._take(asset, stored)
-        missing = {form for form, level in asset.wanted
-                   if not {(form, level), (f"no_{form}", level)} & {*found}}
-        asset.best = not missing
-        asset.untried &= missing
-
-    def _take(self, asset, stored):
-        """Offers what the store has, if it is whole."""
-        body = _in_thread(self._store.load, stored)
-        if body is None:
-            return
-        form = self._form(asset, stored.form, stored.size, f"-{stored.level}")
-        if stored.size <= self._tweaks.small_file_bytes:
-            form.body = body
-        form.path = str(stored.path)
-        asset.add(form)
-
-    def _form(self, asset, name, length, suffix=""):
-        """A representation with its fields, body still to be given."""
-        stem = base64.urlsafe_b64encode(bytes.fromhex(asset.sha)[:16])
-        mark = b"" if name == "identity" else f"-{name}{suffix}".encode()
-        etag = b'"%b%b"' % (stem.rstrip(b"="), mark)
-        kind = _FORMATS.get(name, asset.type)
-        form = Representation(name, kind, etag, length)
-        kept = [(b"etag", etag), (b"cache-control", self._lifetime(asset))]
-        if is_compressible(asset.type):
-            kept.append((b"vary", b"accept-encoding"))
-        elif asset.wanted:
-            kept.append((b"vary", b"accept"))
-        kept.append((b"last-modified", http_date(asset.modified).encode()))
-        fields = [(b"content-type", kind),
-                  (b"content-length", b"%d" % length),
-                  (b"accept-ranges", b"bytes")]
-        if name in _BEST:
-            fields.append((b"content-encoding", name.encode()))
-        form.kept, form.fields = tuple(kept), (*fields, *kept)
-        return form
-
-    def _lifetime(self, asset):
-        if asset.type.startswith(b"text/html"):
-            return self._tweaks.cache_control_html.encode()
-        return self._tweaks.cache_control.encode()
-
-    def hasten(self, asset: Asset, coding: str) -> None:
-        """Makes a cheap alternate of a coding, if that is smaller. Waits."""
-        self._once((asset.sha, coding), self._hasten, asset)
-
-    def _hasten(self, key, asset):
-        coding, body = key[1], asset.representations["identity"].body
-        if body is None:
-            body = _in_thread(_read_source, asset)
-        asset.untried -= {coding}
-        if body is None or coding in asset.representations:
-            return
-        quick = _in_thread(_QUICK[coding], body)
-        if len(quick) < len(body):
-            form = self._form(asset, coding, len(quick), "-quick")
-            form.body = quick
-            asset.add(form)
-            self._account(asset)
-
-    def refresh(self, sha: str) -> None:
-        """Takes over what the artisan announced for a source. Waits."""
-        for key in tuple(self._keys_of.get(sha, ())):
-            if asset := self._assets.get(key):
-                self._probe(asset)
-                self._account(asset)
-
-    def account(self, asset: Asset, chosen: Representation | None
-                ) -> typing.Iterator[str]:
-        """Lines on the forms of an asset, and why they are chosen or not."""
-        yield (f"source {asset.type.decode()}, {asset.identity[2]} bytes,"
-               f" SHA-256 {asset.sha}")
-        for form in asset.representations.values():
-            yield f"form {form.form}: {form.length} bytes, " + (
-                "chosen" if form is chosen else "larger"
-                if chosen and form.length >= chosen.length else
-                "not acceptable to this client")
-        declined = {stored.form.removeprefix("no_"): stored
-                    for stored in self._store.find(asset.sha)
-                    if stored.form.startswith("no_")}
-        for name, _ in asset.wanted:
-            if name in declined:
-                reason = self._store.load(declined[name]) or b"unknown"
-                yield f"form {name}: none, {reason.decode()}"
-            elif name not in asset.representations:
-                yield f"form {name}: not made yet"
-
-    def is_due(self, asset: Asset, now: float) -> bool:
-        """Whether the store should be asked again (an announcement missed)."""
-        return not asset.best and now - asset.probed > _PROBE_SECONDS
-
-    def forget(self, asset: Asset) -> None:
-        """Drops an asset whose files turned out to be gone or changed."""
-        if self._assets.get(asset.key) is asset:
-            del self._assets[asset.key]
-            self._dismiss(asset)
-
-    def _dismiss(self, asset):
-        self._memory -= asset.counted
-        keys = self._keys_of[asset.sha]
-        keys.discard(asset.key)
-        if not keys:
-            del self._keys_of[asset.sha]
-
-    def _keep(self, asset):
-        if old := self._assets.get(asset.key):
-            self.forget(old)
-        self._assets[asset.key] = asset
-        self._keys_of[asset.sha].add(asset.key)
-        self._account(asset)
-
-    def _account(self, asset):
-        """Counts what an asset holds now; forgets others to make room."""
-        if self._assets.get(asset.key) is asset:
-            self._memory += asset.memory() - asset.counted
-            asset.counted = asset.memory()
-        while self._memory > self._tweaks.memory_cache_bytes and self._assets:
-            _, oldest = self._assets.popitem(last=False)
-            self._dismiss(oldest)
-
-
-def _in_thread(work, argument):
-    """Runs blocking or CPU-bound work beside the loop."""
-    return gevent.get_hub().threadpool.apply(work, (argument,))
-
-
-def _file_digest(fd):
-    digest, at = hashlib.sha256(), 0
-    while piece := os.pread(fd, _DIGEST_BYTES, at):
-        digest.update(piece)
-        at += len(piece)
-    return digest.hexdigest()
-
-
-def _read_source(asset):
-    """The asset's source octets; None when they are no longer those."""
-    try:
-        body = Path(asset.path).read_bytes()
-    except OSError:
-        return None
-    return body if hashlib.sha256(body).hexdigest() == asset.sha else None
-
-
-#: cheap compressors; mtime 0 gives equal octets on every worker
-_QUICK = {"br": lambda body: brotli.compress(body, quality=4),
-          "zstd": lambda body: zstandard.compress(body, 3),
-          "gzip": lambda body: gzip.compress(body, 4, mtime=0)}
-#: codings that are made, preferred first while none is there yet
-_CODINGS = (*(["br"] if brotli else []), *(["zstd"] if zstandard else []),
-            "gzip")
-#: levels of the artisan's codings; zstd keeps to the 8 MiB of window that
-#: browsers must have (RFC 9659)
-_BEST = {"br": 11, "zstd": 19, "gzip": 9}
-#: {type of an image: forms that it is tried in}, quick ones first
-PICTURE_FORMS = {
-    b"image/jpeg": ("jpeg", "webp", "avif"),
-    b"image/png": ("png", "webp", "avif"),
-    b"image/gif": ("png", "webp", "avif"), b"image/webp": ("webp", "avif")}
-_FORMATS = {form: b"image/" + form.encode()
-            for form in ("jpeg", "png", "webp", "avif")}
-_MODERN = frozenset((b"image/webp", b"image/avif"))
-_REFUSED = frozenset((b"q=0", b"q=0.0", b"q=0.00", b"q=0.000"))
-#: octets below which no coding pays for its own header
-_LEAST = 128
-_READ_ATTEMPTS = 20
-_SAMPLE_BYTES = 65536
-_DIGEST_BYTES = 1 << 20
-_PROBE_SECONDS = 60
 # ---------------------------------------------------------------------------
 # 10b. Files: sources, their types, the store of alternates
 #
@@ -4163,6 +3944,22 @@ class AlternateStore:
         return {(stored.form.removeprefix("no_"), stored.level)
                 for stored in self.find(source_sha)}
 
+    def remember(self, memo: str, what: dict) -> None:
+        """Keeps a note under a hash, the only one; raises StoreFull."""
+        old = self.find(memo)
+        new = self.put(memo, "memo", 0, json.dumps(what).encode())
+        for stored in old:
+            if stored.path != new.path:
+                _remove(stored.path)
+
+    def recall(self, memo: str) -> dict:
+        """The note under a hash; its values are None when there is none."""
+        for stored in self.find(memo):
+            with contextlib.suppress(ValueError):
+                # Damaged, and removed by that: as if it were not there.
+                return json.loads(self.load(stored) or b"")
+        return {"sha": None, "gone": None}
+
     def remove(self, stored: StoredAlternate) -> None:
         """Removes what may have been removed already."""
         _remove(stored.path)
@@ -4270,6 +4067,366 @@ _COMPRESSIBLE = {
 
 
 # ---------------------------------------------------------------------------
+# 10c. Repository: the assets that a process knows
+#
+#    Offers   Repository, PICTURE_FORMS
+#    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 7 Paths
+# ---------------------------------------------------------------------------
+
+
+class Repository:
+    """The assets that this process knows, least used forgotten first."""
+
+    def __init__(self, tweaks: Tweaks, store, jobs):
+        """`store` has the artisan's work, `jobs` takes orders for it."""
+        self._tweaks, self._store, self._jobs = tweaks, store, jobs
+        self._assets = collections.OrderedDict()
+        self._keys_of = collections.defaultdict(set)
+        self._memory, self._at_work = 0, {}
+
+    def peek(self, key: AssetKey) -> Asset | None:
+        """The asset of the key when it is known and current."""
+        asset = self._assets.get(key)
+        if asset is None or not asset.is_current():
+            return None
+        self._assets.move_to_end(key)
+        if not asset.best:
+            self._count_visit(asset)
+        return asset
+
+    def _count_visit(self, asset):
+        """Lets the artisan know how much its work is wanted."""
+        asset.visits += 1
+        if not asset.visits & (asset.visits - 1):
+            # The 2nd, 4th, 8th ...; we may be called by the loop, which must
+            # not wait for Redis.
+            gevent.spawn(self._jobs.put, asset.job(), asset.visits)
+
+    def find(self, key: AssetKey, fetch: typing.Callable) -> Asset:
+        """The asset of the key, read through `fetch() -> Source` if need be.
+
+        Raises what `fetch` raises, and SourceChanged when the file does not
+        hold still.  May wait.
+        """
+        return self.peek(key) or self._once(key, self._read, fetch)
+
+    def _once(self, key, work, argument):
+        """Has one greenlet do `work`, whose result all waiters get."""
+        if running := self._at_work.get(key):
+            return running.get()
+        running = self._at_work[key] = gevent.event.AsyncResult()
+        try:
+            running.set(work(key, argument))
+        except BaseException as error:
+            running.set_exception(error)
+            raise
+        finally:
+            del self._at_work[key]
+        return running.get()
+
+    def _read(self, key, fetch):
+        for _ in range(_READ_ATTEMPTS):
+            source = fetch()
+            try:
+                if source.quiet:
+                    asset = self._digest(key, source)
+                    if source.is_same():
+                        self._keep(asset)
+                        return asset
+            finally:
+                os.close(source.fd)
+            gevent.sleep(_QUIET_NS / 1e9)
+        raise SourceChanged(f"{source.path} is being written")
+
+    def _digest(self, key, source):
+        """An asset of the source with its identity representation."""
+        if source.length <= self._tweaks.small_file_bytes:
+            body = sample = os.pread(source.fd, source.length, 0)
+            sha = hashlib.sha256(body).hexdigest()
+        else:
+            body, sample = None, os.pread(source.fd, _SAMPLE_BYTES, 0)
+            sha = _in_thread(_file_digest, source.fd)
+        asset = Asset(key, source, sha)
+        asset.type = content_type(
+            key.path if key.is_removed else source.path, sample)
+        asset.wanted = self._recipes(asset, source.length)
+        identity = self._form(asset, "identity", source.length)
+        identity.body, identity.path = body, source.path
+        asset.add(identity)
+        self._plan(asset, source.length)
+        return asset
+
+    def _plan(self, asset, length):
+        """Decides on alternates; takes from the store what is there."""
+        if not asset.wanted:
+            return
+        quick = self._tweaks.quick_compress_limit_bytes
+        if is_compressible(asset.type) and length <= quick:
+            asset.untried = frozenset(_CODINGS)
+        self._probe(asset)
+        if not asset.best:
+            self._jobs.put(asset.job())
+
+    def _recipes(self, asset, length):
+        """(form, level) of all that the artisan can do for the asset."""
+        tweaks = self._tweaks
+        pattern, is_hashed = family(asset.key.path)
+        if not _LEAST <= length <= tweaks.compress_limit_bytes:
+            return ()
+        forms = []
+        if b"no-transform" not in self._lifetime(asset):
+            if is_compressible(asset.type):
+                forms = [(coding, _BEST[coding]) for coding in _CODINGS]
+                if tweaks.dictionaries and zstandard and length >= KIB:
+                    asset.family = pattern
+            elif asset.key.pictures != "none":
+                level = round(tweaks.image_similarity * 10_000)
+                forms = [(form, level)
+                         for form in PICTURE_FORMS.get(asset.type, ())]
+        if asset.key.is_removed:
+            return tuple(forms)
+        if asset.family:
+            forms.append((self._kin(asset), 0))
+        if asset.family or is_hashed and tweaks.keep_removed_days:
+            forms.append(("original", 0))
+        return tuple(forms)
+
+    def _kin(self, asset):
+        """Name of what marks the members of the asset's family."""
+        text = f"{asset.key.root}\0{asset.family}"
+        return f"kin_{hashlib.sha256(os.fsencode(text)).hexdigest()[:16]}"
+
+    def _probe(self, asset):
+        """Adds the alternates that the store has of the asset."""
+        asset.probed = time.monotonic()
+        found = {stored[:2]: stored for stored in self._store.find(asset.sha)}
+        for stored in map(found.get, asset.wanted):
+            if (stored and stored.level
+                    and stored.size < asset.identity[2]):
+                self._take(asset, stored)
+        missing = {form for form, level in asset.wanted
+                   if not {(form, level), (f"no_{form}", level)} & {*found}}
+        if ("original", 0) in asset.wanted:
+            memo = self._store.recall(asset.key.memo())
+            if memo["sha"] != asset.sha or memo["gone"]:
+                missing.add("original")
+        asset.best = not missing
+        asset.untried &= missing
+
+    def _take(self, asset, stored):
+        """Offers what the store has, if it is whole."""
+        body = _in_thread(self._store.load, stored)
+        if body is None:
+            return
+        form = self._form(asset, stored.form, stored.size, f"-{stored.level}")
+        if stored.size <= self._tweaks.small_file_bytes:
+            form.body = body
+        form.path = str(stored.path)
+        asset.add(form)
+
+    def _form(self, asset, name, length, suffix=""):
+        """A representation with its fields, body still to be given."""
+        stem = base64.urlsafe_b64encode(bytes.fromhex(asset.sha)[:16])
+        mark = b"" if name == "identity" else f"-{name}{suffix}".encode()
+        etag = b'"%b%b"' % (stem.rstrip(b"="), mark)
+        kind = _FORMATS.get(name, asset.type)
+        form = Representation(name, kind, etag, length)
+        kept = [(b"etag", etag), (b"cache-control", self._lifetime(asset))]
+        if asset.family:
+            kept.append((b"vary", b"accept-encoding, available-dictionary"))
+        elif is_compressible(asset.type):
+            kept.append((b"vary", b"accept-encoding"))
+        elif asset.type in PICTURE_FORMS and asset.wanted:
+            kept.append((b"vary", b"accept"))
+        kept.append((b"last-modified", http_date(asset.modified).encode()))
+        fields = [(b"content-type", kind),
+                  (b"content-length", b"%d" % length),
+                  (b"accept-ranges", b"bytes")]
+        coding = name.partition("_")[0]
+        if coding in _BEST:
+            fields.append((b"content-encoding", coding.encode()))
+        if asset.family:
+            fields.append((b"use-as-dictionary",
+                           f'match="{asset.family}"'.encode()))
+        form.kept, form.fields = tuple(kept), (*fields, *kept)
+        return form
+
+    def _lifetime(self, asset):
+        if asset.type.startswith(b"text/html"):
+            return self._tweaks.cache_control_html.encode()
+        return self._tweaks.cache_control.encode()
+
+    def hasten(self, asset: Asset, coding: str) -> None:
+        """Makes a cheap alternate of a coding, if that is smaller. Waits."""
+        self._once((asset.sha, coding), self._hasten, asset)
+
+    def relate(self, asset: Asset, sha: str) -> None:
+        """Finds, or has made, what the dictionary `sha` makes of an asset."""
+        if len(asset.deltas) >= _MOST_DELTAS:
+            asset.deltas.clear()
+        asset.deltas[sha] = None
+        name, level = f"dcz_{sha[:16]}", _BEST["dcz"]
+        found = {stored[:2]: stored for stored in self._store.find(asset.sha)}
+        if stored := found.get((name, level)):
+            body = _in_thread(self._store.load, stored)
+            if body is not None:
+                delta = self._form(asset, name, stored.size)
+                delta.body = body
+                asset.deltas[sha] = delta
+                self._account(asset)
+        elif (f"no_{name}", level) not in found and sha != asset.sha and any(
+                stored.form == self._kin(asset)
+                for stored in self._store.find(sha)):
+            self._jobs.put({**asset.job(), "wanted": ((name, level),),
+                            "dictionary": sha})
+
+    def find_removed(self, key: AssetKey) -> Asset | None:
+        """What was served under a key and is gone since a short time."""
+        limit, now = self._tweaks.keep_removed_days * 86_400, time.time()
+        if not limit or not family(key.path)[1]:
+            return None
+        memo = self._store.recall(key.memo())
+        originals = [stored for stored in self._store.find(
+            memo["sha"] or key.memo()) if stored.form == "original"]
+        if not originals or now - (memo["gone"] or now) > limit:
+            return None
+        path = str(originals[0].path)
+        with contextlib.suppress(OSError, StoreFull):
+            # Evicted at this moment, or it cannot be noted: it is gone.
+            if not memo["gone"]:
+                self._store.remember(key.memo(), {**memo, "gone": now})
+            return self.find(key._replace(is_removed=True), lambda: (
+                Source.adopt(os.open(path, os.O_RDONLY | os.O_CLOEXEC), path)))
+        return None
+
+    def _hasten(self, key, asset):
+        coding, body = key[1], asset.representations["identity"].body
+        if body is None:
+            body = _in_thread(_read_source, asset)
+        asset.untried -= {coding}
+        if body is None or coding in asset.representations:
+            return
+        quick = _in_thread(_QUICK[coding], body)
+        if len(quick) < len(body):
+            form = self._form(asset, coding, len(quick), "-quick")
+            form.body = quick
+            asset.add(form)
+            self._account(asset)
+
+    def refresh(self, sha: str) -> None:
+        """Takes over what the artisan announced for a source. Waits."""
+        for key in tuple(self._keys_of.get(sha, ())):
+            if asset := self._assets.get(key):
+                asset.deltas.clear()
+                self._probe(asset)
+                self._account(asset)
+
+    def account(self, asset: Asset, chosen: Representation | None
+                ) -> typing.Iterator[str]:
+        """Lines on the forms of an asset, and why they are chosen or not."""
+        yield (f"source {asset.type.decode()}, {asset.identity[2]} bytes,"
+               f" SHA-256 {asset.sha}")
+        for form in asset.representations.values():
+            yield f"form {form.form}: {form.length} bytes, " + (
+                "chosen" if form is chosen else "larger"
+                if chosen and form.length >= chosen.length else
+                "not acceptable to this client")
+        declined = {stored.form.removeprefix("no_"): stored
+                    for stored in self._store.find(asset.sha)
+                    if stored.form.startswith("no_")}
+        for name in (form for form, level in asset.wanted if level):
+            if name in declined:
+                reason = self._store.load(declined[name]) or b"unknown"
+                yield f"form {name}: none, {reason.decode()}"
+            elif name not in asset.representations:
+                yield f"form {name}: not made yet"
+
+    def is_due(self, asset: Asset, now: float) -> bool:
+        """Whether the store should be asked again (an announcement missed)."""
+        return not asset.best and now - asset.probed > _PROBE_SECONDS
+
+    def forget(self, asset: Asset) -> None:
+        """Drops an asset whose files turned out to be gone or changed."""
+        if self._assets.get(asset.key) is asset:
+            del self._assets[asset.key]
+            self._dismiss(asset)
+
+    def _dismiss(self, asset):
+        self._memory -= asset.counted
+        keys = self._keys_of[asset.sha]
+        keys.discard(asset.key)
+        if not keys:
+            del self._keys_of[asset.sha]
+
+    def _keep(self, asset):
+        if old := self._assets.get(asset.key):
+            self.forget(old)
+        self._assets[asset.key] = asset
+        self._keys_of[asset.sha].add(asset.key)
+        self._account(asset)
+
+    def _account(self, asset):
+        """Counts what an asset holds now; forgets others to make room."""
+        if self._assets.get(asset.key) is asset:
+            self._memory += asset.memory() - asset.counted
+            asset.counted = asset.memory()
+        while self._memory > self._tweaks.memory_cache_bytes and self._assets:
+            _, oldest = self._assets.popitem(last=False)
+            self._dismiss(oldest)
+
+
+def _in_thread(work, argument):
+    """Runs blocking or CPU-bound work beside the loop."""
+    return gevent.get_hub().threadpool.apply(work, (argument,))
+
+
+def _file_digest(fd):
+    digest, at = hashlib.sha256(), 0
+    while piece := os.pread(fd, _DIGEST_BYTES, at):
+        digest.update(piece)
+        at += len(piece)
+    return digest.hexdigest()
+
+
+def _read_source(asset):
+    """The asset's source octets; None when they are no longer those."""
+    try:
+        body = Path(asset.path).read_bytes()
+    except OSError:
+        return None
+    return body if hashlib.sha256(body).hexdigest() == asset.sha else None
+
+
+#: cheap compressors; mtime 0 gives equal octets on every worker
+_QUICK = {"br": lambda body: brotli.compress(body, quality=4),
+          "zstd": lambda body: zstandard.compress(body, 3),
+          "gzip": lambda body: gzip.compress(body, 4, mtime=0)}
+#: codings that are made, preferred first while none is there yet
+_CODINGS = (*(["br"] if brotli else []), *(["zstd"] if zstandard else []),
+            "gzip")
+#: levels of the artisan's codings; zstd keeps to the 8 MiB of window that
+#: browsers must have (RFC 9659)
+_BEST = {"br": 11, "zstd": 19, "gzip": 9, "dcz": 19}
+#: versions of an asset that clients may have at a time
+_MOST_DELTAS = 16
+#: where requests come from that may see what their dictionary tells
+_OURS = (b"same-origin", b"none")
+#: {type of an image: forms that it is tried in}, quick ones first
+PICTURE_FORMS = {
+    b"image/jpeg": ("jpeg", "webp", "avif"),
+    b"image/png": ("png", "webp", "avif"),
+    b"image/gif": ("png", "webp", "avif"), b"image/webp": ("webp", "avif")}
+_FORMATS = {form: b"image/" + form.encode()
+            for form in ("jpeg", "png", "webp", "avif")}
+_MODERN = frozenset((b"image/webp", b"image/avif"))
+_REFUSED = frozenset((b"q=0", b"q=0.0", b"q=0.00", b"q=0.000"))
+#: octets below which no coding pays for its own header
+_LEAST = 128
+_READ_ATTEMPTS = 20
+_SAMPLE_BYTES = 65536
+_DIGEST_BYTES = 1 << 20
+_PROBE_SECONDS = 60
+# ---------------------------------------------------------------------------
 # 11. Consultants: which application a request belongs to
 #
 #    Offers   consultant_of
@@ -4356,8 +4513,7 @@ def _is_below(path, folder):
 # 13. Artisan: makes alternates, never serves
 #
 #    Offers   JobFailed, stand_apart, live_apart, Workshop, confine,
-#             exit_text, Artisan, Tally, WarmUp, lease_seconds,
-#             make_alternates
+#             exit_text, Artisan, Tally, WarmUp, lease_seconds
 #    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 9 Redis,
 #             10 Representations, 12 Fetch backends
 # ---------------------------------------------------------------------------
@@ -4371,14 +4527,10 @@ _WAIT_SECONDS = 1
 #: time to store what was made, and to begin, on top of that for the work
 _LEASE_SECONDS = 30
 _LONGEST_RECORD = 128 * KIB
+#: a skippable frame that holds the 32 octets of the dictionary's hash
+_DCZ_HEAD = bytes.fromhex("5e2a4d1820000000")
 #: browsers have 8 MiB of window for zstd (RFC 9659)
 _ZSTD_WINDOW_LOG = 23
-#: share of the source that an alternate may have; above, it brings too little
-_WORTHWHILE = 0.95
-#: what the encoders and decoders raise
-_CODEC_ERRORS = (ValueError, EOFError, zlib.error,
-                 getattr(brotli, "error", ValueError),
-                 getattr(zstandard, "ZstdError", ValueError))
 
 
 class JobFailed(ShimmerCatError):
@@ -4709,6 +4861,21 @@ def lease_seconds(tweaks: Tweaks) -> float:
     return _TRIES * tweaks.artisan_job_seconds + _LEASE_SECONDS
 
 
+# ---------------------------------------------------------------------------
+# 13b. Alternates: what is made of a source, and how it is verified
+#
+#    Offers   make_alternates
+#    Uses     1 Words, 2 Messages, 3 Settings, 10 Representations
+# ---------------------------------------------------------------------------
+
+#: share of the source that an alternate may have; above, it brings too little
+_WORTHWHILE = 0.95
+#: what the encoders and decoders raise
+_CODEC_ERRORS = (ValueError, EOFError, zlib.error,
+                 getattr(brotli, "error", ValueError),
+                 getattr(zstandard, "ZstdError", ValueError))
+
+
 def make_alternates(job: dict, store: AlternateStore, tweaks: Tweaks) -> None:
     """Stores what is wanted of a source, or the reason why not.
 
@@ -4716,14 +4883,22 @@ def make_alternates(job: dict, store: AlternateStore, tweaks: Tweaks) -> None:
     the job was put.  Raises StoreFull.
     """
     settled = store.settled(job["sha"])
+    is_kept = "original" in dict(job["wanted"])
     wanted = {form: level for form, level in job["wanted"]
               if (form, level) not in settled}
-    source = wanted and read_file(job["path"], tweaks.compress_limit_bytes)
+    source = (wanted or is_kept) and read_file(
+        job["path"], tweaks.compress_limit_bytes)
     if not source or hashlib.sha256(source).hexdigest() != job["sha"]:
         return
-    is_picture = job["type"].encode() in PICTURE_FORMS
-    attempts = _painted if is_picture else _coded
-    for form, body, reason in attempts(source, job, wanted, tweaks):
+    if is_kept:
+        store.remember(job["memo"], {"sha": job["sha"], "gone": None})
+    for form in [form for form, level in wanted.items() if not level]:
+        # The source itself, or a mark that says what it is of kin to.
+        store.put(job["sha"], form, wanted.pop(form),
+                  source if form == "original" else b"")
+    attempts = (_delta if "dictionary" in job else _painted
+                if job["type"].encode() in PICTURE_FORMS else _coded)
+    for form, body, reason in attempts(source, job, wanted, store, tweaks):
         if body is None:
             store.decline(job["sha"], form, wanted[form], reason)
         else:
@@ -4731,7 +4906,37 @@ def make_alternates(job: dict, store: AlternateStore, tweaks: Tweaks) -> None:
             LOG.say(20004, form, job["path"], len(body), len(source), reason)
 
 
-def _painted(source, job, wanted, tweaks):
+def _delta(source, job, wanted, store, _tweaks):
+    """The source as what is new since a version that clients have.
+
+    RFC 9842 section 5: a zstd stream behind a head with the hash of the
+    dictionary, which is that version.
+    """
+    (name, level), = wanted.items() or [(None, 0)]
+    found = [stored for stored in store.find(job["dictionary"])
+             if stored.form == "original"]
+    known = found and store.load(found[0])
+    if not name or not known:
+        # Evicted meanwhile: nothing is said, since it may come back.
+        return
+    old = zstandard.ZstdCompressionDict(
+        known, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+    stream = zstandard.ZstdCompressor(
+        dict_data=old, compression_params=_zstd_parameters(
+            level, len(source), len(known))).compress(source)
+    body = _DCZ_HEAD + bytes.fromhex(job["dictionary"]) + stream
+    least = min(stored.size for stored in store.find(job["sha"])
+                if stored.level and not stored.form.startswith("no_"))
+    if zstandard.ZstdDecompressor(dict_data=old).decompress(
+            stream) != source:
+        yield Form(name, None, "decodes to something else")
+    elif len(body) > _WORTHWHILE * least:
+        yield Form(name, None, f"not smaller: {len(body)} of {least} bytes")
+    else:
+        yield Form(name, body, f"level {level}, {len(known)} bytes known")
+
+
+def _painted(source, job, wanted, _store, tweaks):
     """Forms of a picture; a broken one is not looked at again."""
     try:
         yield from picture_forms(
@@ -4743,7 +4948,7 @@ def _painted(source, job, wanted, tweaks):
             yield Form(form, None, str(error))
 
 
-def _coded(source, job, wanted, _tweaks):
+def _coded(source, job, wanted, _store, _tweaks):
     """The source in codings, looked at as clients will do."""
     for coding, level in wanted.items():
         encode, decode = _CODECS[coding]
@@ -4771,11 +4976,16 @@ def _brotli(source, level, kind):
 
 
 def _zstd(source, level, _kind):
-    parameters = zstandard.ZstdCompressionParameters.from_level(
-        level, source_size=len(source), window_log=min(
-            _ZSTD_WINDOW_LOG, max(10, len(source).bit_length())))
-    return zstandard.ZstdCompressor(
-        compression_params=parameters).compress(source)
+    return zstandard.ZstdCompressor(compression_params=_zstd_parameters(
+        level, len(source), 0)).compress(source)
+
+
+def _zstd_parameters(level, size, known):
+    """A level's parameters with a window that holds all, if it may."""
+    bits = (size + known).bit_length()
+    return zstandard.ZstdCompressionParameters.from_level(
+        level, source_size=size, dict_size=known,
+        window_log=min(_ZSTD_WINDOW_LOG, max(10, bits)))
 
 
 def _gzip(source, level, _kind):
@@ -4791,7 +5001,7 @@ _CODECS = {
 
 
 # ---------------------------------------------------------------------------
-# 13b. Pictures: what a browser shows of an image, how alike two are
+# 13c. Pictures: what a browser shows of an image, how alike two are
 #
 #    Offers   PictureRefused, similarity
 #    Uses     1 Words, 10 Representations
@@ -5056,7 +5266,7 @@ def _halved(plane):
 
 
 # ---------------------------------------------------------------------------
-# 13c. Canvas: the smallest files that look the same
+# 13d. Canvas: the smallest files that look the same
 #
 #    Offers   Form, picture_forms
 #    Uses     1 Words, 10 Representations
@@ -5579,13 +5789,25 @@ class Site:
         """The asset with what this client's coding needs, and from where."""
         asset, origin = self._repository.peek(key), b"hit"
         if asset is None:
-            asset = self._repository.find(key, fetch)
-            origin = b"fwd=uri-miss"
+            asset, origin = self._fetch(request, key, fetch)
+        if asset.lacks(request.headers) == "dcz":
+            self._repository.relate(asset, dictionary(request.headers))
         if coding := asset.lacks(request.headers):
             self._repository.hasten(asset, coding)
         if self._repository.is_due(asset, request.started):
             self._repository.refresh(asset.sha)
         return asset, origin
+
+    def _fetch(self, request, key, fetch):
+        """The asset, or what it was when it is gone since a short time."""
+        try:
+            return self._repository.find(key, fetch), b"fwd=uri-miss"
+        except AssetMissing as error:
+            asset = self._repository.find_removed(key)
+            if asset is None:
+                raise
+            request.note(f"{error}; served as it was (keep-removed-days)")
+            return asset, b"hit"
 
     def _options(self):
         fields = ((b"allow", _ALLOW), (b"content-length", b"0"))

@@ -14,10 +14,10 @@ from pathlib import Path
 
 FILE = Path(__file__).parent.parent / "shimmercat.py"
 RULE = "# " + "-" * 75
-#: a room that outgrew its budget has more parts, `b` and `c`, of its number
-TITLE = re.compile(r"# (\d+)([bc]?)\. ([A-Z][A-Za-z ]*): (.+)")
+#: a room that outgrew its budget has more parts, `b`, `c` and so on
+TITLE = re.compile(r"# (\d+)([b-d]?)\. ([A-Z][A-Za-z ]*): (.+)")
 MAPPED = re.compile(
-    r" {3,5}(\d+)([bc]?)  ([A-Z][A-Za-z]*(?: [a-z]+)*)  +(.+)")
+    r" {3,5}(\d+)([b-d]?)  ([A-Z][A-Za-z]*(?: [a-z]+)*)  +(.+)")
 
 ROOMS = 20
 ROOM_LINES = 450
