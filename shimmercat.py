@@ -75,7 +75,7 @@ __all__ = [
     "Http1Engine", "NATIVE_ENGINE", "make_engine",
     "Urgency", "Scheduler",
     "ForbiddenPath", "RuleError", "Kind", "classify", "plain_path", "family",
-    "RewriteRule",
+    "asked_width", "RewriteRule",
     "ScratchFolder", "ScratchError", "ScratchBusy", "CertificateStore",
     "CertificateError", "write_atomically",
     "RedisAway", "RedisMissing", "RedisServer", "RedisLink", "LogTap",
@@ -975,7 +975,8 @@ OPTIONS = (
            "Largest image that is decoded, all frames of it counted."),
     Option("image-similarity", "tweak", "number", 0.99, (0.5, 1),
            "Least likeness of a lossy image to its source; 1 is the same."),
-    Option("images", "tweak", "choice", "optimize", ("none", "optimize"),
+    Option("images", "tweak", "choice", "optimize",
+           ("none", "optimize", "scale"),
            "Whether images are served in smaller forms; a domain may differ."),
     Option("keep-removed-days", "tweak", "count", 7, (0, 365),
            "Files with a hash in their name are served so long when gone."),
@@ -1162,7 +1163,7 @@ class _DevloveSchema:
             "change-url": lambda entry: tuple(
                 item.take(self._rule) for item in entry.items()),
             "changelist-settings": _changelist,
-            "images": _key("choice", "none", "optimize"),
+            "images": _key("choice", "none", "optimize", "scale"),
             "prob-accelerator-kicks-in": _key("number", 0, 1),
             "bot-protection-enabled": _key("switch")}
         self._consultant_keys = {
@@ -2647,8 +2648,8 @@ def _read_urgency(field, default):
 # 7. Paths: what a URL means
 #
 #    Offers   ForbiddenPath, RuleError, Kind, classify, plain_path,
-#             family, RewriteRule
-#    Uses     1 Words
+#             family, asked_width, RewriteRule
+#    Uses     1 Words, 4 HTTP
 # ---------------------------------------------------------------------------
 
 
@@ -2726,6 +2727,22 @@ def family(path: str) -> tuple[str, bool]:
     return path, False
 
 
+def asked_width(query: str | None, headers: Headers) -> int:
+    """Width in pixels that an image is wanted in; 0 is its own.
+
+    `?sc-width=N` asks for N, times Sec-CH-DPR where that is sent; without it
+    Sec-CH-Width does.  What is asked for is rounded up to one of a few steps:
+    nobody can have more forms made than these.
+    """
+    found = _SC_WIDTH.search(query or "")
+    density = headers.get(b"sec-ch-dpr", b"1") if found else b"1"
+    text = found[1].encode() if found else headers.get(b"sec-ch-width", b"")
+    if not _PIXELS.fullmatch(text) or not _DENSITY.fullmatch(density):
+        return 0
+    width = math.ceil(int(text) * float(density))
+    return next((step for step in _WIDTHS if step >= width > 0), 0)
+
+
 class RewriteRule(typing.NamedTuple):
     """One line of change-url: `PATTERN -> [ACTION] PROGRAM`.
 
@@ -2765,6 +2782,11 @@ _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _PLAIN_PATH = re.compile(
     r"(?=/)(?:/\.well-known(?![^/]))?"
     r"(?:/(?!\.)[^/\\\x00-\x1f\x7f\ud800-\udfff]+)*/?")
+
+_SC_WIDTH = re.compile(r"(?:^|&)sc-width=([0-9]{1,5})(?:&|$)")
+_PIXELS = re.compile(rb"[0-9]{1,5}")
+_DENSITY = re.compile(rb"[0-9](?:\.[0-9]{1,4})?")
+_WIDTHS = (160, 320, 480, 640, 960, 1280, 1920, 2560)
 
 _LITERAL_PATH = re.compile(r"/[A-Za-z0-9._~!$&',;=@%/-]*")
 _HASH = re.compile(
@@ -3213,7 +3235,7 @@ _STALL_SECONDS = 30.0
 _PUT_JOB = """
 local jobs, lease = KEYS[1], KEYS[2]
 local limit, job, weight = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
-if redis.call('EXISTS', lease) == 1 then return 0 end
+if redis.call('GET', lease) == job then return 0 end
 local is_new = not redis.call('ZSCORE', jobs, job)
 if is_new and redis.call('ZCARD', jobs) >= limit then
     local least = redis.call('ZRANGE', jobs, 0, 0, 'WITHSCORES')
@@ -3532,7 +3554,7 @@ class JobQueue:
 
         False when somebody else works on it; raises RedisAway.
         """
-        return bool(self._link.call("SET", _LEASE + job["sha"], os.getpid(),
+        return bool(self._link.call("SET", _LEASE + job["sha"], _job_text(job),
                                     "NX", "EX", self._lease_seconds))
 
     def done(self, job: dict) -> None:
@@ -3640,6 +3662,8 @@ class AssetKey(typing.NamedTuple):
     path: str
     #: policy for images: "none", "optimize" or "scale"
     pictures: str = "none"
+    #: pixels that an image is scaled down to; 0 leaves it as it is
+    width: int = 0
     #: whether it is no longer where it was, and served from the store
     is_removed: bool = False
 
@@ -3749,7 +3773,8 @@ class Asset:
     def job(self) -> dict:
         """What the artisan is asked for."""
         return {"sha": self.sha, "path": self.path, "memo": self.key.memo(),
-                "type": self.type.decode(), "wanted": self.wanted}
+                "type": self.type.decode(), "wanted": self.wanted,
+                "width": self.key.width}
 
 
 def dictionary(headers: Headers) -> str | None:
@@ -4181,9 +4206,10 @@ class Repository:
                     asset.family = pattern
             elif asset.key.pictures != "none":
                 level = round(tweaks.image_similarity * 10_000)
-                forms = [(form, level)
+                suffix = f"_{asset.key.width}" if asset.key.width else ""
+                forms = [(form + suffix, level)
                          for form in PICTURE_FORMS.get(asset.type, ())]
-        if asset.key.is_removed:
+        if asset.key.is_removed or asset.key.width:
             return tuple(forms)
         if asset.family:
             forms.append((self._kin(asset), 0))
@@ -4229,7 +4255,8 @@ class Repository:
         stem = base64.urlsafe_b64encode(bytes.fromhex(asset.sha)[:16])
         mark = b"" if name == "identity" else f"-{name}{suffix}".encode()
         etag = b'"%b%b"' % (stem.rstrip(b"="), mark)
-        kind = _FORMATS.get(name, asset.type)
+        coding = name.partition("_")[0]
+        kind = _FORMATS.get(coding, asset.type)
         form = Representation(name, kind, etag, length)
         kept = [(b"etag", etag), (b"cache-control", self._lifetime(asset))]
         if asset.family:
@@ -4237,14 +4264,17 @@ class Repository:
         elif is_compressible(asset.type):
             kept.append((b"vary", b"accept-encoding"))
         elif asset.type in PICTURE_FORMS and asset.wanted:
-            kept.append((b"vary", b"accept"))
+            kept.append((b"vary", _HINTED if asset.key.pictures == "scale"
+                         else b"accept"))
         kept.append((b"last-modified", http_date(asset.modified).encode()))
         fields = [(b"content-type", kind),
                   (b"content-length", b"%d" % length),
                   (b"accept-ranges", b"bytes")]
-        coding = name.partition("_")[0]
         if coding in _BEST:
             fields.append((b"content-encoding", coding.encode()))
+        if (asset.key.pictures == "scale"
+                and asset.type.startswith(b"text/html")):
+            fields.append((b"accept-ch", b"Sec-CH-Width, Sec-CH-DPR"))
         if asset.family:
             fields.append((b"use-as-dictionary",
                            f'match="{asset.family}"'.encode()))
@@ -4407,6 +4437,7 @@ _CODINGS = (*(["br"] if brotli else []), *(["zstd"] if zstandard else []),
 #: levels of the artisan's codings; zstd keeps to the 8 MiB of window that
 #: browsers must have (RFC 9659)
 _BEST = {"br": 11, "zstd": 19, "gzip": 9, "dcz": 19}
+_HINTED = b"accept, sec-ch-width, sec-ch-dpr"
 #: versions of an asset that clients may have at a time
 _MOST_DELTAS = 16
 #: where requests come from that may see what their dictionary tells
@@ -4938,10 +4969,13 @@ def _delta(source, job, wanted, store, _tweaks):
 
 def _painted(source, job, wanted, _store, tweaks):
     """Forms of a picture; a broken one is not looked at again."""
+    width = job["width"]
+    names = {name.partition("_")[0]: name for name in wanted}
     try:
-        yield from picture_forms(
-            source, job["type"], tweaks.image_similarity, tweaks.image_pixels,
-            wanted=wanted)
+        for made in picture_forms(
+                source, job["type"], tweaks.image_similarity,
+                tweaks.image_pixels, width or None, names):
+            yield made._replace(form=names[made.form])
     except PictureRefused as error:
         LOG.say(60010, job["path"], error)
         for form in wanted:
@@ -5667,8 +5701,8 @@ class Site:
         plain = self._plain.get(request.host)
         if plain is None or request.method not in _READS:
             return None
-        root, images = plain
-        asset = self._repository.peek(AssetKey(root, request.path, images))
+        asset = self._repository.peek(
+            self._asset_key(request, *plain, request.path))
         if (asset is None or self._repository.is_due(asset, request.started)
                 or asset.lacks(request.headers)):
             return None
@@ -5780,10 +5814,17 @@ class Site:
             # Replaced or written into under our hands: look again.
             with contextlib.suppress(SourceChanged):
                 return self._send_asset(request, *self._find(
-                    request, AssetKey(backend.root, key,
-                                      self._images[domain.name]),
+                    request, self._asset_key(
+                        request, backend.root, self._images[domain.name], key),
                     lambda: backend.fetch(components)))
         raise NotServed(503, "the file does not hold still", _SOON)
+
+    def _asset_key(self, request, root, images, path):
+        """What the wanted asset is known by."""
+        width = 0
+        if images == "scale" and path.lower().endswith(_IMAGES):
+            width = asked_width(request.query, request.headers)
+        return AssetKey(root, path, images, width)
 
     def _find(self, request, key, fetch):
         """The asset with what this client's coding needs, and from where."""
@@ -5908,6 +5949,7 @@ _ATTEMPTS = 3
 _SOON = ((b"retry-after", b"1"),)
 #: what stands for itself in a path (RFC 3986 section 3.3)
 _PATH_SAFE = "/!$&'()*+,;=:@"
+_IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 _READS = ("GET", "HEAD")
 _ALLOW = b"GET, HEAD, OPTIONS"
 

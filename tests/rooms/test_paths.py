@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from shimmercat import (
     ForbiddenPath,
+    Headers,
     Kind,
     RewriteRule,
     RuleError,
+    asked_width,
     classify,
     plain_path,
 )
@@ -197,3 +199,22 @@ def test_parsing_a_rule_raises_nothing_but_rule_errors(text):
         assert 1 <= error.column <= len(text) + 1
     else:
         assert rule.text == text
+
+
+@pytest.mark.parametrize("query, fields, width", [
+    ("sc-width=1", {}, 160), ("sc-width=160", {}, 160),
+    ("sc-width=161", {}, 320), ("a=b&sc-width=641&c", {}, 960),
+    ("sc-width=2560", {}, 2560), ("sc-width=2561", {}, 0),
+    ("sc-width=0", {}, 0), ("sc-width=", {}, 0), ("sc-width=1e3", {}, 0),
+    ("sc-width=999999", {}, 0), ("xsc-width=5", {}, 0), ("", {}, 0),
+    (None, {}, 0), (None, {"sec-ch-width": "500"}, 640),
+    ("sc-width=100", {"sec-ch-width": "900"}, 160),
+    ("sc-width=100", {"sec-ch-dpr": "1.7"}, 320),
+    ("sc-width=100", {"sec-ch-dpr": "0"}, 0),
+    ("sc-width=100", {"sec-ch-dpr": "99"}, 0),
+    (None, {"sec-ch-width": "500", "sec-ch-dpr": "3"}, 640),
+    (None, {"sec-ch-width": "wide"}, 0)])
+def test_a_width_is_rounded_up_to_a_step(query, fields, width):
+    headers = Headers([(name.encode(), value.encode())
+                       for name, value in fields.items()])
+    assert asked_width(query, headers) == width

@@ -341,6 +341,15 @@ def test_a_source_is_worked_on_by_one_artisan_at_a_time(link):
     assert other.lease(JOB)
 
 
+def test_another_job_of_a_source_waits_until_the_first_is_done(link):
+    queue, other = JobQueue(link), {**JOB, "wanted": [["br", 11]]}
+    queue.put(JOB)
+    queue.take(1)
+    assert queue.put(other)
+    queue.done(JOB)
+    assert queue.take(1) == other
+
+
 def test_a_source_whose_artisan_died_can_be_worked_on_again_in_time(
         link, client):
     queue = JobQueue(link, lease_seconds=30.5)
