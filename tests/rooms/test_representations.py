@@ -24,6 +24,7 @@ from shimmercat import (
     SourceChanged,
     Tweaks,
     content_type,
+    formats_shown,
     is_compressible,
 )
 
@@ -539,3 +540,16 @@ def test_text_is_worth_compressing(kind, expected):
 @given(st.text(max_size=20), st.binary(max_size=20))
 def test_any_name_has_a_type(name, sample):
     assert b"/" in content_type(name, sample)
+
+
+@given(st.binary(max_size=80))
+def test_any_accept_field_is_read(field):
+    assert b"image/png" in formats_shown(field) <= {
+        b"image/png", b"image/webp", b"image/avif"}
+
+
+@given(st.lists(st.sampled_from([
+    b"image/avif", b"image/webp", b"*/*", b"image/*", b"text/html"])))
+def test_only_what_is_named_is_shown(kinds):
+    assert formats_shown(b", ".join(kinds)) == {
+        b"image/png", *({b"image/avif", b"image/webp"} & {*kinds})}

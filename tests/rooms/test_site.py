@@ -558,3 +558,30 @@ def test_equal_files_have_equal_tags(house):
     _, fields, _ = house.ask("/a.css")
     assert hashlib.sha256(CSS).hexdigest()
     assert fields[b"etag"] == house.ask("/%61.css")[1][b"etag"]
+
+
+def test_cache_status_tells_where_an_answer_came_from(tmp_path):
+    house = House(tmp_path, "internet", **{"cache-status": "true"})
+    _, first, _ = house.ask("/a.css")
+    assert first[b"cache-status"] == (
+        b'shimmercat;fwd=uri-miss;detail="identity"')
+    house.settle("/a.css")
+    _, fields, _ = house.ask("/a.css", (b"accept-encoding", b"gzip"))
+    assert fields[b"cache-status"] == b'shimmercat;hit;detail="gzip"'
+    _, kept, _ = house.ask("/a.css", (b"if-none-match", b"*"))
+    assert kept[b"cache-status"] == b'shimmercat;hit;detail="identity"'
+
+
+def test_cache_status_is_for_those_who_want_it(tmp_path):
+    _, fields, _ = House(tmp_path, "internet").ask("/a.css")
+    assert b"cache-status" not in fields
+
+
+def test_the_way_to_an_answer_tells_why_each_form_is_chosen_or_not(tmp_path):
+    house = House(tmp_path)
+    request = house.request("/a.css", (b"accept-encoding", b"br, gzip"))
+    seen(house.site.answer(request))
+    trail = "\n".join(request.trail)
+    assert "form br: " in trail and "bytes, chosen" in trail
+    assert f"form identity: {len(CSS)} bytes, larger" in trail
+    assert "form zstd: not made yet" in trail
