@@ -81,8 +81,9 @@ __all__ = [
     "RedisAway", "RedisMissing", "RedisServer", "RedisLink", "LogTap",
     "LogSubscription", "JobQueue", "LocalJobQueue", "Announcements",
     "AssetKey", "Representation", "Asset", "dictionary", "formats_shown",
-    "Source", "file_identity", "content_type", "is_compressible", "StoreFull",
-    "StoredAlternate", "AlternateStore", "read_file",
+    "QUIET_SECONDS", "SURE_SECONDS", "Source", "file_identity", "content_type",
+    "is_compressible", "StoreFull", "StoredAlternate", "AlternateStore",
+    "read_file",
     "Repository", "PICTURE_FORMS",
     "consultant_of",
     "AssetMissing", "FilesystemBackend",
@@ -3697,12 +3698,16 @@ class Asset:
 
     __slots__ = ("best", "counted", "deltas", "family", "identity", "key",
                  "modified", "path", "probed", "representations", "sha",
-                 "type", "untried", "visits", "wanted")
+                 "trusted_until", "type", "untried", "visits", "wanted")
 
     def __init__(self, key: AssetKey, source: "Source", sha: str):
         self.key, self.sha, self.type = key, sha, b""
         self.path, self.modified = source.path, source.modified
         self.identity = source.identity
+        #: when it is to be read again, since it may have been half written
+        self.trusted_until = math.inf
+        if source.age < SURE_SECONDS:
+            self.trusted_until = time.monotonic() + SURE_SECONDS
         #: by form, smallest first
         self.representations: dict[str, Representation] = {}
         #: codings that no cheap alternate was tried for yet
@@ -3725,7 +3730,8 @@ class Asset:
     def is_current(self) -> bool:
         """Whether the source is still the one that was read."""
         try:
-            return file_identity(os.stat(self.path)) == self.identity
+            return (file_identity(os.stat(self.path)) == self.identity
+                    and time.monotonic() < self.trusted_until)
         except OSError:
             return False
 
@@ -3811,8 +3817,9 @@ def formats_shown(accept: bytes | None) -> frozenset[bytes]:
 # ---------------------------------------------------------------------------
 # 10b. Files: sources, their types, the store of alternates
 #
-#    Offers   Source, file_identity, content_type, is_compressible,
-#             StoreFull, StoredAlternate, AlternateStore, read_file
+#    Offers   QUIET_SECONDS, SURE_SECONDS, Source, file_identity,
+#             content_type, is_compressible, StoreFull, StoredAlternate,
+#             AlternateStore, read_file
 #    Uses     1 Words, 2 Messages, 8 Scratch
 # ---------------------------------------------------------------------------
 
@@ -3825,8 +3832,8 @@ class Source(typing.NamedTuple):
     identity: tuple
     links: int
     modified: float
-    #: whether the file was left alone for a while
-    quiet: bool
+    #: seconds that it was left alone, when it was opened
+    age: float
 
     @classmethod
     def adopt(cls, fd: int, path: str) -> "Source":
@@ -3834,9 +3841,9 @@ class Source(typing.NamedTuple):
         status = os.fstat(fd)
         # Every change sets ctime; mtime is what somebody says it is, and
         # RFC 9110 section 8.8.2.1 allows no Last-Modified in the future.
-        age = abs(time.time_ns() - status.st_ctime_ns)
+        age = abs(time.time_ns() - status.st_ctime_ns) / 1e9
         return cls(fd, path, file_identity(status), status.st_nlink,
-                   min(status.st_mtime, time.time()), age > _QUIET_NS)
+                   min(status.st_mtime, time.time()), age)
 
     @property
     def length(self) -> int:
@@ -4072,7 +4079,10 @@ def _open_at_once(path, flags):
 
 
 #: age of the last change that a file must have, several ticks of the clock
-_QUIET_NS = 50_000_000
+QUIET_SECONDS = 0.1
+#: age above which nobody can be in the midst of one write any more; what was
+#: read younger is read again
+SURE_SECONDS = 2.0
 #: the standard library's table without the machine's files: same everywhere
 _MIME = mimetypes.MimeTypes(filenames=())
 _PACKINGS = {
@@ -4153,14 +4163,14 @@ class Repository:
         for _ in range(_READ_ATTEMPTS):
             source = fetch()
             try:
-                if source.quiet:
+                if source.age > QUIET_SECONDS:
                     asset = self._digest(key, source)
                     if source.is_same():
                         self._keep(asset)
                         return asset
             finally:
                 os.close(source.fd)
-            gevent.sleep(_QUIET_NS / 1e9)
+            gevent.sleep(QUIET_SECONDS)
         raise SourceChanged(f"{source.path} is being written")
 
     def _digest(self, key, source):
@@ -4370,6 +4380,12 @@ class Repository:
                 yield f"form {name}: none, {reason.decode()}"
             elif name not in asset.representations:
                 yield f"form {name}: not made yet"
+
+    def renew(self, asset: Asset) -> None:
+        """Asks the store again, and the artisan for what is not there."""
+        self.refresh(asset.sha)
+        if not asset.best:
+            self._jobs.put(asset.job(), asset.visits)
 
     def is_due(self, asset: Asset, now: float) -> bool:
         """Whether the store should be asked again (an announcement missed)."""
@@ -4693,6 +4709,9 @@ class Workshop:
             make_alternates(job, self._store, self._tweaks)
         except MemoryError:
             return errno.ENOMEM
+        except StoreFull as error:
+            # What is missing is asked for again by a later visitor.
+            LOG.say(error.message_code, error)
         return 0
 
 
@@ -4815,15 +4834,27 @@ class WarmUp:
             lambda job: None, 0))
         self.tallies = collections.defaultdict(Tally)
         self.total, self.done, self.failures = 0, 0, []
+        self._pool = gevent.pool.Pool(len(os.sched_getaffinity(0)))
+        #: the signal that has ended it before its time, or 0
+        self.broken_off = 0
 
     def run(self) -> None:
         """Works through all files, as many at a time as there are cores."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            gevent.signal_handler(number, self.break_off, number)
         found = list(self._files())
         self.total = len(found)
-        pool = gevent.pool.Pool(len(os.sched_getaffinity(0)))
         for place in found:
-            pool.spawn(self._warm, *place)
-        pool.join()
+            self._pool.wait_available()
+            if self.broken_off:
+                break
+            self._pool.spawn(self._warm, *place)
+        self._pool.join()
+
+    def break_off(self, number: int) -> None:
+        """Ends what is being done, as if it had not been begun."""
+        self.broken_off = number
+        self._pool.kill(block=False)
 
     def saved(self) -> int:
         """Bytes that the smallest forms so far save."""
@@ -4869,13 +4900,14 @@ class WarmUp:
         except RedisAway:
             # No instance is running here: nobody else can be at it.
             has_redis = False
-        trouble = self._workshop.do(job)
-        if has_redis:
+        try:
+            return self._workshop.do(job)
+        finally:
             with contextlib.suppress(RedisAway):
                 # It may have ended meanwhile.
-                self._jobs.done(job)
-                self._news.publish(job["sha"])
-        return trouble
+                if has_redis:
+                    self._jobs.done(job)
+                    self._news.publish(job["sha"])
 
     def _count(self, asset):
         self._repository.refresh(asset.sha)
@@ -5725,16 +5757,19 @@ class Site:
     def refuse(self, error: ShimmerCatError,
                request: Request | None = None) -> Response:
         """The page for an error that was raised on purpose."""
+        if request:
+            request.note(str(error))
         fields = getattr(error, "fields", ())
         return self._page(error.status, request, str(error), fields)
 
     def fail(self, request: Request) -> Response:
         """The page for the exception being handled, a fault of our own."""
+        request.note(traceback.format_exc())
         return self._page(500, request, traceback.format_exc(), ())
 
     def _page(self, status, request, reason, fields):
-        tried = (request and request.trail) or ()
-        body = error_page(status, (*tried, reason) if self._open else ())
+        tried = (request and request.trail) or (reason,)
+        body = error_page(status, tried if self._open else ())
         head = ((b"content-type", b"text/html; charset=utf-8"),
                 (b"content-length", b"%d" % len(body)),
                 (b"cache-control", b"no-store"), *fields)
@@ -5836,7 +5871,7 @@ class Site:
         if coding := asset.lacks(request.headers):
             self._repository.hasten(asset, coding)
         if self._repository.is_due(asset, request.started):
-            self._repository.refresh(asset.sha)
+            self._repository.renew(asset)
         return asset, origin
 
     def _fetch(self, request, key, fetch):
@@ -7740,6 +7775,8 @@ def _warm(flags):
         print(f"{kind:26}" + "".join(f"{x:>14}" for x in numbers))
     for failure in work.failures:
         print(failure, file=sys.stderr)
+    if work.broken_off:
+        return 128 + work.broken_off
     return 1 if work.failures else 0
 
 

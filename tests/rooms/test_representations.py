@@ -14,6 +14,7 @@ from harness import eventually
 from hypothesis import given
 from hypothesis import strategies as st
 
+import shimmercat
 from shimmercat import (
     AlternateStore,
     AssetKey,
@@ -152,6 +153,28 @@ def test_changes_within_one_tick_of_the_clock_are_seen(
             os.pwrite(stream.fileno(), content, 0)
             asset = shelf.find("a.css")
             assert asset.sha == hashlib.sha256(content).hexdigest()
+
+
+def test_what_may_have_been_half_written_is_read_again(shelf, monkeypatch):
+    path = shelf.write("a.bin", b"old")
+    asset = shelf.settle("a.bin")
+    identity = asset.identity
+    # The rest of a write that stood still: nothing tells of it.
+    path.write_bytes(b"new")
+    monkeypatch.setattr(shimmercat, "file_identity", lambda status: identity)
+    assert shelf.body("a.bin") == b"old"
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 2.1)
+    assert eventually_body(shelf) == b"new"
+
+
+def eventually_body(shelf):
+    """The body once the file was left alone for long enough to be read."""
+    for _ in range(500):
+        if shelf.body("a.bin") != b"old":
+            break
+        gevent.sleep(0.02)
+    return shelf.body("a.bin")
 
 
 def test_a_file_that_is_gone_is_missing_at_once(shelf):
@@ -365,6 +388,20 @@ def test_images_are_left_alone_where_that_is_wanted(tmp_path, options):
     shelf.write("a.jpg", NOISE)
     form = shelf.find("a.jpg").pick(accept(b"image/avif"))
     assert b"vary" not in dict(form.fields)
+    assert shelf.jobs == []
+
+
+def test_a_job_that_was_lost_is_put_again(shelf):
+    shelf.write("a.css", CSS)
+    asset = shelf.find("a.css")
+    shelf.jobs.clear()
+    shelf.repository.renew(asset)
+    assert [job["sha"] for job in shelf.jobs] == [asset.sha]
+    for form, level in asset.wanted:
+        shelf.store.put(asset.sha, form, level, b"small")
+    shelf.store.remember(asset.key.memo(), {"sha": asset.sha, "gone": None})
+    shelf.jobs.clear()
+    shelf.repository.renew(asset)
     assert shelf.jobs == []
 
 

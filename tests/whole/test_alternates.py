@@ -96,7 +96,7 @@ def is_settled(folder, name):
     path = folder / "www" / name
     found = {form.removeprefix("no_")
              for form in stored(folder, path.read_bytes())}
-    return found == FORMS.get(path.suffix, CODINGS)
+    return found >= FORMS.get(path.suffix, CODINGS)
 
 
 def settle(folder, names, seconds=60):
@@ -426,10 +426,13 @@ def test_the_store_may_be_cleared_while_it_is_served_from(tmp_path):
     with (Server(tmp_path, "--workers", "2") as server,
           concurrent.futures.ThreadPoolExecutor() as pool):
         before = children(server)
+
+        def is_small():
+            return all(answer.num_bytes_downloaded < len(files[name]) / 1.2
+                       for name, answer in visit(server, files).items())
         for n in range(10):
             if n % 3 == 0:
-                visit(server, files)
-                settle(tmp_path, files)
+                eventually(is_small, 20)
             visits = [pool.submit(visit, server, [*files] * 5)
                       for _ in range(2)]
             while not all(found.done() for found in visits):
@@ -437,8 +440,7 @@ def test_the_store_may_be_cleared_while_it_is_served_from(tmp_path):
             for found in visits:
                 for name, answer in found.result().items():
                     assert_right(answer, files[name])
-        visit(server, files)
-        settle(tmp_path, files)
+        eventually(is_small, 20)
         assert children(server) == before
         assert not server.lines("M60001")
 
@@ -459,8 +461,8 @@ def assert_only_one_is_worked_on(folder, files, known):
                 if name.endswith(".jpg"):
                     assert "vary" not in answer.headers
             settle(folder, [known])
-    assert {path.name[:64] for path in cache(folder).rglob("*")
-            if path.is_file()} == {hashlib.sha256(files[known]).hexdigest()}
+    assert not any(stored(folder, source) for name, source in files.items()
+                   if name != known)
 
 
 def test_tweaks_can_leave_images_alone(tmp_path):

@@ -1,0 +1,324 @@
+"""`warm` makes ahead what visitors would have made; `explain` says why."""
+
+import collections
+import functools
+import hashlib
+import io
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from harness import DOMAIN, PROGRAM, Server, eventually, make_site
+from PIL import Image
+
+CHROMIUM = {"accept": "image/avif,image/webp,image/apng,*/*;q=0.8",
+            "accept-encoding": "gzip, deflate, br, zstd"}
+CODINGS = {"br", "zstd", "gzip"}
+FORMS = {".jpg": {"jpeg", "webp", "avif"}}
+TEXT = b"".join(b"p.class-%d { margin: %dpx; }\n" % (n, n * n % 97)
+                for n in range(500))
+
+
+@functools.cache
+def photograph(seed, size=(96, 64)):
+    """A JPEG of colours that change slowly under noise."""
+    width, height = size
+    y, x = np.mgrid[:height, :width]
+    slopes = np.stack([255 * x / width, 255 * y / height,
+                       255 * (x + y) / (width + height)], -1)
+    grain = np.random.default_rng(seed).normal(0, 12, (height, width, 1))
+    pixels, stream = np.clip(slopes + grain, 0, 255), io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(stream, "JPEG", quality=92)
+    return stream.getvalue()
+
+
+def album(count, **options):
+    return {f"photo-{n}.jpg": photograph(n, **options) for n in range(count)}
+
+
+def kept(folder):
+    """All files of the store and what tells whether they were replaced."""
+    cache = folder / ".shimmercat.loves.devs" / "r-cache"
+    return {path: (path.stat().st_ino, path.stat().st_ctime_ns)
+            for path in cache.rglob("*") if path.is_file()}
+
+
+def stored(folder, source):
+    """{form: length} of what the store has of a source."""
+    sha, found = hashlib.sha256(source).hexdigest(), {}
+    for path in kept(folder):
+        if path.name.startswith(sha):
+            _, form, size, _ = path.name.split(".")
+            found[form.rpartition("-")[0]] = int(size)
+    return found
+
+
+def is_settled(folder, name):
+    """Whether each form of a file was made, or is known not to be had."""
+    path = folder / "www" / name
+    found = {form.removeprefix("no_")
+             for form in stored(folder, path.read_bytes())}
+    return found >= FORMS.get(path.suffix, CODINGS)
+
+
+def command(*words):
+    return [sys.executable, str(PROGRAM), *words]
+
+
+def run(folder, *words):
+    """What a command of the program said and how it ended."""
+    return subprocess.run(command(*words), cwd=folder, capture_output=True,
+                          text=True, timeout=120)
+
+
+def explained(folder, url, *headers):
+    """What `explain` prints; it ends well, whatever would be answered."""
+    words = [word for header in headers for word in ("--header", header)]
+    done = run(folder, "explain", url, *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def ask(server, path, **headers):
+    return server.fetch(path, headers=CHROMIUM | headers)
+
+
+def table(text):
+    """{type: (files, bytes before, bytes after)} of what `warm` printed."""
+    head, *rows = text.splitlines()
+    assert head.split() == ["type", "files", "bytes", "before", "after",
+                            "saved"]
+    found = {}
+    for row in rows:
+        kind, *numbers, share, _ = row.split()
+        files, before, after = map(int, numbers)
+        assert float(share) == pytest.approx(
+            100 * (before - after) / before, abs=0.06)
+        found[kind] = files, before, after
+    return found
+
+
+def expected_table(folder, files):
+    """What the table should hold by what the store has."""
+    kinds = {"jpg": "image/jpeg", "css": "text/css", "html": "text/html",
+             "bin": "application/octet-stream"}
+    sums = collections.defaultdict(lambda: np.zeros(3, int))
+    for name, source in files.items():
+        forms = stored(folder, source).items()
+        smallest = min([len(source)] + [
+            size for form, size in forms if form in FORMS[".jpg"] | CODINGS])
+        sums[kinds[name.rpartition(".")[2]]] += 1, len(source), smallest
+    return {kind: tuple(numbers) for kind, numbers in sums.items()}
+
+
+# --- warm --------------------------------------------------------------------
+
+
+def test_all_is_made_once_and_the_table_says_how_much_is_saved(tmp_path):
+    files = {**album(8, size=(128, 96)), "style.css": TEXT,
+             "index.html": b"<!DOCTYPE html>" + TEXT, "data.bin": TEXT[::-1]}
+    make_site(tmp_path, files)
+
+    def seconds():
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    begin = seconds()
+    first = run(tmp_path, "warm")
+    between = seconds()
+    assert first.returncode == 0
+    made = kept(tmp_path)
+    assert all(is_settled(tmp_path, name) for name in files
+               if name != "data.bin")
+    assert table(first.stdout) == expected_table(tmp_path, files)
+    assert "11/11 files" in first.stderr.splitlines()[-1]
+
+    second = run(tmp_path, "warm")
+    assert (second.returncode, second.stdout) == (0, first.stdout)
+    assert kept(tmp_path) == made
+    assert seconds() - between < (between - begin) / 2
+
+
+def test_a_warm_up_that_was_killed_goes_on_where_it_was(tmp_path):
+    files = album(8)
+    make_site(tmp_path, files)
+    with subprocess.Popen(command("warm"), cwd=tmp_path,
+                          stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL) as process:
+        eventually(lambda: any(is_settled(tmp_path, x) for x in files), 30)
+        process.kill()
+    settled = {name for name in files if is_settled(tmp_path, name)}
+    assert 0 < len(settled) < len(files)
+    before = {path: token for path, token in kept(tmp_path).items()
+              if ".attempt-" not in path.name and path.name[0] != "."}
+    assert run(tmp_path, "warm").returncode == 0
+    assert all(is_settled(tmp_path, name) for name in files)
+    assert before.items() <= kept(tmp_path).items()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_warm_up_may_be_ended_any_number_of_times(tmp_path, number):
+    source = photograph(1, (200, 150))
+    make_site(tmp_path, {"photo.jpg": source})
+    for n in range(2):
+        with subprocess.Popen(command("warm"), cwd=tmp_path,
+                              stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL) as process:
+            # The mark of an earlier one may be there still.
+            eventually(lambda: f"attempt-{n}" in str(kept(tmp_path)) or any(
+                form in CODINGS | FORMS[".jpg"]
+                for form in stored(tmp_path, source)), 30)
+            process.send_signal(number)
+            assert process.wait(10) != 0
+    done = run(tmp_path, "warm")
+    assert (done.returncode, "died" in done.stderr) == (0, False)
+    assert {"jpeg", "webp", "avif"} <= stored(tmp_path, source).keys()
+
+
+def test_what_took_too_long_is_named_and_what_was_refused_is_not(tmp_path):
+    files = {"large.jpg": photograph(1, (1200, 900)),
+             "broken.jpg": photograph(2)[:-600], "style.css": TEXT}
+    make_site(tmp_path, files, {"artisan-job-seconds": 1})
+    done = run(tmp_path, "warm")
+    assert done.returncode == 1
+    failure = done.stderr.splitlines()[-1]
+    assert re.search(r"www/large\.jpg: took longer than 1 s", failure)
+    assert "broken.jpg" not in done.stderr
+    assert all(is_settled(tmp_path, name) for name in files)
+    assert table(done.stdout) == expected_table(tmp_path, files)
+
+
+def test_a_running_instance_serves_at_once_what_was_made_beside_it(tmp_path):
+    files = {**album(3), "style.css": TEXT}
+    make_site(tmp_path, files)
+    with Server(tmp_path, "--workers", "2") as server:
+        # Suspended: whatever is made, it is not by the instance.
+        os.kill(server.artisan(), signal.SIGSTOP)
+        try:
+            for name, source in files.items():
+                for _ in range(6):
+                    assert ask(server, f"/{name}").content == source
+            assert not kept(tmp_path)
+            assert run(tmp_path, "warm").returncode == 0
+
+            def etags():
+                return [ask(server, f"/{name}").headers["etag"]
+                        for name in files for _ in range(6)]
+            eventually(lambda: all(re.search(r'-(avif|webp|br)-\d+"', tag)
+                                   for tag in etags()), 2)
+        finally:
+            os.kill(server.artisan(), signal.SIGCONT)
+        assert not server.lines("M20004")
+        assert not server.lines("M60002")
+
+
+def test_a_folder_limits_what_is_made(tmp_path):
+    files = {"album/one.jpg": photograph(1), "album/deep/two.jpg":
+             photograph(2), "other/three.jpg": photograph(3),
+             "albums.css": TEXT}
+    site = make_site(tmp_path / "site", files)
+    for folder, words in (
+            (site, ["www/album/deep"]),
+            (tmp_path, [str(site / "www/album"), "--working-dir", str(site)])):
+        done = run(folder, "warm", *words)
+        assert done.returncode == 0
+        inside = {name: source for name, source in files.items()
+                  if (site / "www" / name).is_relative_to(site / words[0])}
+        assert 0 < len(inside) < len(files)
+        assert table(done.stdout) == expected_table(site, inside)
+        assert {name for name in files if is_settled(site, name)} == {*inside}
+        assert all(stored(site, source) for source in inside.values())
+        assert not any(stored(site, files[name])
+                       for name in files.keys() - inside.keys())
+
+
+# --- explain -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def warm_site(tmp_path_factory):
+    """A site of a text and a photograph of which all was made."""
+    folder = make_site(tmp_path_factory.mktemp("warm"), {
+        "index.html": b"<h1>Hello</h1>\n", "style.css": TEXT,
+        "photo.jpg": photograph(1)})
+    assert run(folder, "warm").returncode == 0
+    return folder
+
+
+def form_lines(text):
+    """{form: (bytes, judgement)} of the forms that `explain` prints."""
+    found = re.findall(r"^form (\w+): (\d+) bytes, (.*)$", text, re.MULTILINE)
+    return {form: (int(size), words) for form, size, words in found}
+
+
+def test_explain_tells_the_forms_of_a_text_and_which_is_chosen(warm_site):
+    said = explained(warm_site, f"https://{DOMAIN}/style.css")
+    forms, sizes = form_lines(said), stored(warm_site, TEXT)
+    assert {form: size for form, (size, _) in forms.items()} == {
+        **{form: sizes[form] for form in CODINGS}, "identity": len(TEXT)}
+    chosen = min(CODINGS, key=sizes.get)
+    for form, (_, words) in forms.items():
+        assert words == ("chosen" if form == chosen else "larger")
+    assert f"200 OK: static, {chosen}" in said
+    assert f"content-encoding: {chosen}" in said
+    assert f"content-length: {sizes[chosen]}" in said
+
+
+def test_explain_tells_why_a_smaller_form_is_not_chosen(warm_site):
+    url = f"https://{DOMAIN}/photo.jpg"
+    said = explained(warm_site, url)
+    assert form_lines(said)["avif"][1] == "chosen"
+    assert "200 OK: static, avif" in said
+    said = explained(warm_site, url, "accept: */*")
+    assert form_lines(said)["avif"][1] == "not acceptable to this client"
+    assert form_lines(said)["jpeg"][1] == "chosen"
+    assert form_lines(said)["identity"][1] == "larger"
+    assert "200 OK: static, jpeg" in said
+    assert "content-type: image/jpeg" in said and "vary: accept" in said
+    said = explained(warm_site, url, "accept: image/webp", "range: bytes=0-9")
+    assert "206 Partial Content" in said and "content-type: image/webp" in said
+
+
+def test_explain_tells_what_was_not_made_yet_and_what_will_not_be(tmp_path):
+    broken = photograph(1)[:-600]
+    make_site(tmp_path, {"photo.jpg": photograph(1), "broken.jpg": broken})
+    said = explained(tmp_path, f"https://{DOMAIN}/photo.jpg")
+    for form in ("jpeg", "webp", "avif"):
+        assert f"form {form}: not made yet" in said
+    assert form_lines(said) == {"identity": (len(photograph(1)), "chosen")}
+    assert not kept(tmp_path)
+    assert run(tmp_path, "warm").returncode == 0
+    said = explained(tmp_path, f"https://{DOMAIN}/broken.jpg")
+    assert len(re.findall(r"form \w+: none, .*truncated", said)) == 3
+
+
+@pytest.mark.parametrize("url, answer, reason", [
+    (f"https://{DOMAIN}/missing.png", "404 Not Found", "missing.png"),
+    ("https://foreign.test/photo.jpg", "421 Misdirected Request",
+     "foreign.test")])
+def test_explain_tells_what_is_not_served(warm_site, url, answer, reason):
+    said = explained(warm_site, url)
+    assert answer in said and reason in said
+    assert not form_lines(said)
+
+
+def test_explain_and_a_running_instance_agree_and_leave_each_other_alone(
+        warm_site):
+    with Server(warm_site, "--workers", "2") as server:
+        before, made = server.processes(), kept(warm_site)
+        said_before = [line.text for line in server.lines()]
+        for name in ("style.css", "photo.jpg", ""):
+            for accept in ("*/*", CHROMIUM["accept"]):
+                said = explained(warm_site, f"https://{DOMAIN}/{name}",
+                                 f"accept: {accept}")
+                answer = ask(server, f"/{name}", accept=accept)
+                assert answer.status_code == 200
+                for field in ("etag", "content-length", "content-type"):
+                    assert f"{field}: {answer.headers[field]}\n" in said
+        assert server.processes() == before
+        assert kept(warm_site) == made
+        assert [line.text for line in server.lines()
+                if line.code != "M50001"] == said_before
