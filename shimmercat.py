@@ -3547,8 +3547,13 @@ class JobQueue:
     def take(self, seconds: float) -> dict | None:
         """The next job, or None after at most a second; raises RedisAway."""
         taken = self._link.call("BZPOPMAX", _JOBS, min(seconds, 1.0))
-        job = taken and json.loads(taken[1])
-        return job if job and self.lease(job) else None
+        if taken is None:
+            return None
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            # What is no job is none of ours: another version of us, maybe.
+            job = json.loads(taken[1])
+            return job if self.lease(job) else None
+        return None
 
     def lease(self, job: dict) -> bool:
         """Keeps others from the job's source until it is done.
@@ -4507,6 +4512,7 @@ class AssetMissing(ShimmerCatError):
     """There is nothing to be served under the path."""
 
     status = 404
+    is_gone = False  #: whether there is nothing at all, good or bad
 
 
 class FilesystemBackend:
@@ -4526,7 +4532,9 @@ class FilesystemBackend:
             # Non-blocking: opening a FIFO would wait for a writer.
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except (OSError, ValueError) as error:
-            raise AssetMissing(f"{path}: {error}") from error
+            missing = AssetMissing(f"{path}: {error}")
+            missing.is_gone = isinstance(error, FileNotFoundError)
+            raise missing from error
         try:
             self._approve(fd, path, root)
             return Source.adopt(fd, path)
@@ -4645,8 +4653,10 @@ class Workshop:
                 self._store.remove(marks.pop())
                 raise
         else:
+            settled = self._store.settled(sha)
             for form, level in job["wanted"]:
-                self._store.decline(sha, form, level, trouble)
+                if level and (form, level) not in settled:
+                    self._store.decline(sha, form, level, trouble)
         for mark in marks:
             self._store.remove(mark)
         self._store.evict(
@@ -4822,7 +4832,8 @@ class WarmUp:
 
     def __init__(self, settings: Settings, folder: Path):
         """Looks at the files below `folder` that domains serve."""
-        self._settings, self._folder = settings, Path(os.path.abspath(folder))
+        self._settings = settings
+        self._folder = Path(os.path.abspath(settings.working_dir / folder))
         scratch, tweaks = ScratchFolder(settings.scratch_dir), settings.tweaks
         link = RedisLink(scratch.redis_socket)
         self._store = AlternateStore(scratch.cache)
@@ -4844,6 +4855,8 @@ class WarmUp:
             gevent.signal_handler(number, self.break_off, number)
         found = list(self._files())
         self.total = len(found)
+        if not found:
+            self.failures.append(f"no file below {self._folder} is served")
         for place in found:
             self._pool.wait_available()
             if self.broken_off:
@@ -4988,8 +5001,8 @@ def _delta(source, job, wanted, store, _tweaks):
         dict_data=old, compression_params=_zstd_parameters(
             level, len(source), len(known))).compress(source)
     body = _DCZ_HEAD + bytes.fromhex(job["dictionary"]) + stream
-    least = min(stored.size for stored in store.find(job["sha"])
-                if stored.level and not stored.form.startswith("no_"))
+    least = min([len(source), *(stored.size for stored in store.find(
+        job["sha"]) if stored.form in _CODECS)])
     if zstandard.ZstdDecompressor(dict_data=old).decompress(
             stream) != source:
         yield Form(name, None, "decodes to something else")
@@ -5868,7 +5881,9 @@ class Site:
             asset, origin = self._fetch(request, key, fetch)
         if asset.lacks(request.headers) == "dcz":
             self._repository.relate(asset, dictionary(request.headers))
-        if coding := asset.lacks(request.headers):
+        coding = asset.lacks(request.headers)
+        # While we waited, what was known of dictionaries may be forgotten.
+        if coding and coding != "dcz":
             self._repository.hasten(asset, coding)
         if self._repository.is_due(asset, request.started):
             self._repository.renew(asset)
@@ -5879,8 +5894,8 @@ class Site:
         try:
             return self._repository.find(key, fetch), b"fwd=uri-miss"
         except AssetMissing as error:
-            asset = self._repository.find_removed(key)
-            if asset is None:
+            asset = error.is_gone and self._repository.find_removed(key)
+            if not asset:
                 raise
             request.note(f"{error}; served as it was (keep-removed-days)")
             return asset, b"hit"

@@ -174,6 +174,40 @@ def test_who_has_an_old_version_gets_what_changed(shelf, old, new):
     assert fields[b"etag"] != dict(asset.pick(Headers([])).fields)[b"etag"]
 
 
+def test_every_old_version_gets_its_change(shelf):
+    third = SECOND + b"/* and more */"
+    shelf.serve("app.0a1b2c31.js", FIRST)
+    shelf.serve("app.0a1b2c32.js", SECOND)
+    asset = shelf.serve("app.0a1b2c33.js", third)
+    for known in (SECOND, FIRST):
+        sha = hashlib.sha256(known).hexdigest()
+        form = shelf.answer(asset, asking(sha))
+        assert undone(form.body, known) == third
+
+
+def test_a_text_that_no_coding_shrinks_comes_as_what_changed(shelf):
+    first = random.Random(2).randbytes(4000)
+    shelf.serve("app.css", first)
+    asset = shelf.serve("app.css", first + b"more")
+    sha = hashlib.sha256(first).hexdigest()
+    assert len(shelf.answer(asset, asking(sha)).body) < 200
+
+
+def test_what_was_replaced_by_something_else_is_not_served_any_more(shelf):
+    name = "app.3f2a9c1b.js"
+    shelf.serve(name, FIRST)
+    (shelf.folder / name).unlink()
+    with pytest.raises(AssetMissing) as gone:
+        shelf.find(name)
+    assert gone.value.is_gone
+    for replace in (os.mkdir, lambda path: path.symlink_to("/etc/passwd")):
+        replace(shelf.folder / name)
+        with pytest.raises(AssetMissing) as refused:
+            shelf.find(name)
+        assert not refused.value.is_gone
+        os.rename(shelf.folder / name, shelf.folder / f"{name}.{replace!r:.9}")
+
+
 def test_every_version_is_offered_as_a_dictionary(shelf):
     asset = shelf.serve("app.3f2a9c1b.js", FIRST)
     for headers in (Headers([]), Headers([(b"accept-encoding", b"br")])):

@@ -341,6 +341,14 @@ def test_a_source_is_worked_on_by_one_artisan_at_a_time(link):
     assert other.lease(JOB)
 
 
+def test_what_is_no_job_is_passed_over(link):
+    queue = JobQueue(link)
+    for text in ("not JSON", "[1]", "{}", "7"):
+        link.call("ZADD", "sc_jobs", 9, text)
+    queue.put(JOB)
+    assert [queue.take(0.01) for _ in range(5)] == [None] * 4 + [JOB]
+
+
 def test_another_job_of_a_source_waits_until_the_first_is_done(link):
     queue, other = JobQueue(link), {**JOB, "wanted": [["br", 11]]}
     queue.put(JOB)

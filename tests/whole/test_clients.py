@@ -27,8 +27,11 @@ both_protocols = pytest.mark.parametrize("protocol", ["http/1.1", "h2"])
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The demo site in internet mode."""
+    """The demo site in internet mode, its images byte for byte."""
     folder = copy_demo(tmp_path_factory.mktemp("demo"))
+    (folder / ".shimmercat.loves.devs").mkdir(mode=0o700)
+    (folder / ".shimmercat.loves.devs/tweaks.yaml").write_text(
+        "images: none\n")
     plain_port = free_port()
     with Server(folder, "--workers", "2",
                 "-t", f"127.0.0.1:{plain_port}") as server:
