@@ -28,8 +28,8 @@ only.  ``grep -n '^# [0-9]*[b-d]*\\. ' shimmercat.py`` prints where they are.
      7  Paths            what a URL means
      8  Scratch          the scratch folder, certificates and TLS contexts
      9  Redis            the one link to Redis and its four uses
-    10  Representations  everything that can be served again
-   10b  Files            sources, their types, the store of alternates
+    10  Representations  sources, their types, the store of alternates
+   10b  Assets           everything that can be served again
    10c  Repository       the assets that a process knows
     11  Consultants      which application a request belongs to
     12  Fetch backends   how one asset is pulled from where it lives
@@ -80,11 +80,11 @@ __all__ = [
     "CertificateError", "write_atomically",
     "RedisAway", "RedisMissing", "RedisServer", "RedisLink", "LogTap",
     "LogSubscription", "JobQueue", "LocalJobQueue", "Announcements",
-    "AssetKey", "Representation", "Asset", "dictionary", "formats_shown",
     "QUIET_SECONDS", "SURE_SECONDS", "Source", "file_identity", "content_type",
     "is_compressible", "StoreFull", "StoredAlternate", "AlternateStore",
-    "read_file",
-    "Repository", "PICTURE_FORMS",
+    "read_file", "PICTURE_FORMS",
+    "AssetKey", "Representation", "Asset", "dictionary", "formats_shown",
+    "Repository",
     "consultant_of",
     "AssetMissing", "FilesystemBackend",
     "JobFailed", "stand_apart", "live_apart", "Workshop", "confine",
@@ -3639,192 +3639,11 @@ class Announcements:
 
 
 # ---------------------------------------------------------------------------
-# 10. Representations: everything that can be served again
-#
-#    Offers   AssetKey, Representation, Asset, dictionary, formats_shown
-#    Uses     4 HTTP
-# ---------------------------------------------------------------------------
-#
-# An asset is what a URL path of a domain stands for: one source, known by
-# the SHA-256 of its bytes, and its representations, smallest first.  All
-# that an answer needs (fields, validators) is computed when a representation
-# is added; a hit is a look-up, one stat of the source and a choice.
-#
-# The stat is what makes a changed file seen at once.  Its identity (device,
-# inode, size, mtime, ctime) is compared with the one under which the bytes
-# were read.  A file is read only when it was left alone for a moment: a write
-# sets its times before it copies, so a younger one may be half written, and
-# may change again within the clock's tick without changing its identity.
-#
-# Alternates come at two speeds.  The first visitor who wants a coding has it
-# made at a cheap level in a thread (brotli and zlib release the lock); the
-# artisan makes the best one, stores it, and announces the source's hash.
-
-
-class AssetKey(typing.NamedTuple):
-    """What an asset is known by: the query of its URL does not count."""
-
-    root: str
-    path: str
-    #: policy for images: "none", "optimize" or "scale"
-    pictures: str = "none"
-    #: pixels that an image is scaled down to; 0 leaves it as it is
-    width: int = 0
-    #: whether it is no longer where it was, and served from the store
-    is_removed: bool = False
-
-    def memo(self) -> str:
-        """The hash under which the store remembers what it was."""
-        text = f"{self.root}\0{self.path}"
-        return hashlib.sha256(os.fsencode(text)).hexdigest()
-
-
-class Representation:
-    """One form of an asset, with all that its answers need."""
-
-    __slots__ = ("body", "etag", "fields", "form", "kept", "kind", "length",
-                 "path")
-
-    def __init__(self, form: str, kind: bytes, etag: bytes, length: int):
-        #: "identity", a coding, or a format of pictures
-        self.form, self.kind = form, kind
-        self.etag, self.length = etag, length
-        #: the octets when they are held in memory, else None
-        self.body: bytes | None = None
-        #: file that holds the octets when memory doesn't
-        self.path: str | None = None
-        #: fields of a 200, and those of a 304 (RFC 9110 section 15.4.5)
-        self.fields: tuple = ()
-        self.kept: tuple = ()
-
-
-class Asset:
-    """One source and its representations."""
-
-    __slots__ = ("best", "counted", "deltas", "family", "identity", "key",
-                 "modified", "path", "probed", "representations", "sha",
-                 "trusted_until", "type", "untried", "visits", "wanted")
-
-    def __init__(self, key: AssetKey, source: "Source", sha: str):
-        self.key, self.sha, self.type = key, sha, b""
-        self.path, self.modified = source.path, source.modified
-        self.identity = source.identity
-        #: when it is to be read again, since it may have been half written
-        self.trusted_until = math.inf
-        if source.age < SURE_SECONDS:
-            self.trusted_until = time.monotonic() + SURE_SECONDS
-        #: by form, smallest first
-        self.representations: dict[str, Representation] = {}
-        #: codings that no cheap alternate was tried for yet
-        self.untried = frozenset()
-        #: (form, level) of all that the artisan can try
-        self.wanted: tuple = ()
-        #: whether it has tried
-        self.best = True
-        #: its versions as a URLPattern, when they may be dictionaries of
-        #: each other (RFC 9842), else empty
-        self.family = ""
-        #: {hash of a dictionary: what it makes of this asset, or None}
-        self.deltas: dict[str, Representation | None] = {}
-        self.visits = 0
-        #: octets that the repository counts for it
-        self.counted = 0
-        #: when the store was last asked for alternates, monotonic
-        self.probed = 0.0
-
-    def is_current(self) -> bool:
-        """Whether the source is still the one that was read."""
-        try:
-            return (file_identity(os.stat(self.path)) == self.identity
-                    and time.monotonic() < self.trusted_until)
-        except OSError:
-            return False
-
-    def pick(self, headers: Headers) -> Representation | None:
-        """The representation that the client likes best, small ones first."""
-        codings = headers.get(b"accept-encoding")
-        if self.type not in PICTURE_FORMS:
-            forms = self.representations
-            if delta := self.family and self.deltas.get(dictionary(headers)):
-                # Smaller than all: that is looked after when it is made.
-                forms = {"dcz": delta, **forms}
-            return forms.get(choose(tuple(forms), codings))
-        if choose(("identity",), codings) is None:
-            return None
-        shown = formats_shown(headers.get(b"accept"))
-        # Its own type is what the client has asked for by the name.
-        return next(form for form in self.representations.values()
-                    if form.kind == self.type or form.kind in shown)
-
-    def lacks(self, headers: Headers) -> str | None:
-        """A coding that should be tried before this client is answered."""
-        if self.family and dictionary(headers) not in (None, *self.deltas):
-            return "dcz"
-        if not self.untried:
-            return None
-        coding = choose((*_CODINGS, "identity"),
-                        headers.get(b"accept-encoding"))
-        return coding if coding in self.untried else None
-
-    def add(self, representation: Representation) -> None:
-        """Offers a form unless there is a smaller one of it already."""
-        old = self.representations.get(representation.form)
-        if old and old.length <= representation.length:
-            return
-        forms = {**self.representations, representation.form: representation}
-        self.representations = dict(
-            sorted(forms.items(), key=lambda item: item[1].length))
-        self.untried -= {representation.form}
-
-    def memory(self) -> int:
-        """Octets that its bodies hold."""
-        forms = (*self.representations.values(), *self.deltas.values())
-        return 2048 + sum(len(form.body or b"") for form in forms if form)
-
-    def job(self) -> dict:
-        """What the artisan is asked for."""
-        return {"sha": self.sha, "path": self.path, "memo": self.key.memo(),
-                "type": self.type.decode(), "wanted": self.wanted,
-                "width": self.key.width}
-
-
-def dictionary(headers: Headers) -> str | None:
-    """SHA-256 of the dictionary that a client has for us (RFC 9842 2.2).
-
-    None when it has none, cannot take `dcz`, or asks from another site.
-    """
-    field = headers.get(b"available-dictionary")
-    if (field is None or b"dcz" not in headers.get(b"accept-encoding", b"")
-            or headers.get(b"sec-fetch-site", b"none") not in _OURS):
-        return None
-    with contextlib.suppress(ValueError):
-        # What cannot be read is no dictionary of ours.
-        digest = base64.b64decode(field.strip(b" :"), validate=True)
-        return digest.hex() if len(digest) == 32 else None
-    return None
-
-
-@functools.lru_cache(256)
-def formats_shown(accept: bytes | None) -> frozenset[bytes]:
-    """Types of images that a client can show, of those that are made.
-
-    `accept` is its Accept field.  Of modern formats only those count that
-    it names: browsers send `*/*` along, and mean less by it.
-    """
-    shown = {b"image/png"}
-    for element in (accept or b"").lower().split(b","):
-        kind, *parameters = (part.strip() for part in element.split(b";"))
-        if kind in _MODERN and not _REFUSED.intersection(parameters):
-            shown.add(kind)
-    return frozenset(shown)
-
-
-# ---------------------------------------------------------------------------
-# 10b. Files: sources, their types, the store of alternates
+# 10. Representations: sources, their types, the store of alternates
 #
 #    Offers   QUIET_SECONDS, SURE_SECONDS, Source, file_identity,
 #             content_type, is_compressible, StoreFull, StoredAlternate,
-#             AlternateStore, read_file
+#             AlternateStore, read_file, PICTURE_FORMS
 #    Uses     1 Words, 2 Messages, 8 Scratch
 # ---------------------------------------------------------------------------
 
@@ -4104,12 +3923,210 @@ _COMPRESSIBLE = {
     "application/javascript", "application/json", "application/wasm",
     "application/x-javascript", "application/xml", "font/otf", "font/ttf",
     "image/bmp", "image/x-icon"}
+#: codings that are made, preferred first while none is there yet
+_CODINGS = (*(["br"] if brotli else []), *(["zstd"] if zstandard else []),
+            "gzip")
+#: levels of the artisan's codings; zstd keeps to the 8 MiB of window that
+#: browsers must have (RFC 9659)
+_BEST = {"br": 11, "zstd": 19, "gzip": 9, "dcz": 19}
+#: {type of an image: forms that it is tried in}, quick ones first
+PICTURE_FORMS = {
+    b"image/jpeg": ("jpeg", "webp", "avif"),
+    b"image/png": ("png", "webp", "avif"),
+    b"image/gif": ("png", "webp", "avif"), b"image/webp": ("webp", "avif")}
+
+
+# ---------------------------------------------------------------------------
+# 10b. Assets: everything that can be served again
+#
+#    Offers   AssetKey, Representation, Asset, dictionary, formats_shown
+#    Uses     4 HTTP
+# ---------------------------------------------------------------------------
+#
+# An asset is what a URL path of a domain stands for: one source, known by
+# the SHA-256 of its bytes, and its representations, smallest first.  All
+# that an answer needs (fields, validators) is computed when a representation
+# is added; a hit is a look-up, one stat of the source and a choice.
+#
+# The stat is what makes a changed file seen at once.  Its identity (device,
+# inode, size, mtime, ctime) is compared with the one under which the bytes
+# were read.  A file is read only when it was left alone for a moment: a write
+# sets its times before it copies, so a younger one may be half written, and
+# may change again within the clock's tick without changing its identity.
+#
+# Alternates come at two speeds.  The first visitor who wants a coding has it
+# made at a cheap level in a thread (brotli and zlib release the lock); the
+# artisan makes the best one, stores it, and announces the source's hash.
+
+
+class AssetKey(typing.NamedTuple):
+    """What an asset is known by: the query of its URL does not count."""
+
+    root: str
+    path: str
+    #: policy for images: "none", "optimize" or "scale"
+    pictures: str = "none"
+    #: pixels that an image is scaled down to; 0 leaves it as it is
+    width: int = 0
+    #: whether it is no longer where it was, and served from the store
+    is_removed: bool = False
+
+    def memo(self) -> str:
+        """The hash under which the store remembers what it was."""
+        text = f"{self.root}\0{self.path}"
+        return hashlib.sha256(os.fsencode(text)).hexdigest()
+
+
+class Representation:
+    """One form of an asset, with all that its answers need."""
+
+    __slots__ = ("body", "etag", "fields", "form", "kept", "kind", "length",
+                 "path")
+
+    def __init__(self, form: str, kind: bytes, etag: bytes, length: int):
+        #: "identity", a coding, or a format of pictures
+        self.form, self.kind = form, kind
+        self.etag, self.length = etag, length
+        #: the octets when they are held in memory, else None
+        self.body: bytes | None = None
+        #: file that holds the octets when memory doesn't
+        self.path: str | None = None
+        #: fields of a 200, and those of a 304 (RFC 9110 section 15.4.5)
+        self.fields: tuple = ()
+        self.kept: tuple = ()
+
+
+class Asset:
+    """One source and its representations."""
+
+    __slots__ = ("best", "counted", "deltas", "family", "identity", "key",
+                 "modified", "path", "probed", "representations", "sha",
+                 "trusted_until", "type", "untried", "visits", "wanted")
+
+    def __init__(self, key: AssetKey, source: "Source", sha: str):
+        self.key, self.sha, self.type = key, sha, b""
+        self.path, self.modified = source.path, source.modified
+        self.identity = source.identity
+        #: when it is to be read again, since it may have been half written
+        self.trusted_until = math.inf
+        if source.age < SURE_SECONDS:
+            self.trusted_until = time.monotonic() + SURE_SECONDS
+        #: by form, smallest first
+        self.representations: dict[str, Representation] = {}
+        #: codings that no cheap alternate was tried for yet
+        self.untried = frozenset()
+        #: (form, level) of all that the artisan can try
+        self.wanted: tuple = ()
+        #: whether it has tried
+        self.best = True
+        #: its versions as a URLPattern, when they may be dictionaries of
+        #: each other (RFC 9842), else empty
+        self.family = ""
+        #: {hash of a dictionary: what it makes of this asset, or None}
+        self.deltas: dict[str, Representation | None] = {}
+        self.visits = 0
+        #: octets that the repository counts for it
+        self.counted = 0
+        #: when the store was last asked for alternates, monotonic
+        self.probed = 0.0
+
+    def is_current(self) -> bool:
+        """Whether the source is still the one that was read."""
+        try:
+            return (file_identity(os.stat(self.path)) == self.identity
+                    and time.monotonic() < self.trusted_until)
+        except OSError:
+            return False
+
+    def pick(self, headers: Headers) -> Representation | None:
+        """The representation that the client likes best, small ones first."""
+        codings = headers.get(b"accept-encoding")
+        if self.type not in PICTURE_FORMS:
+            forms = self.representations
+            if delta := self.family and self.deltas.get(dictionary(headers)):
+                # Smaller than all: that is looked after when it is made.
+                forms = {"dcz": delta, **forms}
+            return forms.get(choose(tuple(forms), codings))
+        if choose(("identity",), codings) is None:
+            return None
+        shown = formats_shown(headers.get(b"accept"))
+        # Its own type is what the client has asked for by the name.
+        return next(form for form in self.representations.values()
+                    if form.kind == self.type or form.kind in shown)
+
+    def lacks(self, headers: Headers) -> str | None:
+        """A coding that should be tried before this client is answered."""
+        if self.family and dictionary(headers) not in (None, *self.deltas):
+            return "dcz"
+        if not self.untried:
+            return None
+        coding = choose((*_CODINGS, "identity"),
+                        headers.get(b"accept-encoding"))
+        return coding if coding in self.untried else None
+
+    def add(self, representation: Representation) -> None:
+        """Offers a form unless there is a smaller one of it already."""
+        old = self.representations.get(representation.form)
+        if old and old.length <= representation.length:
+            return
+        forms = {**self.representations, representation.form: representation}
+        self.representations = dict(
+            sorted(forms.items(), key=lambda item: item[1].length))
+        self.untried -= {representation.form}
+
+    def memory(self) -> int:
+        """Octets that its bodies hold."""
+        forms = (*self.representations.values(), *self.deltas.values())
+        return 2048 + sum(len(form.body or b"") for form in forms if form)
+
+    def job(self) -> dict:
+        """What the artisan is asked for."""
+        return {"sha": self.sha, "path": self.path, "memo": self.key.memo(),
+                "type": self.type.decode(), "wanted": self.wanted,
+                "width": self.key.width}
+
+
+def dictionary(headers: Headers) -> str | None:
+    """SHA-256 of the dictionary that a client has for us (RFC 9842 2.2).
+
+    None when it has none, cannot take `dcz`, or asks from another site.
+    """
+    field = headers.get(b"available-dictionary")
+    if (field is None or b"dcz" not in headers.get(b"accept-encoding", b"")
+            or headers.get(b"sec-fetch-site", b"none") not in _OURS):
+        return None
+    with contextlib.suppress(ValueError):
+        # What cannot be read is no dictionary of ours.
+        digest = base64.b64decode(field.strip(b" :"), validate=True)
+        return digest.hex() if len(digest) == 32 else None
+    return None
+
+
+@functools.lru_cache(256)
+def formats_shown(accept: bytes | None) -> frozenset[bytes]:
+    """Types of images that a client can show, of those that are made.
+
+    `accept` is its Accept field.  Of modern formats only those count that
+    it names: browsers send `*/*` along, and mean less by it.
+    """
+    shown = {b"image/png"}
+    for element in (accept or b"").lower().split(b","):
+        kind, *parameters = (part.strip() for part in element.split(b";"))
+        if kind in _MODERN and not _REFUSED.intersection(parameters):
+            shown.add(kind)
+    return frozenset(shown)
+
+
+#: where requests come from that may see what their dictionary tells
+_OURS = (b"same-origin", b"none")
+_MODERN = frozenset((b"image/webp", b"image/avif"))
+_REFUSED = frozenset((b"q=0", b"q=0.0", b"q=0.00", b"q=0.000"))
 
 
 # ---------------------------------------------------------------------------
 # 10c. Repository: the assets that a process knows
 #
-#    Offers   Repository, PICTURE_FORMS
+#    Offers   Repository
 #    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 7 Paths
 # ---------------------------------------------------------------------------
 
@@ -4452,26 +4469,11 @@ def _read_source(asset):
 _QUICK = {"br": lambda body: brotli.compress(body, quality=4),
           "zstd": lambda body: zstandard.compress(body, 3),
           "gzip": lambda body: gzip.compress(body, 4, mtime=0)}
-#: codings that are made, preferred first while none is there yet
-_CODINGS = (*(["br"] if brotli else []), *(["zstd"] if zstandard else []),
-            "gzip")
-#: levels of the artisan's codings; zstd keeps to the 8 MiB of window that
-#: browsers must have (RFC 9659)
-_BEST = {"br": 11, "zstd": 19, "gzip": 9, "dcz": 19}
 _HINTED = b"accept, sec-ch-width, sec-ch-dpr"
 #: versions of an asset that clients may have at a time
 _MOST_DELTAS = 16
-#: where requests come from that may see what their dictionary tells
-_OURS = (b"same-origin", b"none")
-#: {type of an image: forms that it is tried in}, quick ones first
-PICTURE_FORMS = {
-    b"image/jpeg": ("jpeg", "webp", "avif"),
-    b"image/png": ("png", "webp", "avif"),
-    b"image/gif": ("png", "webp", "avif"), b"image/webp": ("webp", "avif")}
 _FORMATS = {form: b"image/" + form.encode()
             for form in ("jpeg", "png", "webp", "avif")}
-_MODERN = frozenset((b"image/webp", b"image/avif"))
-_REFUSED = frozenset((b"q=0", b"q=0.0", b"q=0.00", b"q=0.000"))
 #: octets below which no coding pays for its own header
 _LEAST = 128
 _READ_ATTEMPTS = 20

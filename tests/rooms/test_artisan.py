@@ -302,9 +302,11 @@ class ArtisanProcess:
 @pytest.fixture
 def artisan(tmp_path):
     running = ArtisanProcess(tmp_path)
-    running.wait_for_beat()
-    yield running
-    running.end()
+    try:
+        running.wait_for_beat()
+        yield running
+    finally:
+        running.end()
 
 
 def listening(artisan):
