@@ -15,7 +15,7 @@ explains itself.
 
 The file runs alone: copy it beside a ``devlove.yaml`` and start it.  It is
 ordered in rooms, pure ones first; a room uses names of lower-numbered rooms
-only.  ``grep -n '^# [0-9]*[b-d]*\\. ' shimmercat.py`` prints where they are.
+only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
 
      0  Threshold        makes the process fit for imports, then imports
      1  Words            constants, the root of errors, helpers for all rooms
