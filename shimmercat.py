@@ -74,8 +74,8 @@ __all__ = [
     "StreamGone", "ErrorCode", "EngineLimits", "Engine", "Http2Engine",
     "Http1Engine", "NATIVE_ENGINE", "make_engine",
     "Urgency", "Scheduler",
-    "ForbiddenPath", "RuleError", "Kind", "classify", "plain_path", "family",
-    "asked_width", "RewriteRule",
+    "ForbiddenPath", "RuleError", "Kind", "classify", "sound_path",
+    "plain_path", "family", "asked_width", "RewriteRule", "rewritten",
     "ScratchFolder", "ScratchError", "ScratchBusy", "CertificateStore",
     "CertificateError", "write_atomically",
     "RedisAway", "RedisMissing", "RedisServer", "RedisLink", "LogTap",
@@ -2648,8 +2648,8 @@ def _read_urgency(field, default):
 # ---------------------------------------------------------------------------
 # 7. Paths: what a URL means
 #
-#    Offers   ForbiddenPath, RuleError, Kind, classify, plain_path,
-#             family, asked_width, RewriteRule
+#    Offers   ForbiddenPath, RuleError, Kind, classify, sound_path,
+#             plain_path, family, asked_width, RewriteRule, rewritten
 #    Uses     1 Words, 4 HTTP
 # ---------------------------------------------------------------------------
 
@@ -2690,6 +2690,22 @@ def classify(path: str) -> Kind:
         return Kind.DYNAMIC
     is_file = "." in last or "%2e" in last.lower()
     return Kind.STATIC if is_file else Kind.REDIRECT
+
+
+def sound_path(path: str) -> str:
+    """The same path, which no application should read as another one.
+
+    It may be no file's: a name may begin with a dot, and an encoded slash
+    is a client's choice.  Raises ForbiddenPath for empty components, `.`
+    and `..` in any spelling, broken escapes and control characters.
+    """
+    if _BAD_ESCAPE.search(path):
+        raise ForbiddenPath("a percent sign without two hex digits")
+    plain = urllib.parse.unquote_to_bytes(path)
+    if "//" in path or path[:1] != "/" or _UNSOUND.search(plain):
+        raise ForbiddenPath("a component is empty, '.' or '..', or has a"
+                            " control character")
+    return path
 
 
 def plain_path(path: str) -> tuple[str, ...]:
@@ -2752,6 +2768,9 @@ class RewriteRule(typing.NamedTuple):
     `*.ext` a last component by its extension.  In the program `$1` is what
     the first wildcard matched, for `*.ext` without the extension; `+common`
     is what follows the part of the pattern before any wildcard.
+
+    What is matched keeps its percent-encoding.  A literal matches all ways
+    to write it.
     """
 
     text: str
@@ -2759,6 +2778,8 @@ class RewriteRule(typing.NamedTuple):
     action: Kind | None
     pattern: str
     program: str
+    #: of the paths that match; its groups are `+common`, `$1` ...
+    form: re.Pattern
 
     @classmethod
     def parse(cls, text: str) -> "RewriteRule":
@@ -2771,7 +2792,40 @@ class RewriteRule(typing.NamedTuple):
         if first_problem:
             raise RuleError(*first_problem)
         pattern, word, program, _ = match.groups()
-        return cls(text, word and Kind(word), pattern, program)
+        return cls(text, word and Kind(word), pattern, program,
+                   _path_form(pattern))
+
+    def apply(self, path: str, query: str | None = None) -> str | None:
+        """What a path becomes, with its query; None if it does not match.
+
+        The query stays unless the program has one.  Only a redirect may
+        lead to another host, which is always the operator's own word.
+        Raises ForbiddenPath when a path comes out that is not sound.
+        """
+        found = self.form.fullmatch(path)
+        if found is None:
+            return None
+        origin = _ORIGIN.match(self.program)[0]
+        program, mark, own = self.program[len(origin):].partition("?")
+        # What is matched may be empty, or end in the slash that follows.
+        path = sound_path(_SLASHES.sub("/", _filled(program, found)))
+        if mark:
+            query = _filled(own, found, _one_value)
+        return origin + path + ("" if query is None else f"?{query}")
+
+
+def rewritten(rules: typing.Sequence[RewriteRule], target: str
+              ) -> tuple[RewriteRule | None, str]:
+    """The first rule that matches a target, and what it makes of it.
+
+    (None, `target`) when none does.  Raises ForbiddenPath.
+    """
+    path, mark, query = target.partition("?")
+    for rule in rules:
+        changed = rule.apply(path, query if mark else None)
+        if changed is not None:
+            return rule, changed
+    return None, target
 
 
 #: as much as Linux takes in one path (PATH_MAX)
@@ -2779,6 +2833,9 @@ _PATH_CHARACTERS = 4096
 #: as much as Linux takes in one name (NAME_MAX)
 _NAME_BYTES = 255
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+# Applications decode more often than they should: an encoded slash or a
+# backslash does not make ".." harmless.
+_UNSOUND = re.compile(rb"[\x00-\x1f\x7f]|(?<![^/\\])\.\.?(?![^/\\])")
 # RFC 8615 gives one dotted folder to the public.
 _PLAIN_PATH = re.compile(
     r"(?=/)(?:/\.well-known(?![^/]))?"
@@ -2800,8 +2857,58 @@ _RULE = re.compile(
 _COMPONENTS = re.compile(
     r"(?:/(?:\*|[^*?#/]*)(?![^/]))*(?:/(?:\*\*|\*\.[^*?#/]*)\Z)?")
 _WILDCARD = re.compile(r"\*+")
+_STARRED = re.compile(r"(?=.)(\**)([^*]*)")
 _NUMBER = re.compile(r"\$([0-9]{0,3})")
-_ABSOLUTE = re.compile(r"https?://[^/?#@$+]+/")
+_ORIGIN = re.compile(r"(?:https?://[^/?#@$+\\]+(?=/))?")
+_ODD_PLACE = re.compile(r"[#\\\x00-\x1f\x7f]|//|/\.\.?(?![^/])")
+_SLASHES = re.compile("/{2,}")
+#: what a program has in the place of something matched
+_WORD = re.compile(r"\$([0-9]{1,3})|\+common")
+#: printable ASCII: all that a program may say for itself
+_ASCII = "".join(map(chr, range(33, 127)))
+
+
+def _path_form(pattern):
+    """The compiled form of a rule's pattern."""
+    wildcard = _WILDCARD.search(pattern)
+    if wildcard is None:
+        folder = pattern.endswith("/")
+        return re.compile(_spelled(pattern) + (
+            "(?P<common>.*)" if folder else "(?:/(?P<common>.*))?"))
+    start = pattern.rindex("/", 0, wildcard.start()) + 1
+    form = _spelled(pattern[:start]) + "(?=(?P<common>.*))"
+    for stars, literal in _STARRED.findall(pattern[start:]):
+        form += {"*": "([^/]+)", "**": "(.*)"}.get(stars, "")
+        form += _spelled(literal)
+    return re.compile(form)
+
+
+def _spelled(text):
+    """Pattern of all the ways to write a text in a path."""
+    return "/".join(
+        "".join(map(_spelling, urllib.parse.unquote_to_bytes(component)))
+        for component in text.split("/"))
+
+
+def _spelling(octet):
+    escaped = f"%(?i:{octet:02x})"
+    if octet in b"/%" or octet > 126:
+        return escaped
+    return f"(?:{re.escape(chr(octet))}|{escaped})"
+
+
+def _filled(program, found, encode=str):
+    """A program with what was matched in its places."""
+    def replacement(word):
+        group = int(word[1]) + 1 if word[1] else "common"
+        return encode(found[group] or "")
+
+    return urllib.parse.quote(_WORD.sub(replacement, program), _ASCII)
+
+
+def _one_value(text):
+    """A piece of a path as it is written in a query, as one value."""
+    return urllib.parse.quote(text, "/%")
 
 
 def _decoded(path):
@@ -2835,10 +2942,14 @@ def _problems(match):
             yield match.start(3) + number.start(), (
                 f"'{number[0]}' names none of {count} wildcards")
     # What a wildcard matched is a client's choice: it may not be the host.
-    is_url = word == Kind.REDIRECT.value and _ABSOLUTE.match(program)
-    if program[:1] != "/" and not is_url:
+    origin = _ORIGIN.match(program)[0]
+    if program[:1] != "/" and not (origin and word == Kind.REDIRECT.value):
         yield match.start(3), (
             f"expected a path that begins with '/', not '{program}'")
+    place = program[len(origin):].partition("?")[0]
+    if odd := _ODD_PLACE.search(place) or re.search("#", program):
+        yield match.start(3) + program.index(odd[0], len(origin)), (
+            "expected a path without '//', '.', '..', '#' and backslashes")
     if rest:
         yield match.start(4), f"expected the end, not '{rest}'"
 
