@@ -31,6 +31,7 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
     10  Representations  sources, their types, the store of alternates
    10b  Assets           everything that can be served again
    10c  Repository       the assets that a process knows
+   10d  Freshness        which copies of a remote file are still good
     11  Consultants      which application a request belongs to
     12  Fetch backends   how one asset is pulled from where it lives
     13  Artisan          makes alternates, never serves
@@ -85,6 +86,8 @@ __all__ = [
     "read_file", "PICTURE_FORMS",
     "AssetKey", "Representation", "Asset", "dictionary", "formats_shown",
     "Repository",
+    "CHANGELIST_FOLDER", "SLOT_SECONDS", "Change", "slot_path",
+    "slots_between", "changes_in",
     "consultant_of",
     "AssetMissing", "FilesystemBackend",
     "JobFailed", "stand_apart", "live_apart", "Workshop", "confine",
@@ -4591,6 +4594,63 @@ _READ_ATTEMPTS = 20
 _SAMPLE_BYTES = 65536
 _DIGEST_BYTES = 1 << 20
 _PROBE_SECONDS = 60
+
+
+# ---------------------------------------------------------------------------
+# 10d. Freshness: which copies of a remote file are still good
+#
+#    Offers   CHANGELIST_FOLDER, SLOT_SECONDS, Change, slot_path,
+#             slots_between, changes_in
+#    Uses     no other room
+# ---------------------------------------------------------------------------
+
+#: where the changelist of a site lies, below the root of its files
+CHANGELIST_FOLDER = "__sc_changelist__"
+#: time whose changes are in one file of it
+SLOT_SECONDS = 256
+_CHANGE = re.compile(rb"([0-9A-Fa-f]{2}) ([cmd]) (\S+)\s*")
+
+
+class Change(typing.NamedTuple):
+    """A line of a changelist (reference 7.2): what became of a file, when."""
+
+    moment: int  #: POSIX time
+    event: str  #: "c" for created, "m" for modified, "d" for deleted
+    path: str  #: below the root, decoded as `os.fsdecode` does
+
+    def line(self) -> bytes:
+        """`HH EVENT PATH`, with HH the low octet of the time."""
+        path = urllib.parse.quote_from_bytes(os.fsencode(self.path))
+        low = self.moment % SLOT_SECONDS
+        return f"{low:02x} {self.event} {path}\n".encode()
+
+
+def slot_path(moment: int) -> str:
+    """The file that has the changes of a POSIX time, from the site's root."""
+    octets = f"{moment % 2**32:08x}"
+    return (f"{CHANGELIST_FOLDER}/{moment >> 32:x}/{octets[:2]}/{octets[2:4]}"
+            f"/{octets[4:6]}")
+
+
+def slots_between(first: int, last: int) -> range:
+    """The first moments of all slots that have changes of a span of time."""
+    return range(first - first % SLOT_SECONDS, last + 1, SLOT_SECONDS)
+
+
+def changes_in(content: bytes, slot: int) -> typing.Iterator[Change]:
+    """The changes in a file of a changelist whose first moment is `slot`.
+
+    A line that has nothing but a path is a change at the slot's last moment.
+    """
+    for line in content.splitlines():
+        found = _CHANGE.fullmatch(line)
+        low, event, path = found.groups() if found else (b"ff", b"m", line)
+        path = urllib.parse.unquote_to_bytes(path.strip().lstrip(b"/"))
+        if path:
+            yield Change(slot - slot % SLOT_SECONDS + int(low, 16),
+                         event.decode(), os.fsdecode(path))
+
+
 # ---------------------------------------------------------------------------
 # 11. Consultants: which application a request belongs to
 #
