@@ -260,7 +260,7 @@ def test_colours_are_for_terminals_of_users_who_want_them(
 # --log-codes
 
 
-CONNECTION = {1, 2, 3, 4, 5, 6, 40010, 40011, 40012}
+CONNECTION = {1, 2, 3, 4, 5, 6, 7, 40010, 40011, 40012, 40016}
 
 
 @pytest.mark.parametrize("expression, expected", [

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import ipaddress
 import re
 from pathlib import Path
 
@@ -383,6 +384,14 @@ def test_tweaks_that_are_left_out_have_their_default(load):
         tls_minimum="1.3", cache_control="no-store")
 
 
+def test_trusted_proxies_are_networks_addresses_and_unix_sockets(load):
+    tweaks = load(tweaks="trusted-proxies:\n- 10.0.0.0/8\n- 2001:db8::/32\n"
+                  "- 192.0.2.7\n- unix\n").tweaks
+    assert tweaks.trusted_proxies == (
+        *map(ipaddress.ip_network, ("10.0.0.0/8", "2001:db8::/32",
+                                    "192.0.2.7/32")), "unix")
+
+
 @pytest.mark.parametrize("text", ["", "# all keys commented out\n", "{}"])
 def test_an_empty_tweaks_yaml_means_all_defaults(load, text):
     assert load(tweaks=text).tweaks == Tweaks()
@@ -411,6 +420,11 @@ def test_tweaks_are_frozen():
     ("max-header-bytes: much", "got 'much', expected a size such as 64 KiB"),
     ("tls-minimum: 1.1", "got '1.1', expected 1.2 or 1.3"),
     ('cache-control: "a\\r\\nset-cookie: b"', "expected ASCII text"),
+    ("trusted-proxies: 10.0.0.0/8", "got '10.0.0.0/8', expected a list"),
+    ("trusted-proxies: [10.0.0.1/8]", "trusted-proxies > 1: got '10.0.0.1/8',"
+     " expected a network such as 10.0.0.0/8"),
+    ("trusted-proxies: [unix, localhost]", "trusted-proxies > 2: got"
+     " 'localhost', expected a network such as 10.0.0.0/8"),
     ("backlog: 20\nbacklog: 30", "given twice; the first is in line 1"),
 ])
 def test_a_mistake_in_tweaks_yaml_is_named(refuse, line, mistake):
@@ -453,7 +467,7 @@ def test_a_scratch_folder_has_a_name_and_no_path(load, name):
 def test_options_are_sorted_and_their_defaults_lawful():
     assert list(OPTIONS) == sorted(OPTIONS, key=lambda x: (x.where, x.name))
     for option in OPTIONS:
-        if option.default not in (None, False):
+        if option.default not in (None, False, ()):
             assert option.read(str(option.shown(option.default)))
 
 
