@@ -82,14 +82,15 @@ __all__ = [
     "Http1Engine", "NATIVE_ENGINE", "make_engine",
     "Urgency", "Scheduler",
     "ForbiddenPath", "RuleError", "Kind", "classify", "sound_path",
-    "plain_path", "family", "asked_width", "RewriteRule", "rewritten",
+    "plain_path", "url_path", "family", "asked_width", "RewriteRule",
+    "rewritten",
     "ScratchFolder", "ScratchError", "ScratchBusy", "CertificateStore",
     "CertificateError", "write_atomically",
     "RedisAway", "RedisMissing", "RedisServer", "RedisLink", "LogTap",
     "LogSubscription", "JobQueue", "LocalJobQueue", "Announcements",
     "QUIET_SECONDS", "SURE_SECONDS", "Source", "file_identity", "content_type",
-    "is_compressible", "StoreFull", "StoredAlternate", "AlternateStore",
-    "read_file", "PICTURE_FORMS",
+    "is_compressible", "StoreFull", "Mark", "StoredFile", "AlternateStore",
+    "StoreReader", "read_file", "PICTURE_FORMS",
     "AssetKey", "Representation", "Asset", "dictionary", "formats_shown",
     "Repository",
     "CHANGELIST_FOLDER", "SLOT_SECONDS", "Change", "slot_path",
@@ -2826,7 +2827,8 @@ def _read_urgency(field, default):
 # 7. Paths: what a URL means
 #
 #    Offers   ForbiddenPath, RuleError, Kind, classify, sound_path,
-#             plain_path, family, asked_width, RewriteRule, rewritten
+#             plain_path, url_path, family, asked_width, RewriteRule,
+#             rewritten
 #    Uses     1 Words, 4 HTTP
 # ---------------------------------------------------------------------------
 
@@ -2899,6 +2901,12 @@ def plain_path(path: str) -> tuple[str, ...]:
     if longest > _NAME_BYTES or len(path) > _PATH_CHARACTERS:
         raise ForbiddenPath("the path or a name in it is too long for Linux")
     return tuple(plain[1:].split("/"))
+
+
+def url_path(components: typing.Iterable[str]) -> str:
+    """The path of decoded components: one of all the ways to write it."""
+    return "/" + urllib.parse.quote(
+        "/".join(components), _PATH_SAFE, errors="surrogateescape")
 
 
 def family(path: str) -> tuple[str, bool]:
@@ -3009,6 +3017,8 @@ def rewritten(rules: typing.Sequence[RewriteRule], target: str
 _PATH_CHARACTERS = 4096
 #: as much as Linux takes in one name (NAME_MAX)
 _NAME_BYTES = 255
+#: what stands for itself in a path (RFC 3986 section 3.3)
+_PATH_SAFE = "/!$&'()*+,;=:@"
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 # Applications decode more often than they should: an encoded slash or a
 # backslash does not make ".." harmless.
@@ -3930,8 +3940,8 @@ class Announcements:
 # 10. Representations: sources, their types, the store of alternates
 #
 #    Offers   QUIET_SECONDS, SURE_SECONDS, Source, file_identity,
-#             content_type, is_compressible, StoreFull, StoredAlternate,
-#             AlternateStore, read_file, PICTURE_FORMS
+#             content_type, is_compressible, StoreFull, Mark, StoredFile,
+#             AlternateStore, StoreReader, read_file, PICTURE_FORMS
 #    Uses     1 Words, 2 Messages, 8 Scratch
 # ---------------------------------------------------------------------------
 
@@ -3979,13 +3989,20 @@ def file_identity(status: os.stat_result) -> tuple:
 
 
 def content_type(path: str, sample: bytes) -> bytes:
-    """Content-Type of a file by its name; charset when it is UTF-8."""
+    """Content-Type of a file by its name; charset when it is UTF-8.
+
+    An image that begins as one of another format is what it begins as:
+    browsers think so too, and its forms are made of its content.
+    """
     kind = _TYPES.get(os.path.splitext(path)[1].lower())
     if kind is None:
         kind, packing = _MIME.guess_type(path)
         if packing:
             kind = _PACKINGS.get(packing)
         kind = kind or "application/octet-stream"
+    if kind.encode() in PICTURE_FORMS and (
+            match := _PICTURE_HEAD.match(sample)):
+        return b"image/" + match.lastgroup.encode()
     if kind.startswith("text/") and _is_utf8(sample):
         kind += "; charset=utf-8"
     return kind.encode()
@@ -4014,10 +4031,20 @@ class StoreFull(ShimmerCatError):
     message_code = 60014
 
 
-class StoredAlternate(typing.NamedTuple):
+class Mark(enum.Enum):
+    """What a file of the store says of a source, if it is no alternate."""
+
+    DECLINED = "declined"  #: the named form is not to be had; body: why
+    ATTEMPT = "attempt"  #: the artisan is at it, or has died of it
+    KIN = "kin"  #: it is a version of an asset, named by a hash
+    ORIGINAL = "original"  #: body: the source itself, should it go away
+    NOTE = "note"  #: body: what is known of a path; its hash is the source's
+
+
+class StoredFile(typing.NamedTuple):
     """A file of the store; its name tells all of this."""
 
-    #: a coding, a format of pictures, or `no_` and one that is not to be had
+    #: a coding or a format of pictures; of marks what they are about
     form: str
     #: what it was made by: another recipe has another level
     level: int
@@ -4026,12 +4053,15 @@ class StoredAlternate(typing.NamedTuple):
     #: first 16 hex digits of the body's SHA-256
     digest: str
     path: Path
+    #: None for an alternate
+    mark: Mark | None
 
 
 class AlternateStore:
     """Alternates of sources, as files under the SHA-256 of the source.
 
-        r-cache/v2/<2 digits>/<sha256>.<form>-<level>.<size>.<digest>
+        r-cache/v3/<2 digits>/<sha256>.<form>-<level>.<size>.<digest>
+        r-cache/v3/<2 digits>/<sha256>.<mark>.<form>-<level>.<size>.<digest>
 
     Heals itself: what is damaged is removed and counts as not there, what
     has another name is left alone, and the folder may be cleared any time.
@@ -4041,87 +4071,100 @@ class AlternateStore:
     used_precision_seconds = 3600
     _source_form = re.compile(r"[0-9a-f]{64}")
     _file_form = re.compile(_source_form.pattern + (
-        r"\.([a-z0-9_]+)-(\d{1,5})\.(\d{1,12})\.([0-9a-f]{16})"))
+        rf"\.(?:({'|'.join(mark.value for mark in Mark)})\.)?"
+        r"([a-z0-9_]+)-(\d{1,5})\.(\d{1,12})\.([0-9a-f]{16})"))
 
     def __init__(self, folder: Path):
         """Keeps the files in `folder`, which need not exist."""
         self._folder = Path(folder)
-        self._root = self._folder / "v2"
+        self._root = self._folder / "v3"
         #: bytes that may come before the limit is looked at again
         self._unchecked_bytes = 0
 
-    def put(self, source_sha: str, form: str, level: int,
-            body: bytes) -> StoredAlternate:
-        """Stores an alternate; raises StoreFull."""
-        digest = _body_digest(body)
+    def put(self, source_sha: str, form: str, level: int, body: bytes,
+            mark: Mark | None = None) -> StoredFile:
+        """Stores an alternate or a mark; raises StoreFull."""
+        digest, word = _body_digest(body), f"{mark.value}." if mark else ""
         path = self._folder_of(source_sha) / (
-            f"{source_sha}.{form}-{level}.{len(body)}.{digest}")
+            f"{source_sha}.{word}{form}-{level}.{len(body)}.{digest}")
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(path, body)
         except OSError as error:
             raise StoreFull(f"{self._root}: {error}") from error
         self._unchecked_bytes -= len(body)
-        return StoredAlternate(form, level, len(body), digest, path)
+        return StoredFile(form, level, len(body), digest, path, mark)
 
     def decline(self, source_sha: str, form: str, level: int,
                 reason: str) -> None:
         """Notes why there is no such alternate; raises StoreFull."""
-        self.put(source_sha, f"no_{form}", level, reason.encode())
+        self.put(source_sha, form, level, reason.encode(), Mark.DECLINED)
 
-    def find(self, source_sha: str) -> list[StoredAlternate]:
-        """What there is of a source, smallest first; bodies unread."""
+    def find(self, source_sha: str, *marks: Mark | None) -> list[StoredFile]:
+        """Alternates of a source, or marks of these kinds, smallest first.
+
+        Their bodies are unread.
+        """
+        return [stored for stored in self._list(source_sha)
+                if stored.mark in (marks or (None,))]
+
+    def settled(self, source_sha: str) -> set[tuple[str, int]]:
+        """(form, level) of all that is there, or known not to be had."""
+        return {stored[:2]
+                for stored in self.find(source_sha, None, Mark.DECLINED)}
+
+    def _list(self, source_sha):
+        """All that there is of a source, smallest first."""
         folder = self._folder_of(source_sha)
         try:
             names = os.listdir(folder)
         except OSError:
             # Nothing was made yet, or it was cleared away.
             return []
-        found = [StoredAlternate(match[1], int(match[2]), int(match[3]),
-                                 match[4], folder / name)
-                 for name in names if name.startswith(source_sha)
-                 and (match := self._file_form.fullmatch(name))]
+        found = [StoredFile(
+            match[2], int(match[3]), int(match[4]), match[5], folder / name,
+            Mark(match[1]) if match[1] else None)
+            for name in names if name.startswith(source_sha)
+            and (match := self._file_form.fullmatch(name))]
         return sorted(found, key=lambda stored: (stored.size, stored.form))
-
-    def settled(self, source_sha: str) -> set[tuple[str, int]]:
-        """(form, level) of all that is there, or known not to be had."""
-        return {(stored.form.removeprefix("no_"), stored.level)
-                for stored in self.find(source_sha)}
 
     def remember(self, memo: str, what: dict) -> None:
         """Keeps a note under a hash, the only one; raises StoreFull."""
-        old = self.find(memo)
-        new = self.put(memo, "memo", 0, json.dumps(what).encode())
+        old = self.find(memo, Mark.NOTE)
+        new = self.put(memo, "path", 0, json.dumps(what).encode(), Mark.NOTE)
         for stored in old:
             if stored.path != new.path:
                 _remove(stored.path)
 
     def recall(self, memo: str) -> dict:
         """The note under a hash; its values are None when there is none."""
-        for stored in self.find(memo):
+        for stored in self.find(memo, Mark.NOTE):
             with contextlib.suppress(ValueError):
                 # Damaged, and removed by that: as if it were not there.
                 return json.loads(self.load(stored) or b"")
         return {"sha": None, "gone": None}
 
-    def remove(self, stored: StoredAlternate) -> None:
+    def remove(self, stored: StoredFile) -> None:
         """Removes what may have been removed already."""
         _remove(stored.path)
 
-    def load(self, stored: StoredAlternate) -> bytes | None:
+    def load(self, stored: StoredFile) -> bytes | None:
         """The body, or None when it is gone; a damaged file is removed."""
         # One byte more shows that something was appended.
         body = read_file(stored.path, stored.size + 1)
         if body is not None and _body_digest(body) != stored.digest:
             LOG.say(40013, stored.path)
-            _remove(stored.path)
+            self.remove(stored)
             return None
+        self._note_use(stored)
+        return body
+
+    def _note_use(self, stored):
         with contextlib.suppress(OSError):
             # Gone meanwhile, most likely; the body is whole all the same.
             age = time.time() - stored.path.stat().st_mtime
             if not 0 <= age <= self.used_precision_seconds:
                 os.utime(stored.path)
-        return body
 
     def evict(self, limit_bytes: int, added: int = 0) -> int:
         """Removes the least used files above the limit; returns bytes freed.
@@ -4163,6 +4206,19 @@ class AlternateStore:
                     if (self._file_form.fullmatch(name)
                             or found.st_mtime < abandoned):
                         yield found.st_mtime, found.st_size, path
+
+
+class StoreReader(AlternateStore):
+    """The store for one who looks at it and leaves no trace."""
+
+    def remember(self, memo: str, what: dict) -> None:
+        """Does not."""
+
+    def remove(self, stored: StoredFile) -> None:
+        """Does not; what is damaged counts as not there all the same."""
+
+    def _note_use(self, stored):
+        pass
 
 
 def _remove(path):
@@ -4211,6 +4267,10 @@ _COMPRESSIBLE = {
     "application/javascript", "application/json", "application/wasm",
     "application/x-javascript", "application/xml", "font/otf", "font/ttf",
     "image/bmp", "image/x-icon"}
+#: what files of the types in PICTURE_FORMS begin with
+_PICTURE_HEAD = re.compile(
+    rb"(?P<jpeg>\xff\xd8\xff)|(?P<png>\x89PNG\r\n\x1a\n)"
+    rb"|(?P<gif>GIF8[79]a)|(?P<webp>RIFF.{4}WEBP)", re.DOTALL)
 #: codings that are made, preferred first while none is there yet
 _CODINGS = (*(["br"] if brotli else []), *(["zstd"] if zstandard else []),
             "gzip")
@@ -4268,13 +4328,15 @@ class AssetKey(typing.NamedTuple):
 class Representation:
     """One form of an asset, with all that its answers need."""
 
-    __slots__ = ("body", "etag", "fields", "form", "kept", "kind", "length",
-                 "path")
+    __slots__ = ("body", "etag", "fields", "form", "is_cheap", "kept", "kind",
+                 "length", "path")
 
     def __init__(self, form: str, kind: bytes, etag: bytes, length: int):
         #: "identity", a coding, or a format of pictures
         self.form, self.kind = form, kind
         self.etag, self.length = etag, length
+        #: whether the artisan has a better one in mind
+        self.is_cheap = False
         #: the octets when they are held in memory, else None
         self.body: bytes | None = None
         #: file that holds the octets when memory doesn't
@@ -4287,9 +4349,10 @@ class Representation:
 class Asset:
     """One source and its representations."""
 
-    __slots__ = ("best", "counted", "deltas", "family", "identity", "key",
-                 "modified", "path", "probed", "representations", "sha",
-                 "trusted_until", "type", "untried", "visits", "wanted")
+    __slots__ = ("best", "counted", "deltas", "family", "identity", "is_kept",
+                 "key", "kin", "modified", "path", "probed",
+                 "representations", "sha", "trusted_until", "type", "untried",
+                 "visits", "wanted")
 
     def __init__(self, key: AssetKey, source: "Source", sha: str):
         self.key, self.sha, self.type = key, sha, b""
@@ -4310,6 +4373,10 @@ class Asset:
         #: its versions as a URLPattern, when they may be dictionaries of
         #: each other (RFC 9842), else empty
         self.family = ""
+        #: hash of the family that the store is to know it by, or empty
+        self.kin = ""
+        #: whether the store is to have a copy, for the time after it
+        self.is_kept = False
         #: {hash of a dictionary: what it makes of this asset, or None}
         self.deltas: dict[str, Representation | None] = {}
         self.visits = 0
@@ -4328,19 +4395,28 @@ class Asset:
 
     def pick(self, headers: Headers) -> Representation | None:
         """The representation that the client likes best, small ones first."""
-        codings = headers.get(b"accept-encoding")
-        if self.type not in PICTURE_FORMS:
-            forms = self.representations
-            if delta := self.family and self.deltas.get(dictionary(headers)):
-                # Smaller than all: that is looked after when it is made.
-                forms = {"dcz": delta, **forms}
-            return forms.get(choose(tuple(forms), codings))
-        if choose(("identity",), codings) is None:
-            return None
-        shown = formats_shown(headers.get(b"accept"))
-        # Its own type is what the client has asked for by the name.
-        return next(form for form in self.representations.values()
-                    if form.kind == self.type or form.kind in shown)
+        forms = self.representations
+        if self.type in PICTURE_FORMS:
+            return self._pick_shown(*formats_shown(headers.get(b"accept")))
+        if not is_compressible(self.type):
+            # What has no codings is sent to those too who want one (RFC 9110
+            # section 12.5.3 leaves nothing else but an error).
+            return forms["identity"]
+        if delta := self.family and self.deltas.get(dictionary(headers)):
+            # Smaller than all: that is looked after when it is made.
+            forms = {"dcz": delta, **forms}
+        return forms.get(choose(
+            tuple(forms), headers.get(b"accept-encoding")))
+
+    def _pick_shown(self, named, others):
+        """The form of an image by weights of types; always one."""
+        def liking(form):
+            is_own = form.kind == self.type
+            if form.kind in _MODERN and not is_own:
+                return named.get(form.kind, 0)
+            # Its own type is what the client has asked for by the name.
+            return max(named.get(form.kind, others), is_own * _NEVER_REFUSED)
+        return max(self.representations.values(), key=liking)
 
     def lacks(self, headers: Headers) -> str | None:
         """A coding that should be tried before this client is answered."""
@@ -4369,9 +4445,10 @@ class Asset:
 
     def job(self) -> dict:
         """What the artisan is asked for."""
-        return {"sha": self.sha, "path": self.path, "memo": self.key.memo(),
-                "type": self.type.decode(), "wanted": self.wanted,
-                "width": self.key.width}
+        memo = self.key.memo() if self.is_kept else None
+        return {"sha": self.sha, "path": self.path, "memo": memo,
+                "kin": self.kin, "type": self.type.decode(),
+                "wanted": self.wanted, "width": self.key.width}
 
 
 def dictionary(headers: Headers) -> str | None:
@@ -4391,24 +4468,32 @@ def dictionary(headers: Headers) -> str | None:
 
 
 @functools.lru_cache(256)
-def formats_shown(accept: bytes | None) -> frozenset[bytes]:
-    """Types of images that a client can show, of those that are made.
+def formats_shown(accept: bytes | None) -> tuple[dict[bytes, float], float]:
+    """({type: weight} of images that a client names, weight of others).
 
-    `accept` is its Accept field.  Of modern formats only those count that
-    it names: browsers send `*/*` along, and mean less by it.
+    `accept` is its Accept field (RFC 9110 section 12.5.1).  Others count as
+    much as the best that is named: browsers send `*/*;q=0.8` along for what
+    every browser shows, and do not mean that it may be larger.
     """
-    shown = {b"image/png"}
+    weights = {}
     for element in (accept or b"").lower().split(b","):
         kind, *parameters = (part.strip() for part in element.split(b";"))
-        if kind in _MODERN and not _REFUSED.intersection(parameters):
-            shown.add(kind)
-    return frozenset(shown)
+        quality = next((parameter[2:] for parameter in parameters
+                        if parameter.startswith(b"q=")), b"1")
+        if _QUALITY.fullmatch(quality):
+            weights[kind] = float(quality)
+    named = {kind: weight for kind, weight in weights.items()
+             if kind.startswith(b"image/")}
+    return named, max(
+        *named.values(), weights.get(b"*/*", 0.0), 0.0 if named else 1.0)
 
 
 #: where requests come from that may see what their dictionary tells
 _OURS = (b"same-origin", b"none")
 _MODERN = frozenset((b"image/webp", b"image/avif"))
-_REFUSED = frozenset((b"q=0", b"q=0.0", b"q=0.00", b"q=0.000"))
+#: weight of an image's own type where the client would have none of it
+_NEVER_REFUSED = 0.0001
+_QUALITY = re.compile(rb"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
 
 
 # ---------------------------------------------------------------------------
@@ -4503,7 +4588,7 @@ class Repository:
 
     def _plan(self, asset, length):
         """Decides on alternates; takes from the store what is there."""
-        if not asset.wanted:
+        if not (asset.wanted or asset.is_kept):
             return
         quick = self._tweaks.quick_compress_limit_bytes
         if is_compressible(asset.type) and length <= quick:
@@ -4529,35 +4614,44 @@ class Repository:
                 suffix = f"_{asset.key.width}" if asset.key.width else ""
                 forms = [(form + suffix, level)
                          for form in PICTURE_FORMS.get(asset.type, ())]
-        if asset.key.is_removed or asset.key.width:
-            return tuple(forms)
-        if asset.family:
-            forms.append((self._kin(asset), 0))
-        if asset.family or is_hashed and tweaks.keep_removed_days:
-            forms.append(("original", 0))
+        if not (asset.key.is_removed or asset.key.width):
+            asset.kin = asset.family and self._kin(asset)
+            asset.is_kept = bool(
+                asset.family or is_hashed and tweaks.keep_removed_days)
         return tuple(forms)
 
     def _kin(self, asset):
-        """Name of what marks the members of the asset's family."""
+        """What marks the members of the asset's family."""
         text = f"{asset.key.root}\0{asset.family}"
-        return f"kin_{hashlib.sha256(os.fsencode(text)).hexdigest()[:16]}"
+        return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
     def _probe(self, asset):
         """Adds the alternates that the store has of the asset."""
         asset.probed = time.monotonic()
         found = {stored[:2]: stored for stored in self._store.find(asset.sha)}
         for stored in map(found.get, asset.wanted):
-            if (stored and stored.level
-                    and stored.size < asset.identity[2]):
+            if stored and stored.size < asset.identity[2]:
                 self._take(asset, stored)
+        settled = self._store.settled(asset.sha)
         missing = {form for form, level in asset.wanted
-                   if not {(form, level), (f"no_{form}", level)} & {*found}}
-        if ("original", 0) in asset.wanted:
-            memo = self._store.recall(asset.key.memo())
-            if memo["sha"] != asset.sha or memo["gone"]:
-                missing.add("original")
-        asset.best = not missing
+                   if (form, level) not in settled}
+        asset.best = not missing and self._is_kept(asset)
         asset.untried &= missing
+
+    def _is_kept(self, asset):
+        """Whether the store has what is needed once the asset is gone."""
+        if asset.kin and not self._is_of(asset.sha, asset.kin):
+            return False
+        if not asset.is_kept:
+            return True
+        memo = self._store.recall(asset.key.memo())
+        return (memo["sha"] == asset.sha and not memo["gone"]
+                and bool(self._store.find(asset.sha, Mark.ORIGINAL)))
+
+    def _is_of(self, sha, kin):
+        """Whether a source is known as a member of a family."""
+        return any(stored.form == kin
+                   for stored in self._store.find(sha, Mark.KIN))
 
     def _take(self, asset, stored):
         """Offers what the store has, if it is whole."""
@@ -4624,11 +4718,10 @@ class Repository:
                 delta.body = body
                 asset.deltas[sha] = delta
                 self._account(asset)
-        elif (f"no_{name}", level) not in found and sha != asset.sha and any(
-                stored.form == self._kin(asset)
-                for stored in self._store.find(sha)):
+        elif (sha != asset.sha and self._is_of(sha, self._kin(asset))
+              and (name, level) not in self._store.settled(asset.sha)):
             self._jobs.put({**asset.job(), "wanted": ((name, level),),
-                            "dictionary": sha})
+                            "memo": None, "dictionary": sha})
 
     def find_removed(self, key: AssetKey) -> Asset | None:
         """What was served under a key and is gone since a short time."""
@@ -4636,8 +4729,7 @@ class Repository:
         if not limit or not family(key.path)[1]:
             return None
         memo = self._store.recall(key.memo())
-        originals = [stored for stored in self._store.find(
-            memo["sha"] or key.memo()) if stored.form == "original"]
+        originals = self._store.find(memo["sha"] or key.memo(), Mark.ORIGINAL)
         if not originals or now - (memo["gone"] or now) > limit:
             return None
         path = str(originals[0].path)
@@ -4659,7 +4751,7 @@ class Repository:
         quick = _in_thread(_QUICK[coding], body)
         if len(quick) < len(body):
             form = self._form(asset, coding, len(quick), "-quick")
-            form.body = quick
+            form.body, form.is_cheap = quick, True
             asset.add(form)
             self._account(asset)
 
@@ -4680,13 +4772,14 @@ class Repository:
             yield f"form {form.form}: {form.length} bytes, " + (
                 "chosen" if form is chosen else "larger"
                 if chosen and form.length >= chosen.length else
-                "not acceptable to this client")
-        declined = {stored.form.removeprefix("no_"): stored
-                    for stored in self._store.find(asset.sha)
-                    if stored.form.startswith("no_")}
-        for name in (form for form, level in asset.wanted if level):
-            if name in declined:
-                reason = self._store.load(declined[name]) or b"unknown"
+                "not acceptable to this client, or liked less") + (
+                "; made quickly, the best is not there yet"
+                if form.is_cheap else "")
+        declined = {stored[:2]: stored for stored in self._store.find(
+            asset.sha, Mark.DECLINED)}
+        for name, level in asset.wanted:
+            if stored := declined.get((name, level)):
+                reason = self._store.load(stored) or b"unknown"
                 yield f"form {name}: none, {reason.decode()}"
             elif name not in asset.representations:
                 yield f"form {name}: not made yet"
@@ -4916,8 +5009,8 @@ def _is_below(path, folder):
 #
 #    Offers   JobFailed, stand_apart, live_apart, Workshop, confine,
 #             exit_text, Artisan, Tally, WarmUp, lease_seconds
-#    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 9 Redis,
-#             10 Representations, 12 Fetch backends
+#    Uses     1 Words, 2 Messages, 3 Settings, 7 Paths, 8 Scratch,
+#             9 Redis, 10 Representations, 12 Fetch backends
 # ---------------------------------------------------------------------------
 
 #: option of prctl(2): a signal when the parent dies
@@ -4928,6 +5021,8 @@ _TRIES = 2
 _WAIT_SECONDS = 1
 #: time to store what was made, and to begin, on top of that for the work
 _LEASE_SECONDS = 30
+#: pause before somebody else's lease is asked for again
+_LEASE_PAUSE_SECONDS = 0.2
 _LONGEST_RECORD = 128 * KIB
 #: a skippable frame that holds the 32 octets of the dictionary's hash
 _DCZ_HEAD = bytes.fromhex("5e2a4d1820000000")
@@ -4975,6 +5070,9 @@ class Workshop:
                  beat: typing.Callable = lambda: None):
         """Calls `beat` each second or so while a job is done."""
         self._store, self._tweaks, self._beat = store, tweaks, beat
+        #: whether a job that we die of is held against it: not where people
+        #: end us as they like
+        self.marks_attempts = True
 
     def do(self, job: dict) -> str:
         """Does a job; why it was given up, or nothing.  Waits.
@@ -4983,35 +5081,44 @@ class Workshop:
         declined for good.  Raises StoreFull.
         """
         sha, before = job["sha"], self._size(job["sha"])
-        marks = [x for x in self._store.find(sha) if x.form == "attempt"]
+        begun = len(self._store.find(sha, Mark.ATTEMPT))
         trouble = "the artisan died of it"
-        while len(marks) < _TRIES:
-            # It tells the next artisan that this one was not the first.
-            marks.append(self._store.put(sha, "attempt", len(marks), b""))
+        for n in range(begun if self.marks_attempts else 0, _TRIES):
             try:
-                self._attempt(job)
+                with self._marked(sha, n):
+                    self._attempt(job)
                 trouble = ""
                 break
             except JobFailed as error:
                 trouble = str(error)
                 LOG.say(error.message_code, job["path"], error)
-            except (SystemExit, gevent.GreenletExit):
-                # It is not the job's fault that we have to leave.
-                self._store.remove(marks.pop())
-                raise
         else:
             settled = self._store.settled(sha)
             for form, level in job["wanted"]:
-                if level and (form, level) not in settled:
+                if (form, level) not in settled:
                     self._store.decline(sha, form, level, trouble)
-        for mark in marks:
+        for mark in self._store.find(sha, Mark.ATTEMPT):
             self._store.remove(mark)
         self._store.evict(
             self._tweaks.r_cache_limit_bytes, self._size(sha) - before)
         return trouble
 
+    @contextlib.contextmanager
+    def _marked(self, sha, number):
+        """Tells the next artisan, should this one die, that it has tried."""
+        if not self.marks_attempts:
+            yield
+            return
+        mark = self._store.put(sha, "job", number, b"", Mark.ATTEMPT)
+        try:
+            yield
+        except (SystemExit, gevent.GreenletExit):
+            # It is not the job's fault that we have to leave.
+            self._store.remove(mark)
+            raise
+
     def _size(self, sha):
-        return sum(stored.size for stored in self._store.find(sha))
+        return sum(x.size for x in self._store.find(sha, None, *Mark))
 
     def _attempt(self, job):
         """Has another process do the job; raises JobFailed."""
@@ -5177,14 +5284,18 @@ class WarmUp:
     off goes on.  With a running instance no source is worked on twice.
     """
 
-    def __init__(self, settings: Settings, folder: Path):
-        """Looks at the files below `folder` that domains serve."""
-        self._settings = settings
+    def __init__(self, settings: Settings, folder: Path, again: bool = False):
+        """Looks at the files that domains serve, if `folder` holds them.
+
+        `again` tries too what was found not to be had.
+        """
+        self._settings, self._is_again = settings, again
         self._folder = Path(os.path.abspath(settings.working_dir / folder))
         scratch, tweaks = ScratchFolder(settings.scratch_dir), settings.tweaks
         link = RedisLink(scratch.redis_socket)
         self._store = AlternateStore(scratch.cache)
         self._workshop = Workshop(self._store, tweaks)
+        self._workshop.marks_attempts = False
         self._jobs = JobQueue(link, lease_seconds=lease_seconds(tweaks))
         self._news = Announcements(link)
         #: orders go nowhere: we do them ourselves
@@ -5192,6 +5303,8 @@ class WarmUp:
             lambda job: None, 0))
         self.tallies = collections.defaultdict(Tally)
         self.total, self.done, self.failures = 0, 0, []
+        #: one file at a time of those with the same content
+        self._turns = collections.defaultdict(gevent.lock.Semaphore)
         self._pool = gevent.pool.Pool(len(os.sched_getaffinity(0)))
         #: the signal that has ended it before its time, or 0
         self.broken_off = 0
@@ -5220,43 +5333,74 @@ class WarmUp:
         """Bytes that the smallest forms so far save."""
         return sum(x.before - x.after for x in self.tallies.values())
 
-    def _files(self):
-        """(backend, components, policy) of all files that are served."""
-        for domain in self._settings.domains.values():
-            root = domain.root_dir
-            if root is None or domain.change_url:
+    def left_out(self) -> typing.Iterator[str]:
+        """Lines on what visitors may ask for and is not made ahead."""
+        for name, domain in self._settings.domains.items():
+            if domain.root_dir is None:
+                yield f"{name}: left out, has no files on this machine"
                 continue
-            backend = FilesystemBackend(root, (self._settings.scratch_dir,))
-            images = domain.images or self._settings.tweaks.images
-            for folder, folders, names in os.walk(root):
-                folders[:] = [x for x in folders if x[0] != "."]
-                inside = self._folder in (Path(folder), *Path(folder).parents)
-                for name in sorted(names) if inside else ():
-                    if name[0] != ".":
-                        path = Path(folder, name).relative_to(root)
-                        yield backend, path.parts, images
+            if domain.change_url:
+                yield (f"{name}: change-url gives files other URLs; versions"
+                       " of these are told apart from their first visit on")
+            if self._images(domain) == "scale":
+                yield (f"{name}: images are made in their own width; others"
+                       " follow when they are asked for")
 
-    def _warm(self, backend, components, images):
+    def _images(self, domain):
+        return domain.images or self._settings.tweaks.images
+
+    def _files(self):
+        """(backend, components, keys) of all files that are served."""
+        for domain in self._settings.domains.values():
+            if domain.root_dir is None:
+                continue
+            backend = FilesystemBackend(
+                domain.root_dir, (self._settings.scratch_dir,))
+            for path in self._below(domain.root_dir):
+                components = path.relative_to(domain.root_dir).parts
+                keys = [AssetKey(backend.root, name, self._images(domain))
+                        for name in _url_paths(components)]
+                if keys:
+                    yield backend, components, keys
+
+    def _below(self, root):
+        """Paths of the files in a folder that we are to look at."""
+        for folder, folders, names in os.walk(root):
+            folders[:] = [name for name in folders if name[0] != "."
+                          or Path(folder, name) == root / ".well-known"]
+            for path in (Path(folder, name) for name in sorted(names)):
+                if self._folder in (path, *path.parents):
+                    yield path
+
+    def _warm(self, backend, components, keys):
         """Has the alternates of a file made, and adds it to its tally."""
-        path = "/" + "/".join(components)
         try:
-            asset = self._repository.find(
-                AssetKey(backend.root, path, images),
-                lambda: backend.fetch(components))
-            trouble = "" if asset.best else self._make(asset)
-            if trouble:
-                self.failures.append(f"{asset.path}: {trouble}")
+            for key in keys:
+                asset = self._repository.find(
+                    key, lambda: backend.fetch(components))
+                with self._turns[asset.sha]:
+                    trouble = self._make(asset, key is keys[0])
+                if trouble:
+                    self.failures.append(f"{asset.path}: {trouble}")
             self._count(asset)
         except ShimmerCatError as error:
             self.failures.append(str(error))
         self.done += 1
 
-    def _make(self, asset):
+    def _make(self, asset, is_first):
         """Why not all could be made, or nothing."""
-        job, has_redis = asset.job(), True
+        if self._is_again and is_first:
+            for mark in self._store.find(asset.sha, Mark.DECLINED):
+                self._store.remove(mark)
+        elif asset.best:
+            return ""
+        # One with the same content may have been worked on meanwhile.
+        self._repository.refresh(asset.sha)
+        if asset.best:
+            return ""
+        job = asset.job()
         try:
-            if not self._jobs.lease(job):
-                return "somebody else works on it"
+            has_redis = self._lease(job)
         except RedisAway:
             # No instance is running here: nobody else can be at it.
             has_redis = False
@@ -5269,6 +5413,18 @@ class WarmUp:
                     self._jobs.done(job)
                     self._news.publish(job["sha"])
 
+    def _lease(self, job):
+        """Waits until the artisan, if it is at the source, has done with it.
+
+        True, or raises JobFailed or RedisAway.
+        """
+        deadline = Deadline(lease_seconds(self._settings.tweaks))
+        while not self._jobs.lease(job):
+            if deadline.passed():
+                raise JobFailed(f"{job['path']}: somebody else works on it")
+            gevent.sleep(_LEASE_PAUSE_SECONDS)
+        return True
+
     def _count(self, asset):
         self._repository.refresh(asset.sha)
         kind = asset.type.partition(b";")[0].decode()
@@ -5277,6 +5433,17 @@ class WarmUp:
         self.tallies[kind] = Tally(
             tally.files + 1, tally.before + asset.identity[2],
             tally.after + smallest)
+
+
+def _url_paths(components):
+    """The URL paths of a file; none if there cannot be one."""
+    path = url_path(components)
+    with contextlib.suppress(ForbiddenPath):
+        # Such as a name that is not UTF-8: nobody can ask for it.
+        plain_path(path)
+        folder = path.removesuffix("/index.html")
+        return [path] if folder == path else [f"{folder}/", path]
+    return []
 
 
 def lease_seconds(tweaks: Tweaks) -> float:
@@ -5306,19 +5473,14 @@ def make_alternates(job: dict, store: AlternateStore, tweaks: Tweaks) -> None:
     the job was put.  Raises StoreFull.
     """
     settled = store.settled(job["sha"])
-    is_kept = "original" in dict(job["wanted"])
     wanted = {form: level for form, level in job["wanted"]
               if (form, level) not in settled}
-    source = (wanted or is_kept) and read_file(
+    source = (wanted or job.get("memo")) and read_file(
         job["path"], tweaks.compress_limit_bytes)
     if not source or hashlib.sha256(source).hexdigest() != job["sha"]:
         return
-    if is_kept:
-        store.remember(job["memo"], {"sha": job["sha"], "gone": None})
-    for form in [form for form, level in wanted.items() if not level]:
-        # The source itself, or a mark that says what it is of kin to.
-        store.put(job["sha"], form, wanted.pop(form),
-                  source if form == "original" else b"")
+    if job.get("memo"):
+        _keep(source, job, store)
     attempts = (_delta if "dictionary" in job else _painted
                 if job["type"].encode() in PICTURE_FORMS else _coded)
     for form, body, reason in attempts(source, job, wanted, store, tweaks):
@@ -5329,6 +5491,15 @@ def make_alternates(job: dict, store: AlternateStore, tweaks: Tweaks) -> None:
             LOG.say(20004, form, job["path"], len(body), len(source), reason)
 
 
+def _keep(source, job, store):
+    """Stores what is needed once a source is gone, or has changed."""
+    if not store.find(job["sha"], Mark.ORIGINAL):
+        store.put(job["sha"], "file", 0, source, Mark.ORIGINAL)
+    if job["kin"]:
+        store.put(job["sha"], job["kin"], 0, b"", Mark.KIN)
+    store.remember(job["memo"], {"sha": job["sha"], "gone": None})
+
+
 def _delta(source, job, wanted, store, _tweaks):
     """The source as what is new since a version that clients have.
 
@@ -5336,8 +5507,7 @@ def _delta(source, job, wanted, store, _tweaks):
     dictionary, which is that version.
     """
     (name, level), = wanted.items() or [(None, 0)]
-    found = [stored for stored in store.find(job["dictionary"])
-             if stored.form == "original"]
+    found = store.find(job["dictionary"], Mark.ORIGINAL)
     known = found and store.load(found[0])
     if not name or not known:
         # Evicted meanwhile: nothing is said, since it may come back.
@@ -6159,8 +6329,7 @@ class Site:
         kind = classify(request.path)
         request.note(f"the URL convention takes it for {kind.name.lower()}")
         components = plain_path(request.path)
-        # One key for all the ways to write a path.
-        key = "/" + urllib.parse.quote("/".join(components), _PATH_SAFE)
+        key = url_path(components)
         # RFC 8615 names have no extension (ACME's tokens for one).
         if kind is Kind.REDIRECT and components[0] != ".well-known":
             return self._add_slash(request)
@@ -6344,8 +6513,6 @@ def error_page(status: int, trail: tuple[str, ...]) -> bytes:
 #: how often a file that is replaced under our hands is looked up
 _ATTEMPTS = 3
 _SOON = ((b"retry-after", b"1"),)
-#: what stands for itself in a path (RFC 3986 section 3.3)
-_PATH_SAFE = "/!$&'()*+,;=:@"
 _IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 _READS = ("GET", "HEAD")
 _ALLOW = b"GET, HEAD, OPTIONS"
@@ -7635,6 +7802,7 @@ class LoneWorker(Worker):
         LOG.configure(worker=self._name)
 
         workshop = Workshop(self._store, tweaks)
+        workshop.marks_attempts = False
 
         def work(job):
             try:
@@ -8089,6 +8257,8 @@ def _live(name, live, line, private):
 # ---------------------------------------------------------------------------
 
 _LEAST_APOPTOSIS_SECONDS = 900  #: without a flag that is named unsafe
+#: what a browser leaves as it is in a URL's path and query
+_URL_SAFE = "/!$%&'()*+,;=:@?[]"
 #: what `explain` asks with when it is not told: as Chromium does for images
 _BROWSER = {
     "accept": "image/avif,image/webp,image/apng,image/svg+xml,*/*;q=0.8",
@@ -8164,7 +8334,10 @@ def _parser():
             _add_flag(mode, option)
     modes.choices["warm"].add_argument(
         "folder", metavar="DIR", nargs="?", default="/",
-        help="look at the files below this folder only")
+        help="look at the files below this folder, or at this file, only")
+    modes.choices["warm"].add_argument(
+        "--again", action="store_true",
+        help="try again what was given up or did not become smaller")
     modes.choices["explain"].add_argument("url", metavar="URL")
     modes.choices["explain"].add_argument(
         "--header", metavar="NAME:VALUE", action="append", default=[],
@@ -8216,21 +8389,11 @@ def _check(flags):
 
 def _explain(flags):
     """Prints what would answer a GET, and how that is found."""
-    settings = dataclasses.replace(_settings(flags), mode="devlove")
-    store = AlternateStore(ScratchFolder(settings.scratch_dir).cache)
+    settings = _settings(flags)
+    request = _asked(flags, settings)
+    store = StoreReader(ScratchFolder(settings.scratch_dir).cache)
     site = Site(settings, Repository(settings.tweaks, store, LocalJobQueue(
         lambda job: None, 0)))
-    parts = urllib.parse.urlsplit(flags.url, "https")
-    target = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
-    headers = dict(_BROWSER)
-    for header in flags.header:
-        name, _, value = header.partition(":")
-        headers[name.strip().lower()] = value.strip()
-    request = Request.from_fields([
-        (name.encode(), value.encode()) for name, value in {
-            ":method": "GET", ":scheme": "https", ":authority": parts.netloc,
-            ":path": target, **headers}.items()], "h2", "-")
-    request.started = time.monotonic()
     response = site.answer(request)
     print("\n".join(request.trail))
     print(f"{response.status} {http.HTTPStatus(response.status).phrase}:"
@@ -8240,12 +8403,42 @@ def _explain(flags):
     return 0
 
 
+def _asked(flags, settings):
+    """The request that `explain` is about; raises _UsageError."""
+    url = flags.url if "://" in flags.url else f"https://{flags.url}"
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme != "https" or not parts.netloc:
+        name = next(iter(settings.domains), "localhost")
+        raise _UsageError(f"URL: got {flags.url!r}, expected one like"
+                          f" https://{name}/ or {name}/style.css")
+    target = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
+    headers = dict(_BROWSER)
+    for header in flags.header:
+        name, colon, value = header.partition(":")
+        if not colon:
+            raise _UsageError(f"--header: got {header!r}, expected NAME:VALUE")
+        headers[name.strip().lower()] = value.strip()
+    try:
+        request = Request.from_fields([
+            (name.encode(), value.encode()) for name, value in {
+                ":method": "GET", ":scheme": "https",
+                ":authority": parts.netloc,
+                ":path": urllib.parse.quote(target, _URL_SAFE),
+                **headers}.items()], "h2", "-")
+    except (BadRequest, UriTooLong) as error:
+        raise _UsageError(f"URL or --header: {error}") from error
+    request.started, request.trail = time.monotonic(), []
+    return request
+
+
 def _warm(flags):
     """Makes all alternates and prints a table; 1 if something failed."""
     _refuse_late_patching()
     settings = _settings(flags)
     LOG.configure(enabled=frozenset())
-    work = WarmUp(settings, flags.folder)
+    work = WarmUp(settings, flags.folder, flags.again)
+    for line in work.left_out():
+        print(line, file=sys.stderr)
     progress = gevent.spawn(_show_progress, work)
     work.run()
     progress.kill()

@@ -302,13 +302,22 @@ def is_promised(name):
     """Whether a method is one of a base class, or of a parser's protocol,
     where its contract stands."""
     kind, _, method = name.partition(".")
-    bases = [ast.unparse(base) for found, node in definitions()
-             if found == kind and isinstance(node, ast.ClassDef)
-             for base in node.bases]
-    documented = {found for found, node in definitions()
-                  if ast.get_docstring(node) is not None}
     return method.startswith("on_") or any(
-        f"{base}.{method}" in documented for base in bases)
+        f"{base}.{method}" in documented() for base in bases().get(kind, ()))
+
+
+@functools.cache
+def bases():
+    """{class: its base classes}."""
+    return {name: [ast.unparse(base) for base in node.bases]
+            for name, node in definitions() if isinstance(node, ast.ClassDef)}
+
+
+@functools.cache
+def documented():
+    """Names of what has a docstring."""
+    return {name for name, node in definitions()
+            if ast.get_docstring(node) is not None}
 
 
 def test_everything_public_has_a_docstring_that_opens_with_a_sentence():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import shimmercat
-from shimmercat import LOG, AlternateStore, StoreFull
+from shimmercat import LOG, AlternateStore, Mark, StoreFull
 
 SHA = hashlib.sha256(b"source").hexdigest()
 OTHER = hashlib.sha256(b"other").hexdigest()
@@ -54,6 +54,29 @@ def test_the_smallest_is_found_first(store):
     store.put(SHA, "br", 11, b"123")
     store.put(OTHER, "br", 11, b"1")
     assert [found.size for found in store.find(SHA)] == [3, 5]
+
+
+def test_marks_are_told_from_alternates_by_their_names(store):
+    made = store.put(SHA, "br", 11, b"body")
+    store.decline(SHA, "webp_320", 9900, "not smaller")
+    for n, mark in enumerate(Mark):
+        store.put(SHA, "br", n, b"", mark)
+    assert store.find(SHA) == [made]
+    assert made.path.name.startswith(f"{SHA}.br-11.4.")
+    for mark in Mark:
+        for found in store.find(SHA, mark):
+            assert found.mark is mark
+            assert found.path.name.startswith(f"{SHA}.{mark.value}.")
+    assert len(store.find(SHA, None, *Mark)) == 2 + len(Mark)
+    assert store.settled(SHA) == {("br", 11), ("webp_320", 9900), ("br", 0)}
+
+
+def test_a_note_takes_the_place_of_the_one_before(store):
+    assert store.recall(SHA) == {"sha": None, "gone": None}
+    for n in range(3):
+        store.remember(SHA, {"sha": OTHER, "gone": n})
+    assert store.recall(SHA) == {"sha": OTHER, "gone": 2}
+    assert len(store.find(SHA, Mark.NOTE)) == 1
 
 
 def test_an_empty_store_has_nothing_and_needs_no_folder(store, tmp_path):

@@ -23,6 +23,7 @@ import shimmercat
 from shimmercat import (
     AlternateStore,
     JobQueue,
+    Mark,
     RedisLink,
     Tweaks,
     Workshop,
@@ -49,15 +50,19 @@ def job_for(path, content=TEXT, kind="text/css; charset=utf-8",
 
 
 def forms(store, job):
-    """(form, level) of all that the store has of a job's source."""
+    """(form, level) of all that was made of a job's source."""
     return {stored[:2] for stored in store.find(job["sha"])}
 
 
 def reasons(store, job):
     """{form: why there is none of it}."""
-    return {stored.form.removeprefix("no_"): store.load(stored).decode()
-            for stored in store.find(job["sha"])
-            if stored.form.startswith("no_")}
+    return {stored.form: store.load(stored).decode()
+            for stored in store.find(job["sha"], Mark.DECLINED)}
+
+
+def marks(store, job):
+    """Kinds of the marks that the store has of a job's source."""
+    return [stored.mark for stored in store.find(job["sha"], *Mark)]
 
 
 def test_text_gets_the_best_of_all_codings(store, tmp_path):
@@ -212,7 +217,8 @@ def test_a_job_that_fails_is_tried_twice_and_then_declined_for_good(
     assert all(reason in failure and job["path"] in failure
                for failure in failures)
     assert reasons(store, job) == dict.fromkeys(("br", "zstd", "gzip"), reason)
-    assert len(forms(store, job)) == 3
+    assert not forms(store, job)
+    assert marks(store, job) == [Mark.DECLINED] * 3
     assert store.settled(job["sha"]) >= set(CODINGS)
 
 
@@ -236,10 +242,11 @@ def test_a_job_that_fails_once_is_done_the_second_time(
 def test_a_job_that_two_artisans_died_of_is_not_tried_again(store, tmp_path):
     job = job_for(tmp_path / "a.css")
     for n in range(2):
-        store.put(job["sha"], "attempt", n, b"")
+        store.put(job["sha"], "job", n, b"", Mark.ATTEMPT)
     Workshop(store, TWEAKS).do(job)
     assert set(reasons(store, job).values()) == {"the artisan died of it"}
-    assert len(forms(store, job)) == 3
+    assert not forms(store, job)
+    assert marks(store, job) == [Mark.DECLINED] * 3
 
 
 def test_the_process_of_a_job_is_nice_and_its_memory_is_capped(

@@ -18,6 +18,7 @@ from shimmercat import (
     AssetMissing,
     FilesystemBackend,
     Headers,
+    Mark,
     Repository,
     Tweaks,
     Workshop,
@@ -305,8 +306,7 @@ def test_what_comes_back_counts_its_days_anew(shelf):
 def test_nothing_is_kept_of_removed_files_if_that_is_not_wanted(tmp_path):
     shelf = Shelf(tmp_path, keep_removed_days=0, dictionaries=False)
     shelf.serve("app.3f2a9c1b.js", FIRST)
-    assert not [stored for stored in shelf.store.find(FIRST_SHA)
-                if stored.form == "original"]
+    assert not shelf.store.find(FIRST_SHA, Mark.ORIGINAL)
     (shelf.folder / "app.3f2a9c1b.js").unlink()
     assert shelf.repository.find_removed(
         shelf.key("app.3f2a9c1b.js")) is None

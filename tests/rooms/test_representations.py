@@ -21,6 +21,7 @@ from shimmercat import (
     AssetMissing,
     FilesystemBackend,
     Headers,
+    Mark,
     Repository,
     SourceChanged,
     Tweaks,
@@ -72,6 +73,20 @@ class Shelf:
     def settle(self, name):
         """The asset once it was quiet for long enough to be trusted."""
         return eventually(lambda: self.find(name) and self.peek(name))
+
+    def work(self, asset, body=b"small"):
+        """Stores what the artisan would, the same body for each form."""
+        job, store = asset.job(), self.store
+        for form, level in job["wanted"]:
+            if body is None:
+                store.decline(asset.sha, form, level, "not smaller")
+            else:
+                store.put(asset.sha, form, level, body)
+        if job["memo"]:
+            store.put(asset.sha, job["kin"], 0, b"", Mark.KIN)
+            store.put(asset.sha, "file", 0, b"source", Mark.ORIGINAL)
+            store.remember(job["memo"], {"sha": asset.sha, "gone": None})
+        self.repository.refresh(asset.sha)
 
     def body(self, name, accepted=None):
         """The octets that a client gets."""
@@ -326,9 +341,7 @@ def test_a_missed_announcement_is_made_up_for(shelf):
     asset, now = shelf.find("a.css"), time.monotonic()
     assert not shelf.repository.is_due(asset, now)
     assert shelf.repository.is_due(asset, now + 61)
-    for form, level in asset.wanted:
-        shelf.store.put(asset.sha, form, level, b"small")
-    shelf.repository.refresh(asset.sha)
+    shelf.work(asset)
     assert asset.pick(coding(b"gzip")).body == b"small"
     assert not shelf.repository.is_due(asset, now + 1000)
 
@@ -336,9 +349,7 @@ def test_a_missed_announcement_is_made_up_for(shelf):
 def test_a_form_that_is_not_to_be_had_is_not_asked_for_again(shelf):
     shelf.write("a.css", CSS)
     asset = shelf.find("a.css")
-    for form, level in asset.wanted:
-        shelf.store.decline(asset.sha, form, level, "not smaller")
-    shelf.repository.refresh(asset.sha)
+    shelf.work(asset, None)
     assert asset.best
     assert asset.lacks(coding(b"br, zstd, gzip")) is None
     assert asset.pick(coding(b"br")).form == "identity"
@@ -359,7 +370,15 @@ def test_the_more_visits_an_asset_has_the_more_its_forms_are_wanted(shelf):
     (b"image/avif,image/webp,*/*;q=0.8", "avif"),
     (b"image/webp,*/*", "webp"), (b"*/*", "jpeg"), (b"image/*", "jpeg"),
     (b"image/avif;q=0, image/webp;q=0.1", "webp"),
-    (b"text/html", "jpeg"), (b"", "jpeg"), (b"IMAGE/AVIF ; x=1", "avif")])
+    (b"text/html", "jpeg"), (b"", "jpeg"), (b"IMAGE/AVIF ; x=1", "avif"),
+    (b"image/avif;q=0.0, image/webp", "webp"), (b"image/avif; q=0.", "jpeg"),
+    (b"image/avif;q=much, image/webp", "webp"),
+    (b"image/avif;q=0.5, image/webp;q=0.7, */*;q=0.1", "webp"),
+    (b"image/avif;q=0.5;x=1, image/webp;q=0.5, */*;q=0.1", "avif"),
+    (b"image/avif;q=0.3, image/jpeg;q=0.4", "jpeg"),
+    (b"image/avif;q=0.3, */*", "jpeg"), (b"image/webp, image/*;q=0", "webp"),
+    (b"image/jpeg;q=0, image/webp;q=0.001", "webp"),
+    (b"image/jpeg;q=0", "jpeg")])
 def test_an_image_comes_in_the_smallest_format_that_the_client_names(
         shelf, field, best):
     shelf.write("a.jpg", NOISE)
@@ -376,9 +395,12 @@ def test_an_image_comes_in_the_smallest_format_that_the_client_names(
     assert b"content-encoding" not in fields
 
 
-def test_an_image_that_must_not_be_identity_is_not_acceptable(shelf):
-    shelf.write("a.jpg", NOISE)
-    assert shelf.find("a.jpg").pick(coding(b"identity;q=0")) is None
+@pytest.mark.parametrize("name", ["a.jpg", "a.woff2", "a.mp4"])
+@pytest.mark.parametrize("field", [b"identity;q=0", b"br, *;q=0", b"*;q=0"])
+def test_what_has_no_codings_is_sent_to_those_who_want_one(
+        shelf, name, field):
+    shelf.write(name, NOISE)
+    assert shelf.find(name).pick(coding(field)).form == "identity"
 
 
 @pytest.mark.parametrize("options", [
@@ -397,9 +419,7 @@ def test_a_job_that_was_lost_is_put_again(shelf):
     shelf.jobs.clear()
     shelf.repository.renew(asset)
     assert [job["sha"] for job in shelf.jobs] == [asset.sha]
-    for form, level in asset.wanted:
-        shelf.store.put(asset.sha, form, level, b"small")
-    shelf.store.remember(asset.key.memo(), {"sha": asset.sha, "gone": None})
+    shelf.work(asset)
     shelf.jobs.clear()
     shelf.repository.renew(asset)
     assert shelf.jobs == []
@@ -535,6 +555,13 @@ def test_a_file_that_never_holds_still_is_given_up(tmp_path):
     ("a.txt", b"\xff\xfea\0", b"text/plain"),
     ("a.css", b"", b"text/css; charset=utf-8"),
     ("a.js", b"x", b"text/javascript; charset=utf-8"),
+    ("a.png", b"\xff\xd8\xff\xe0", b"image/jpeg"),
+    ("a.JPG", b"\x89PNG\r\n\x1a\n", b"image/png"),
+    ("a.webp", b"GIF89a", b"image/gif"),
+    ("a.gif", b"RIFF\n\0\0\0WEBPVP8 ", b"image/webp"),
+    ("a.jpg", b"RIFF\n\0\0\0WAVE", b"image/jpeg"),
+    ("a.txt", b"GIF89a", b"text/plain; charset=utf-8"),
+    ("a.bin", b"GIF89a", b"application/octet-stream"),
     ("a.mjs", b"x", b"text/javascript; charset=utf-8"),
     ("a.json", b"x", b"application/json"),
     ("a.svg", b"x", b"image/svg+xml"),
@@ -581,12 +608,17 @@ def test_any_name_has_a_type(name, sample):
 
 @given(st.binary(max_size=80))
 def test_any_accept_field_is_read(field):
-    assert b"image/png" in formats_shown(field) <= {
-        b"image/png", b"image/webp", b"image/avif"}
+    named, others = formats_shown(field)
+    assert all(0 <= weight <= 1 for weight in (*named.values(), others))
 
 
-@given(st.lists(st.sampled_from([
-    b"image/avif", b"image/webp", b"*/*", b"image/*", b"text/html"])))
-def test_only_what_is_named_is_shown(kinds):
-    assert formats_shown(b", ".join(kinds)) == {
-        b"image/png", *({b"image/avif", b"image/webp"} & {*kinds})}
+@given(st.dictionaries(st.sampled_from([
+    b"image/avif", b"image/webp", b"image/jpeg", b"*/*", b"text/html"]),
+    st.integers(0, 1000).map(lambda n: n / 1000)))
+def test_a_named_type_has_its_weight_and_others_that_of_the_best(weights):
+    named, others = formats_shown(b", ".join(
+        b"%b ; q=%.3f" % item for item in weights.items()))
+    wild = weights.pop(b"*/*", 0)
+    weights.pop(b"text/html", None)
+    assert named == weights
+    assert others == max(wild, *weights.values(), 0 if weights else 1)

@@ -25,7 +25,8 @@ CHROMIUM = {"accept": "image/avif,image/webp,*/*",
 CODINGS = {"br", "zstd", "gzip"}
 FORMS = {".jpg": {"jpeg", "webp", "avif"}, ".png": {"png", "webp", "avif"},
          ".gif": {"png", "webp", "avif"}}
-STORED = re.compile(r"([0-9a-f]{64})\.([a-z_]+)-\d+\.(\d+)\.([0-9a-f]{16})")
+STORED = re.compile(r"([0-9a-f]{64})\.(?:([a-z]+)\.)?([a-z0-9_]+)-\d+"
+                    r"\.(\d+)\.([0-9a-f]{16})")
 TEXT = b"".join(b"p.class-%d { margin: %dpx; }\n" % (n, n * n % 97)
                 for n in range(500))
 #: what each visitor gets of it, whatever it holds
@@ -84,19 +85,20 @@ def cache(folder):
     return folder / ".shimmercat.loves.devs" / "r-cache"
 
 
-def stored(folder, source):
-    """{form: file} of what the store has of a source."""
+def stored(folder, source, *marks):
+    """{form: file} of the alternates of a source, or of its marks."""
     sha = hashlib.sha256(source).hexdigest()
-    return {path.name.split(".")[1].rpartition("-")[0]: path
-            for path in cache(folder).rglob(f"{sha}.*")}
+    return {match[3]: path for path in cache(folder).rglob(f"{sha}.*")
+            if (match := STORED.fullmatch(path.name))
+            and match[2] == (marks[0] if marks else None)}
 
 
 def is_settled(folder, name):
     """Whether each form of a file was made, or is known not to be had."""
     path = folder / "www" / name
-    found = {form.removeprefix("no_")
-             for form in stored(folder, path.read_bytes())}
-    return found >= FORMS.get(path.suffix, CODINGS)
+    source = path.read_bytes()
+    found = stored(folder, source) | stored(folder, source, "declined")
+    return found.keys() >= FORMS.get(path.suffix, CODINGS)
 
 
 def settle(folder, names, seconds=60):
@@ -374,11 +376,11 @@ def assert_whole(folder, photos):
         if path.is_dir() or path.name.startswith(".draft-"):
             # A kill leaves drafts, of which nobody knows.
             continue
-        sha, form, size, digest = STORED.fullmatch(path.name).groups()
+        sha, mark, form, size, digest = STORED.fullmatch(path.name).groups()
         body = path.read_bytes()
         assert len(body) == int(size)
         assert hashlib.sha256(body).hexdigest()[:16] == digest
-        if form in FORMS[".jpg"]:
+        if form in FORMS[".jpg"] and not mark:
             shown = opened(body)
             shown.load()
             assert shown.format.lower() == form
@@ -461,8 +463,10 @@ def assert_only_one_is_worked_on(folder, files, known):
                 if name.endswith(".jpg"):
                     assert "vary" not in answer.headers
             settle(folder, [known])
-    assert not any(stored(folder, source) for name, source in files.items()
-                   if name != known)
+    shas = {hashlib.sha256(source).hexdigest() for name, source
+            in files.items() if name != known}
+    assert not [path for path in cache(folder).rglob("*")
+                if path.name.partition(".")[0] in shas]
 
 
 def test_tweaks_can_leave_images_alone(tmp_path):

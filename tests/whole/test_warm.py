@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import os
+import pathlib
 import re
 import resource
 import signal
@@ -48,22 +49,23 @@ def kept(folder):
             for path in cache.rglob("*") if path.is_file()}
 
 
-def stored(folder, source):
-    """{form: length} of what the store has of a source."""
+def stored(folder, source, *marks):
+    """{form: length} of the alternates of a source, or of its marks."""
     sha, found = hashlib.sha256(source).hexdigest(), {}
     for path in kept(folder):
         if path.name.startswith(sha):
-            _, form, size, _ = path.name.split(".")
-            found[form.rpartition("-")[0]] = int(size)
+            _, *mark, form, size, _ = path.name.split(".")
+            if mark == [*marks]:
+                found[form.rpartition("-")[0]] = int(size)
     return found
 
 
 def is_settled(folder, name):
     """Whether each form of a file was made, or is known not to be had."""
     path = folder / "www" / name
-    found = {form.removeprefix("no_")
-             for form in stored(folder, path.read_bytes())}
-    return found >= FORMS.get(path.suffix, CODINGS)
+    source = path.read_bytes()
+    found = stored(folder, source) | stored(folder, source, "declined")
+    return found.keys() >= FORMS.get(path.suffix, CODINGS)
 
 
 def command(*words):
@@ -153,29 +155,100 @@ def test_a_warm_up_that_was_killed_goes_on_where_it_was(tmp_path):
     settled = {name for name in files if is_settled(tmp_path, name)}
     assert 0 < len(settled) < len(files)
     before = {path: token for path, token in kept(tmp_path).items()
-              if ".attempt-" not in path.name and path.name[0] != "."}
+              if path.name[0] != "."}
     assert run(tmp_path, "warm").returncode == 0
     assert all(is_settled(tmp_path, name) for name in files)
     assert before.items() <= kept(tmp_path).items()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_warm_up_may_be_ended_any_number_of_times(tmp_path, number):
+@pytest.mark.parametrize("number, status", [
+    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_warm_up_may_be_ended_any_number_of_times(tmp_path, number, status):
     source = photograph(1, (200, 150))
     make_site(tmp_path, {"photo.jpg": source})
-    for n in range(2):
+    for _ in range(3):
         with subprocess.Popen(command("warm"), cwd=tmp_path,
                               stdout=subprocess.DEVNULL,
                               stderr=subprocess.DEVNULL) as process:
-            # The mark of an earlier one may be there still.
-            eventually(lambda: f"attempt-{n}" in str(kept(tmp_path)) or any(
-                form in CODINGS | FORMS[".jpg"]
-                for form in stored(tmp_path, source)), 30)
+            eventually(lambda: children(process.pid), 30)
             process.send_signal(number)
-            assert process.wait(10) != 0
+            assert process.wait(10) == status
     done = run(tmp_path, "warm")
     assert (done.returncode, "died" in done.stderr) == (0, False)
     assert {"jpeg", "webp", "avif"} <= stored(tmp_path, source).keys()
+
+
+def children(pid):
+    """Process ids of a process's children: of the jobs that it has done."""
+    return pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text()
+
+
+def test_what_was_given_up_is_tried_again_when_that_is_wanted(tmp_path):
+    source = photograph(1, (900, 600))
+    make_site(tmp_path, {"large.jpg": source, "style.css": TEXT},
+              {"artisan-job-seconds": 1})
+    assert run(tmp_path, "warm").returncode == 1
+    assert stored(tmp_path, source, "declined")
+    make_site(tmp_path, {}, {"artisan-job-seconds": 60})
+    assert run(tmp_path, "warm").returncode == 0
+    assert stored(tmp_path, source, "declined")
+    text = stored(tmp_path, TEXT)
+    assert run(tmp_path, "warm", "www/large.jpg", "--again").returncode == 0
+    assert stored(tmp_path, source).keys() >= {"jpeg", "avif"}
+    assert stored(tmp_path, TEXT) == text
+
+
+def test_nothing_is_left_to_be_made_for_visitors(tmp_path):
+    page = b"<!DOCTYPE html>" + TEXT
+    files = {"index.html": page, "sub/index.html": page + b"<p>",
+             "a b+c.css": TEXT, ".well-known/notes.txt": TEXT + b"notes",
+             "copy.css": TEXT, "photo.png": photograph(1),
+             "photo.jpg": photograph(1)}
+    make_site(tmp_path, files)
+    done = run(tmp_path, "warm")
+    assert done.returncode == 0
+    assert sum(row[0] for row in table(done.stdout).values()) == len(files)
+    with Server(tmp_path, "--workers", "2") as server:
+        made = kept(tmp_path)
+        for path in ("/", "/sub/", "/sub/index.html", "/a%20b+c.css",
+                     "/a%20b%2Bc.css", "/.well-known/notes.txt", "/photo.png",
+                     "/photo.jpg", "/copy.css"):
+            answer = ask(server, path)
+            assert answer.status_code == 200
+            assert re.search(r'-(avif|br)-\d+"', answer.headers["etag"]), path
+        # What is asked for last is made last.
+        (tmp_path / "www" / "late.css").write_bytes(TEXT + b"late")
+        eventually(lambda: ask(server, "/late.css") and server.lines(
+            "M20004"), 20)
+        assert all("late.css" in line.message
+                   for line in server.lines("M20004"))
+        assert made.items() <= kept(tmp_path).items()
+
+
+def test_copies_of_a_file_do_not_get_into_each_others_way(tmp_path):
+    make_site(tmp_path, {f"{n}.jpg": photograph(1) for n in range(6)})
+    with Server(tmp_path, "--workers", "2"):
+        done = run(tmp_path, "warm")
+        assert (done.returncode, len(done.stdout.splitlines())) == (0, 2)
+
+
+def test_what_is_not_made_ahead_is_said(tmp_path):
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www" / "a.css").write_bytes(TEXT)
+    (tmp_path / "devlove.yaml").write_text("""
+shimmercat-devlove:
+  domains:
+    api api.test: {port: 9000}
+    elec plain.test: {root-dir: www}
+    elec moved.test: {root-dir: www, change-url: [/a -> /b], images: scale}
+""")
+    done = run(tmp_path, "warm")
+    assert done.returncode == 0
+    said = [line for line in done.stderr.splitlines() if ".test: " in line]
+    assert [line.partition(": ")[0] for line in said] == [
+        "api.test", "moved.test", "moved.test"]
+    assert "no files" in said[0]
+    assert "change-url" in said[1] and "width" in said[2]
 
 
 def test_what_took_too_long_is_named_and_what_was_refused_is_not(tmp_path):
@@ -273,7 +346,8 @@ def test_explain_tells_why_a_smaller_form_is_not_chosen(warm_site):
     assert form_lines(said)["avif"][1] == "chosen"
     assert "200 OK: static, avif" in said
     said = explained(warm_site, url, "accept: */*")
-    assert form_lines(said)["avif"][1] == "not acceptable to this client"
+    assert form_lines(said)["avif"][1] == (
+        "not acceptable to this client, or liked less")
     assert form_lines(said)["jpeg"][1] == "chosen"
     assert form_lines(said)["identity"][1] == "larger"
     assert "200 OK: static, jpeg" in said
