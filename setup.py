@@ -8,8 +8,9 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
-# No console script: its stub imports shimmercat before anything is patched
-# for gevent.  `python -m shimmercat internet` starts an installed copy.
+# No console script of the server: its stub would import shimmercat before
+# anything is patched for gevent.  `python -m shimmercat internet` starts an
+# installed copy.
 INSTALL_REQUIRES = [
     "gevent>=24.2",  # greenlets: connections in every worker
     "h2>=4.1",  # HTTP/2 state machine of the pure engine
@@ -29,8 +30,15 @@ INSTALL_REQUIRES = [
     "proxy-protocol>=0.11",  # PROXY headers of load balancers in front
 ]
 
+#: what only one companion needs
+CHANGELIST_AGENT_REQUIRES = [
+    "watchdog>=7.1",  # inotify, with folders that come and go
+]
+
 EXTRAS_REQUIRE = {
+    "changelist-agent": CHANGELIST_AGENT_REQUIRES,
     "test": [
+        *CHANGELIST_AGENT_REQUIRES,
         "pytest>=8.0",
         "hypothesis>=6.100",  # property loops of the pure rooms
         "httpx[http2]>=0.27",  # an independent client
@@ -66,6 +74,10 @@ def install(scratch):
         python_requires=">=3.11",
         install_requires=INSTALL_REQUIRES,
         extras_require=EXTRAS_REQUIRE,
+        entry_points={"console_scripts": [
+            "sc_changelist_agent = "
+            "shimmercat_ext.changelist_agent.__main__:main",
+        ]},
         options={
             "build": {"build_base": scratch},
             "egg_info": {"egg_base": scratch},

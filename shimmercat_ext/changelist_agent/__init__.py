@@ -1,0 +1,1 @@
+"""Writes the changelist of a folder of statics, for a shimmercat elsewhere."""
