@@ -25,7 +25,8 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
      4  HTTP             semantics shared by both protocol versions
     4b  Forwarding       what an application gets to know of a request
      5  Engines          bytes in, events out; one vocabulary for all protocols
-    5b  Older engine     the same events from HTTP/1.1
+    5b  Pure engine      HTTP/2 through the h2 library
+    5c  Older engine     the same events from HTTP/1.1
      6  Scheduler        which stream sends the next bytes, and how many
      7  Paths            what a URL means
      8  Scratch          the scratch folder, certificates and TLS contexts
@@ -34,7 +35,8 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
    10b  Assets           everything that can be served again
    10c  Repository       the assets that a process knows
    10d  Freshness        which copies of a remote file are still good
-    11  Consultants      which application a request belongs to
+    11  Consultants      which application answers, and how it is asked
+   11b  Wires            a question and its answer in HTTP/1.1
     12  Fetch backends   how one asset is pulled from where it lives
     13  Artisan          makes alternates, never serves
    13b  Alternates       what is made of a source, and how it is verified
@@ -43,9 +45,10 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
     14  Hints            what a client wants first when it does not say so
     15  Site             from request to response
     16  Connections      one socket, one engine, many exchanges
-   16b  Sockets          TLS and times under the conversations
-   16c  Listeners        where clients are accepted
-   16d  Proxies          who is behind a proxy in front of this server
+   16b  Conversations    the exchanges of one connection, without its socket
+   16c  Sockets          TLS and times under the conversations
+   16d  Listeners        where clients are accepted
+   16e  Proxies          who is behind a proxy in front of this server
     17  Worker           the life of a serving process
     18  Arbiter          the life of the whole
     19  Command line     modes, options, exit codes
@@ -72,13 +75,14 @@ __all__ = [
     "ConsultantSettings", "RemoteRoot", "DomainSettings", "Settings",
     "load_settings",
     "BadRequest", "UriTooLong", "RangeNotSatisfiable", "SourceChanged",
-    "Headers", "Request", "Response", "FileSlice", "Chain", "is_malformed",
-    "section_size", "has_odd_field", "conditional", "byte_ranges",
-    "content_range", "multipart_ranges", "choose",
+    "ClientGone", "Headers", "Request", "Response", "FileSlice", "Chain",
+    "is_malformed", "section_size", "has_odd_field", "conditional",
+    "byte_ranges", "content_range", "multipart_ranges", "choose",
     "is_trusted", "upstream_fields", "forwarded_fields",
     "RequestStarted", "RequestRefused", "BodyReceived", "RequestEnded",
     "StreamReset", "PriorityChanged", "PeerLeaving", "ProtocolFault",
-    "StreamGone", "ErrorCode", "EngineLimits", "Engine", "Http2Engine",
+    "StreamGone", "ErrorCode", "EngineLimits", "Engine",
+    "Http2Engine",
     "Http1Engine", "NATIVE_ENGINE", "make_engine",
     "Urgency", "Scheduler",
     "ForbiddenPath", "RuleError", "Kind", "classify", "sound_path",
@@ -95,7 +99,9 @@ __all__ = [
     "Repository",
     "CHANGELIST_FOLDER", "SLOT_SECONDS", "Change", "slot_path",
     "slots_between", "changes_in",
-    "consultant_of",
+    "UpstreamFailed", "UpstreamSlow", "Question", "Stream", "Reply",
+    "Consultant", "consultant_of",
+    "HttpWire",
     "AssetMissing", "FilesystemBackend",
     "JobFailed", "stand_apart", "live_apart", "Workshop", "confine",
     "exit_text", "Artisan", "Tally", "WarmUp", "lease_seconds",
@@ -104,7 +110,8 @@ __all__ = [
     "Form", "picture_forms",
     "urgency_of",
     "NotServed", "NotServedYet", "Site", "RedirectSite", "error_page",
-    "Service", "Conversation",
+    "Service",
+    "Conversation",
     "Connection",
     "CannotListen", "TlsListener", "RedirectListener", "listen",
     "ProxyHeaderRefused", "ProxyHeader",
@@ -192,6 +199,7 @@ import gevent.lock
 import gevent.monkey
 import gevent.pool
 import gevent.socket
+import gevent.ssl
 import gevent.threadpool
 import h2.config
 import h2.connection
@@ -551,7 +559,7 @@ MESSAGES = {
     40015: Message("{} log lines may appear twice", "Redis broke off"),
     40016: Message("connection from {} refused: {}",
                    "see proxy-protocol and trusted-proxies in tweaks.yaml"),
-    40017: Message("{} was cut off: {}", "changed while sent; stream reset"),
+    40017: Message("{} was cut off: {}", "its source failed; stream reset"),
     40018: Message("the arbiter is gone: leaving", "killed? start it again"),
     40019: Message("{} connections took too long to end", "they were cut"),
     40020: Message("USR2 is refused: start again to change the program",
@@ -559,6 +567,10 @@ MESSAGES = {
     40021: Message("{} cannot be done: {}", "a signal asked; nothing changed"),
     40022: Message("worker {} leaves after {} s and is replaced",
                    "apoptosis, planned: nothing to do"),
+    40023: Message("consultant {}: {}", "its client got 502, 503 or 504"),
+    40024: Message("consultant {}: {} is left out for {} s after {} failures",
+                   "its other addresses are asked; it is tried again then"),
+    40025: Message("consultant {}: {} answers again", "it takes part again"),
     40032: Message("no development CA in {} ({}): it is made in {}",
                    "browsers must trust one CA for each scratch folder"),
     50001: Message("{} {} {}{} {} {} B {} ms {} {} {}",
@@ -966,6 +978,8 @@ OPTIONS = (
            "Jobs that wait; a dropped one comes back with the next visit."),
     Option("backlog", "tweak", "count", 1024, (16, 65_535),
            "Connections that wait to be accepted, for each worker."),
+    Option("body-seconds", "tweak", "seconds", 60, (0.1, 3600),
+           "A request's body that stops coming for so long; then 408."),
     Option("cache-control", "tweak", "text", "public, max-age=300", (),
            "Cache-Control of statics other than HTML."),
     Option("cache-control-html", "tweak", "text", "no-cache", (),
@@ -978,6 +992,8 @@ OPTIONS = (
            "Cheap frames allowed for long; then ENHANCE_YOUR_CALM."),
     Option("compress-limit-bytes", "tweak", "size", 16 * MIB, (0, GIB),
            "Largest source that the artisan makes alternates of."),
+    Option("connect-seconds", "tweak", "seconds", 5, (0.1, 60),
+           "Time for a connection to an application, its TLS included."),
     Option("connections-per-worker", "tweak", "count", 20_000, (10, 10 ** 6),
            "Open connections; above it none is accepted for a while."),
     Option("dictionaries", "tweak", "switch", True, (),
@@ -1113,7 +1129,7 @@ class ConsultantSettings:
     verify: bool = True
     document_root: str | None = None
     script_name: str | None = None
-    max_connections: int = 32
+    max_connections: int = 256  #: of each worker
     first_byte_timeout: float = 300  #: dynamic assets may take minutes
 
 
@@ -1354,9 +1370,9 @@ def _changelist(entry):
 # 4. HTTP: semantics shared by both protocol versions
 #
 #    Offers   BadRequest, UriTooLong, RangeNotSatisfiable, SourceChanged,
-#             Headers, Request, Response, FileSlice, Chain, is_malformed,
-#             section_size, has_odd_field, conditional, byte_ranges,
-#             content_range, multipart_ranges, choose
+#             ClientGone, Headers, Request, Response, FileSlice, Chain,
+#             is_malformed, section_size, has_odd_field, conditional,
+#             byte_ranges, content_range, multipart_ranges, choose
 #    Uses     1 Words
 # ---------------------------------------------------------------------------
 
@@ -1389,6 +1405,10 @@ class SourceChanged(ShimmerCatError):
     """A file under way to a client changed: its stream must be reset."""
 
 
+class ClientGone(BadRequest):
+    """The client left, or was cut off, before its request was complete."""
+
+
 class Headers:
     """Fields in their order, looked up by lower-case name."""
 
@@ -1414,11 +1434,13 @@ class Request:
 
     `authority` and `target` are as sent; `host` is lower-case without port
     and final dot; `path` is percent-encoded still; `query` is None without a
-    question mark.  `started` and `trail` are the caller's to set.
+    question mark.  `started`, `trail`, `body` and `inform` are the caller's
+    to set, `withdraw` is that of who answers.
     """
 
-    __slots__ = ("authority", "client", "headers", "host", "method", "path",
-                 "protocol", "query", "scheme", "started", "target", "trail")
+    __slots__ = ("authority", "body", "client", "headers", "host", "inform",
+                 "method", "path", "protocol", "query", "scheme", "started",
+                 "target", "trail", "withdraw")
 
     @classmethod
     def from_fields(cls, fields: list[tuple[bytes, bytes]], protocol: str,
@@ -1439,6 +1461,14 @@ class Request:
         request.authority, request.host = authority.decode("ascii"), origin[0]
         request.protocol, request.client = protocol, client
         request.started, request.trail = 0.0, None
+        #: None, or what has `read() -> bytes`, which waits for the client,
+        #: gives b"" at the end and raises ClientGone; `length`, octets or
+        #: None; and `trailers`, fields, when all was read
+        request.body = None
+        #: sends an interim response (RFC 9110 section 15.2), if anybody does
+        request.inform = lambda status, fields: None
+        #: called when the client leaves before it was answered
+        request.withdraw = lambda: None
         return request
 
     def note(self, text: str) -> None:
@@ -1452,13 +1482,15 @@ class Response:
     """What answers a request."""
 
     status: int
-    #: with content-length if it is known, and never with date
+    #: with content-length if it is known; with date when it is not ours
     fields: tuple[tuple[bytes, bytes], ...] = ()
-    #: bytes, a FileSlice, a Chain or an iterable of bytes
+    #: bytes, a FileSlice, a Chain or a Stream
     body: typing.Any = b""
     #: words for the log: who answered, and from what
     answered: str = ""
     representation: str = ""
+    #: whether the fields have a date
+    is_dated: bool = False
 
 
 class FileSlice:
@@ -1915,8 +1947,8 @@ def _address(client):
 #
 #    Offers   RequestStarted, RequestRefused, BodyReceived, RequestEnded,
 #             StreamReset, PriorityChanged, PeerLeaving, ProtocolFault,
-#             StreamGone, ErrorCode, EngineLimits, Engine, Http2Engine
-#    Uses     1 Words, 4 HTTP
+#             StreamGone, ErrorCode, EngineLimits, Engine
+#    Uses     1 Words
 # ---------------------------------------------------------------------------
 #
 # Theory of operation.  An engine is sans-IO: the connection feeds it what the
@@ -1924,18 +1956,6 @@ def _address(client):
 # `output` returns.  It never raises for what the peer did: broken input ends
 # in a ProtocolFault (connection error) or in a stream that is reset or
 # refused.  Nobody above knows which protocol is spoken.
-#
-# The h2 library keeps the rules of streams, windows and header compression.
-# Four things are done around it, each because of what it would do otherwise:
-#
-# * Input is cut at frame borders: h2 drops the events of good frames when a
-#   later one of the same call is broken.
-# * GOAWAY is neither given to h2 nor written by it: h2 would end itself, and
-#   open streams could not be finished (RFC 9113 section 6.8).
-# * Fields and the length of bodies are checked here: h2 makes a connection
-#   error of a malformed request, section 8.1.1 wants a stream error.
-# * h2 believes in more concurrent streams than we announce: one above the
-#   limit is refused (section 5.1.2), not fatal.
 #
 # What costs a peer nothing and us something (resets, pings, empty frames ...)
 # is counted in `nuisance`; those who have a clock judge it.
@@ -1948,8 +1968,9 @@ RequestStarted = collections.namedtuple(
 RequestRefused = collections.namedtuple("RequestRefused", "stream status")
 #: a piece of a request's body, never empty; `cost` counts padding too
 BodyReceived = collections.namedtuple("BodyReceived", "stream piece cost")
-#: the request is complete
-RequestEnded = collections.namedtuple("RequestEnded", "stream")
+#: the request is complete; `trailers` are fields that came behind its body
+RequestEnded = collections.namedtuple(
+    "RequestEnded", "stream trailers", defaults=((),))
 #: the peer gave the stream up
 StreamReset = collections.namedtuple("StreamReset", "stream code")
 #: a PRIORITY_UPDATE frame came (RFC 9218 section 7.1)
@@ -1975,7 +1996,7 @@ class EngineLimits(typing.NamedTuple):
     #: requests open at a time (SETTINGS_MAX_CONCURRENT_STREAMS)
     streams: int = 100
     #: octets of body that may be under way on a stream before we took them
-    window_bytes: int = 65535
+    window_bytes: int = 256 * KIB
     #: requests that an HTTP/1.1 connection may carry
     requests: int = 2**30
 
@@ -2006,7 +2027,7 @@ class Engine:
         """Octets that `body` would take now; 0 for a stream that is gone."""
 
     def headers(self, stream: int, fields: list, end: bool = False) -> None:
-        """Sends a response head; raises StreamGone."""
+        """Sends a response head, or trailers with `end`; raises StreamGone."""
 
     def body(self, stream: int, piece: bytes, end: bool = False) -> None:
         """Sends a piece no longer than `sendable`; raises StreamGone."""
@@ -2022,6 +2043,26 @@ class Engine:
 
     def output(self) -> bytes:
         """All that is to be written since the last call."""
+
+
+# ---------------------------------------------------------------------------
+# 5b. Pure engine: HTTP/2 through the h2 library
+#
+#    Offers   Http2Engine
+#    Uses     1 Words, 4 HTTP
+# ---------------------------------------------------------------------------
+#
+# The h2 library keeps the rules of streams, windows and header compression.
+# Four things are done around it, each because of what it would do otherwise:
+#
+# * Input is cut at frame borders: h2 drops the events of good frames when a
+#   later one of the same call is broken.
+# * GOAWAY is neither given to h2 nor written by it: h2 would end itself, and
+#   open streams could not be finished (RFC 9113 section 6.8).
+# * Fields and the length of bodies are checked here: h2 makes a connection
+#   error of a malformed request, section 8.1.1 wants a stream error.
+# * h2 believes in more concurrent streams than we announce: one above the
+#   limit is refused (section 5.1.2), not fatal.
 
 
 class Http2Engine(Engine):
@@ -2056,6 +2097,8 @@ class Http2Engine(Engine):
         # decoding has to stop somewhere.
         self._h2.decoder.max_header_list_size = 4 * limits.header_bytes
         self._h2.initiate_connection()
+        self._h2.increment_flow_control_window(
+            _WINDOWS * limits.window_bytes - 65535)
         mine.max_concurrent_streams = 4 * limits.streams
         mine.acknowledge()
 
@@ -2244,7 +2287,7 @@ class Http2Engine(Engine):
         if self._owed.pop(stream, 0) or has_odd_field(event.headers):
             events.append(self._refuse(stream, ErrorCode.PROTOCOL_ERROR))
         else:
-            events.append(RequestEnded(stream))
+            events.append(RequestEnded(stream, event.headers))
 
     def _take_reset(self, event, events):
         self._owed.pop(event.stream_id, None)
@@ -2333,6 +2376,7 @@ _DATA, _HEADERS, _RST_STREAM, _SETTINGS = 0x0, 0x1, 0x3, 0x4
 _WINDOW_UPDATE, _CONTINUATION = 0x8, 0x9
 _END_STREAM, _ACK, _END_HEADERS, _PADDED = 0x1, 0x1, 0x4, 0x8
 _PREFACE_BYTES, _FRAME_BYTES = 24, 16384
+_WINDOWS = 4  #: the connection's window in those of streams
 #: payload octets of the frames that have a fixed size
 _SIZES = {_RST_STREAM: 4, 0x6: 8, _WINDOW_UPDATE: 4}
 #: frames that one header block may come in
@@ -2360,7 +2404,7 @@ _UNDECODABLE = hpack.HPACKError, IndexError, TypeError, UnicodeDecodeError
 
 
 # ---------------------------------------------------------------------------
-# 5b. Older engine: the same events from HTTP/1.1
+# 5c. Older engine: the same events from HTTP/1.1
 #
 #    Offers   Http1Engine, NATIVE_ENGINE, make_engine
 #    Uses     1 Words, 4 HTTP
@@ -2387,11 +2431,13 @@ class Http1Engine(Engine):
         #: 1: no answer promises another one; 2: none follows
         self._goodbyes = 0
         self._chunked = False
+        #: octets of body that nobody has taken yet
+        self._unread = 0
         self._fresh_head()
 
     def _fresh_head(self):
         self._target = b""
-        self._fields = []
+        self._fields, self._trailers = [], []
         self._begun, self._in_head = False, True
         #: octets that were not body, and octets that were
         self._framing = self._content = 0
@@ -2448,9 +2494,8 @@ class Http1Engine(Engine):
         self._target += url
 
     def on_header(self, name, value):
-        # Those of a trailer are dropped.
-        if self._in_head:
-            self._fields.append((name.lower(), value.strip(b" \t")))
+        fields = self._fields if self._in_head else self._trailers
+        fields.append((name.lower(), value.strip(b" \t")))
 
     def on_headers_complete(self):
         if self._deaf:
@@ -2498,6 +2543,7 @@ class Http1Engine(Engine):
         self._framing -= len(piece)
         self._content += len(piece)
         if not self._deaf:
+            self._unread += len(piece)
             self._waiting.append(BodyReceived(self._stream, piece, len(piece)))
 
     def on_message_complete(self):
@@ -2509,11 +2555,15 @@ class Http1Engine(Engine):
         if isinstance(last, RequestStarted) and last.stream == self._stream:
             self._waiting[-1] = last._replace(ended=True)
         else:
-            self._waiting.append(RequestEnded(self._stream))
+            # RFC 9110 section 6.5.1: what is odd in them may be left out.
+            self._waiting.append(RequestEnded(self._stream, [
+                field for field in self._trailers
+                if not has_odd_field([field])]))
         self._fresh_head()
 
     def hungry(self):
-        return not self._waiting and not self._deaf
+        return not (self._waiting or self._deaf
+                    or self._unread >= self._limits.window_bytes)
 
     def midway(self):
         return self._begun and self._in_head and not self._deaf
@@ -2527,7 +2577,11 @@ class Http1Engine(Engine):
         return _FRAME_BYTES if stream == self._answering else 0
 
     def headers(self, stream, fields, end=False):
-        head, status = self._head(stream), int(fields[0][1])
+        head = self._head(stream)
+        if fields[0][0] != b":status":
+            self._write_trailers(head, fields)
+            return
+        status = int(fields[0][1])
         if status < 200:
             if head.version == "1.1":
                 self._write_head(status, fields[1:])
@@ -2557,8 +2611,15 @@ class Http1Engine(Engine):
             raise StreamGone(f"request {stream} is not the one in hand")
         return self._heads[stream]
 
+    def _write_trailers(self, head, fields):
+        """Ends a body in chunks with fields; others have no place for them."""
+        if self._chunked:
+            self._output += (b"0\r\n", *(
+                b"%b: %b\r\n" % field for field in fields), b"\r\n")
+        self._finish(head)
+
     def _write_head(self, status, fields):
-        reason = http.HTTPStatus(status).phrase.encode()
+        reason = _PHRASES.get(status, b"")
         self._output += (
             b"HTTP/1.1 %d %b\r\n" % (status, reason),
             *(b"%b: %b\r\n" % field for field in fields), b"\r\n")
@@ -2591,6 +2652,9 @@ class Http1Engine(Engine):
             self._deaf = head is None or head.ended
             self.closing = self.closing or head is None
 
+    def consumed(self, stream, count):
+        self._unread -= count
+
     def output(self):
         written, self._output = b"".join(self._output), []
         return written
@@ -2606,6 +2670,7 @@ class _Http1Head:
     ended: bool = False
 
 
+_PHRASES = {x.value: x.phrase.encode() for x in http.HTTPStatus}
 _ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?#]*)(.*)", re.DOTALL)
 
 try:
@@ -4919,11 +4984,251 @@ def changes_in(content: bytes, slot: int) -> typing.Iterator[Change]:
 
 
 # ---------------------------------------------------------------------------
-# 11. Consultants: which application a request belongs to
+# 11. Consultants: which application answers, and how it is asked
 #
-#    Offers   consultant_of
-#    Uses     3 Settings
+#    Offers   UpstreamFailed, UpstreamSlow, Question, Stream, Reply,
+#             Consultant, consultant_of
+#    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP
 # ---------------------------------------------------------------------------
+#
+# A consultant is an application at one or several addresses.  A question
+# goes to the address with the fewest questions in hand, over a connection
+# that is idle there or a new one.  How a question is written and an answer
+# read is the business of a wire (11b); a wire has one question at a time.
+#
+# What may be asked again, and when: always, while nothing was sent; once
+# something was, only by a method that is idempotent (RFC 9110 section 9.2.2),
+# of a body that nobody has read from, and while not a byte came back.  The
+# usual case is an idle connection that the application closed as we wrote.
+#
+# Health is what traffic shows.  An address that failed three times in a row
+# is left out for a second, then two, four, up to a minute; the first question
+# after such a pause is its probe, and one good answer takes it back.  When
+# all are left out, the one whose pause ends first is asked nevertheless: an
+# only address is never refused on suspicion.
+
+
+class UpstreamFailed(ShimmerCatError):
+    """An application gave no answer that can be passed on.
+
+    The text names the address and the cause: for the log and developers.
+    """
+
+    status = 502
+    message_code = 40023
+    #: how far it came: "" nothing was sent, "sent", or "begun" to answer
+    progress = ""
+
+    def after(self, progress: str) -> "UpstreamFailed":
+        """The same error with how far it came."""
+        self.progress = progress
+        return self
+
+
+class UpstreamSlow(UpstreamFailed):
+    """An application took longer than it may."""
+
+    status = 504
+
+
+class _Busy(UpstreamFailed):
+    """All connections that an application may have are in use."""
+
+    status = 503
+    fields = ((b"retry-after", b"2"),)
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Question:
+    """What an application is asked."""
+
+    method: str
+    target: str  #: path and query, percent-encoded
+    #: as upstream_fields makes them, without any that frame a body
+    fields: list[tuple[bytes, bytes]]
+    body: typing.Any = None  #: as that of a Request
+    #: limit for the first byte and between bytes; None is the consultant's
+    seconds: float | None = None
+    #: called with status and fields of each interim response
+    inform: typing.Callable = lambda status, fields: None
+    request: Request | None = None  #: the request it is asked for, if any
+    is_withdrawn: bool = False
+    #: closes what works for it, while something does
+    cut: typing.Callable = lambda: None
+
+    def withdraw(self) -> None:
+        """Lets whoever works for it stop: nobody wants the answer."""
+        self.is_withdrawn = True
+        self.cut()
+
+
+class Stream:
+    """A body that comes piece by piece from somebody we have to wait for.
+
+    Who iterates `pieces` closes the stream, when it broke off too.
+    """
+
+    __slots__ = ("_close", "pieces", "trailers")
+
+    def __init__(self, pieces: typing.Iterator[bytes],
+                 close: typing.Callable = lambda: None):
+        """`pieces` may wait, and raise ShimmerCatError when it breaks off."""
+        self.pieces, self._close = pieces, close
+        #: fields that come after the last piece (RFC 9110 section 6.5)
+        self.trailers: list[tuple[bytes, bytes]] = []
+
+    def close(self) -> None:
+        """Lets go of where the pieces come from, once."""
+        close, self._close = self._close, lambda: None
+        close()
+
+
+class Reply(typing.NamedTuple):
+    """An application's answer; who has it closes its stream."""
+
+    status: int
+    fields: list[tuple[bytes, bytes]]  #: end to end only
+    body: bytes | Stream
+
+
+class Consultant:
+    """An application, asked over connections that are used again."""
+
+    def __init__(self, settings: ConsultantSettings, tweaks: Tweaks):
+        """Connects to nobody yet."""
+        self.settings, self._tweaks = settings, tweaks
+        self._upstreams = collections.deque(map(
+            _Upstream, itertools.repeat(settings.name), settings.connect_to))
+        self._places = gevent.lock.BoundedSemaphore(settings.max_connections)
+        self._context = None
+
+    def ask(self, question: Question) -> Reply:
+        """The answer, as soon as its head is there; waits.
+
+        Raises UpstreamFailed, or ClientGone when the question is withdrawn.
+        """
+        if not self._places.acquire(timeout=_PLACE_SECONDS):
+            raise _Busy(f"all of max-connections"
+                        f" ({self.settings.max_connections}) are in use")
+        try:
+            return self._ask_any(question)
+        except BaseException:
+            self._places.release()
+            raise
+
+    def _ask_any(self, question):
+        """Asks one upstream after the other, as far as that may be done."""
+        failed = []
+        while True:
+            upstream = self._choose(failed)
+            try:
+                return self._ask_one(upstream, question)
+            except UpstreamFailed as error:
+                if question.is_withdrawn:
+                    raise ClientGone("the client left") from error
+                upstream.note_failure(error)
+                failed.append(upstream)
+                if (len(failed) > min(_MOST_RETRIES, len(self._upstreams))
+                        or not _may_ask_again(question, error)):
+                    raise
+
+    def _choose(self, failed):
+        """The upstream to ask next."""
+        # Equally busy ones take turns.
+        self._upstreams.rotate(1)
+        fresh = [x for x in self._upstreams if x not in failed]
+        healthy = [x for x in fresh if x.may_be_asked()]
+        if healthy:
+            return min(healthy, key=lambda x: x.outstanding)
+        return min(fresh or self._upstreams, key=lambda x: x.pause.left())
+
+    def _ask_one(self, upstream, question):
+        """The answer of one upstream, over a connection that works."""
+        while (wire := upstream.idle_wire()) is not None:
+            try:
+                return self._ask_over(wire, upstream, question)
+            except UpstreamFailed as error:
+                # It was closed as we wrote: that says nothing of health.
+                if not _may_ask_again(question, error):
+                    raise
+                upstream.discard_idle()
+        return self._ask_over(
+            self._new_wire(upstream, question), upstream, question)
+
+    def _ask_over(self, wire, upstream, question):
+        if question.is_withdrawn:
+            wire.close()
+            raise ClientGone("the client left")
+        question.cut = wire.close
+        seconds = question.seconds or self.settings.first_byte_timeout
+        upstream.outstanding += 1
+        try:
+            reply = wire.ask(question, seconds, functools.partial(
+                self._release, upstream, wire))
+        except BaseException:
+            upstream.outstanding -= 1
+            wire.close()
+            raise
+        upstream.note_success()
+        return reply
+
+    def _release(self, upstream, wire, is_reusable):
+        """Takes a connection back once its answer is over."""
+        upstream.outstanding -= 1
+        self._places.release()
+        if is_reusable:
+            upstream.keep(wire)
+        else:
+            wire.close()
+
+    def _new_wire(self, upstream, question):
+        kind = _WIRES[self.settings.application_protocol]
+        seconds = min(self._tweaks.connect_seconds, question.seconds or 60)
+        late = TimeoutError(f"no connection within {seconds:g} s")
+        try:
+            with gevent.Timeout(seconds, late):
+                return kind(self._connect(upstream.address), upstream, self)
+        except TimeoutError as error:
+            raise UpstreamSlow(f"{upstream}: {error}") from error
+        except OSError as error:
+            raise UpstreamFailed(f"{upstream}: {error}") from error
+
+    def _connect(self, address):
+        """A connected socket, with TLS where that is spoken."""
+        if address.family == "unix":
+            sock = gevent.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            place = address.path
+        else:
+            # Names are looked up each time: who they name may have moved.
+            family, kind, _, _, place = gevent.socket.getaddrinfo(
+                address.host, address.port, type=socket.SOCK_STREAM)[0]
+            sock = gevent.socket.socket(family, kind)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            sock.connect(place)
+            if self.settings.application_protocol == "https":
+                sock = self._tls().wrap_socket(
+                    sock, server_hostname=self._tls_name(address))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _tls(self):
+        if self._context is None:
+            settings = self.settings
+            self._context = gevent.ssl.create_default_context(
+                cafile=settings.ca_file and str(settings.ca_file))
+            self._context.set_alpn_protocols(["http/1.1"])
+            if not settings.verify:
+                self._context.check_hostname = False
+                self._context.verify_mode = ssl.CERT_NONE
+        return self._context
+
+    def _tls_name(self, address):
+        """The name that the certificate has to be for."""
+        host = self.settings.use_host or ""
+        return host.partition(":")[0] or address.host or "localhost"
 
 
 def consultant_of(domain: DomainSettings) -> ConsultantSettings | None:
@@ -4938,6 +5243,350 @@ def consultant_of(domain: DomainSettings) -> ConsultantSettings | None:
     if len(domain.consultants) == 1:
         return next(iter(domain.consultants.values()))
     return domain.consultants.get("default")
+
+
+class _Upstream:
+    """One address of a consultant: its connections and its health."""
+
+    def __init__(self, name, address):
+        self.name, self.address = name, address
+        #: questions in hand
+        self.outstanding = 0
+        self._failures, self.pause = 0, Deadline(0)
+        #: (wire, when it is too old), the newest last
+        self._idle = collections.deque()
+
+    def __str__(self):
+        return str(self.address)
+
+    def may_be_asked(self):
+        """Whether it is well, or is to be probed now."""
+        if self._failures < _MOST_FAILURES:
+            return True
+        return self.pause.passed() and not self.outstanding
+
+    def note_failure(self, error):
+        LOG.say(error.message_code, self.name, error)
+        self._failures += 1
+        if self._failures >= _MOST_FAILURES:
+            seconds = min(2 ** (self._failures - _MOST_FAILURES),
+                          _LONGEST_PAUSE_SECONDS)
+            self.pause = Deadline(seconds)
+            LOG.say(40024, self.name, self, seconds, self._failures)
+
+    def note_success(self):
+        if self._failures >= _MOST_FAILURES:
+            LOG.say(40025, self.name, self)
+        self._failures, self.pause = 0, Deadline(0)
+
+    def idle_wire(self):
+        """A connection that can be used again, or None."""
+        while self._idle:
+            wire, age = self._idle.pop()
+            if not age.passed() and wire.is_fit():
+                return wire
+            wire.close()
+        return None
+
+    def discard_idle(self):
+        while self._idle:
+            self._idle.pop()[0].close()
+
+    def keep(self, wire):
+        self._idle.append((wire, Deadline(_IDLE_SECONDS)))
+        if len(self._idle) > _MOST_IDLE:
+            self._idle.popleft()[0].close()
+
+
+def _may_ask_again(question, error):
+    """Whether a question that failed may be asked once more."""
+    if question.is_withdrawn:
+        return False
+    is_safe = question.method in _IDEMPOTENT and question.body is None
+    return not error.progress or (error.progress == "sent" and is_safe)
+
+
+_IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")
+#: failures in a row after which an address is left out
+_MOST_FAILURES = 3
+_LONGEST_PAUSE_SECONDS = 60
+_MOST_RETRIES = 2
+#: time to wait for others to give back one of max-connections
+_PLACE_SECONDS = 10
+#: applications keep idle connections for longer, as a rule; and how many
+_IDLE_SECONDS, _MOST_IDLE = 30, 64
+
+
+# ---------------------------------------------------------------------------
+# 11b. Wires: a question and its answer in HTTP/1.1
+#
+#    Offers   HttpWire
+#    Uses     1 Words, 4 HTTP
+# ---------------------------------------------------------------------------
+#
+# A question is written from its parts, never from bytes that came from a
+# client; an answer is parsed whole, so that nothing can be smuggled either
+# way.  A body is sent by a greenlet of its own: an application may answer
+# before it has read everything, and may want both ways at a time.
+
+
+class HttpWire:
+    """A connection to an application that speaks HTTP/1.1 (RFC 9112)."""
+
+    def __init__(self, sock, upstream, _consultant):
+        self._socket, self._upstream = sock, upstream
+
+    def is_fit(self) -> bool:
+        """Whether it is quiet: neither its end nor garbage waits there."""
+        poll = _plain("select", "poll")()
+        poll.register(self._socket.fileno(), select.POLLIN)
+        return not poll.poll(0)
+
+    def close(self) -> None:
+        """Ends it; whoever waits for it hears of that."""
+        self._socket.close()
+
+    def ask(self, question: Question, seconds: float,
+            finish: typing.Callable[[bool], None]) -> Reply:
+        """The reply, as soon as its head is there; raises UpstreamFailed.
+
+        Waits up to `seconds` for each piece.  `finish` is called once, when
+        the reply is over, and told whether the wire can be used again.
+        """
+        self._socket.settimeout(seconds)
+        self._question, self._finish = question, finish
+        self._answer = answer = _Answer(question)
+        self._sender = None
+        try:
+            self._send(question)
+            while not answer.has_head:
+                self._receive()
+        except UpstreamFailed as error:
+            raise error.after("begun" if answer.size else "sent") from error
+        return self._reply(answer)
+
+    def _send(self, question):
+        head, body = [*question.fields], question.body
+        if body is not None and body.length is None:
+            head.append((b"transfer-encoding", b"chunked"))
+        elif body is not None or question.method in ("POST", "PUT", "PATCH"):
+            length = body.length if body else 0
+            head.append((b"content-length", b"%d" % length))
+        with self._or_failed():
+            self._socket.sendall(b"%b %b HTTP/1.1\r\n%b\r\n" % (
+                question.method.encode(), question.target.encode(),
+                b"".join(b"%b: %b\r\n" % field for field in head)))
+        if body is not None:
+            self._sender = gevent.spawn(self._send_body, body)
+
+    def _send_body(self, body):
+        """Passes on a body as it comes; whether it was passed on whole."""
+        if any(name == b"expect" for name, _ in self._question.fields):
+            self._answer.go_ahead.wait(_EXPECT_SECONDS)
+        is_chunked = body.length is None
+        try:
+            while piece := body.read():
+                self._socket.sendall(
+                    b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked
+                    else piece)
+            if is_chunked:
+                self._socket.sendall(b"0\r\n%b\r\n" % b"".join(
+                    b"%b: %b\r\n" % field for field in body.trailers))
+        except ClientGone:
+            # Whoever waits for the answer hears of it by this.
+            self.close()
+            return False
+        except OSError:
+            # It wants no more; why, its answer may tell.
+            return False
+        return True
+
+    def _receive(self):
+        """Takes what comes next; raises UpstreamFailed."""
+        with self._or_failed():
+            while True:
+                try:
+                    data = self._socket.recv(_READ_BYTES)
+                    break
+                except TimeoutError:
+                    # As long as we send, it may be silent.
+                    if self._sender is None or self._sender.ready():
+                        raise
+            self._answer.feed(data)
+
+    @contextlib.contextmanager
+    def _or_failed(self):
+        """Translates what goes wrong on a connection."""
+        try:
+            yield
+        except TimeoutError as error:
+            seconds = self._socket.gettimeout()
+            raise UpstreamSlow(f"{self._upstream}: silent for {seconds:g} s"
+                               ) from error
+        except (OSError, httptools.HttpParserError, _Garbled) as error:
+            raise UpstreamFailed(f"{self._upstream}: {error}") from error
+
+    def _reply(self, answer):
+        if answer.is_complete and not answer.trailers:
+            body = b"".join(answer.pieces)
+            self._end()
+            fields = answer.end_to_end_fields()
+            if answer.is_chunked:
+                fields.append((b"content-length", b"%d" % len(body)))
+            return Reply(answer.status, fields, body)
+        stream = Stream(self._pieces(), self._drop)
+        stream.trailers = answer.trailers
+        return Reply(answer.status, answer.end_to_end_fields(), stream)
+
+    def _pieces(self):
+        """The body as it comes; raises UpstreamFailed when it breaks off."""
+        pieces = self._answer.pieces
+        while True:
+            while pieces:
+                yield pieces.popleft()
+            if self._answer.is_complete:
+                break
+            self._receive()
+        self._end()
+
+    def _end(self):
+        """Gives the connection back after a complete answer."""
+        is_sent = self._sender is None or self._sender.value
+        self._leave(self._answer.is_clean and bool(is_sent))
+
+    def _drop(self):
+        """Ends an answer that nobody reads any further."""
+        self._leave(False)
+
+    def _leave(self, is_reusable):
+        finish, self._finish = self._finish, None
+        if finish:
+            self._question.cut = lambda: None
+            finish(is_reusable)
+
+
+class _Garbled(ShimmerCatError):
+    """An answer breaks a rule of HTTP; the text says which."""
+
+
+class _Answer:
+    """What has come of an answer; httptools calls the `on_...` methods."""
+
+    def __init__(self, question):
+        self._parser = httptools.HttpResponseParser(self)
+        self._inform = question.inform
+        self._is_for_head = question.method == "HEAD"
+        #: set when the application wants the body, or has answered
+        self.go_ahead = gevent.event.Event()
+        self.status, self.fields, self.trailers = 0, [], []
+        self.pieces = collections.deque()
+        #: octets so far, of the body and of all else
+        self.size = 0
+        self.has_head = self.is_complete = False
+        #: whether the connection can be used again
+        self.is_clean = False
+        self.is_chunked = self._is_framed = False
+        self._fault = ""
+
+    def feed(self, data):
+        """Takes octets, none at the end; raises _Garbled or HttpParserError.
+        """
+        if not data:
+            self._take_end()
+            return
+        self.size += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._fault = "changes the protocol, unasked"
+        except httptools.HttpParserError:
+            if not self.is_complete:
+                raise
+            self.is_clean = False
+        if not self.has_head and self.size > _HEAD_BYTES:
+            self._fault = "the head of the answer does not end"
+        if self._fault:
+            raise _Garbled(self._fault)
+
+    def _take_end(self):
+        if not self.has_head or self._is_framed:
+            raise _Garbled("closed the connection "
+                           + ("before its answer was complete" if self.size
+                              else "without an answer"))
+        self.is_complete = True
+
+    def end_to_end_fields(self):
+        """Fields that are not about this one connection."""
+        named = b",".join(value for name, value in self.fields
+                          if name == b"connection").lower().split(b",")
+        dropped = {*map(bytes.strip, named), *_OF_A_HOP}
+        return [field for field in self.fields if field[0] not in dropped]
+
+    def on_message_begin(self):
+        if self.is_complete:
+            # More than was asked for: nothing on this connection is sure.
+            self.is_clean = False
+
+    def on_header(self, name, value):
+        if self.is_complete:
+            return
+        field = name.lower(), value.strip(b" \t")
+        if not self.has_head:
+            self.fields.append(field)
+        elif not has_odd_field([field]):
+            self.trailers.append(field)
+        if len(self.fields) + len(self.trailers) > _MOST_FIELDS:
+            self._fault = f"more than {_MOST_FIELDS} fields"
+
+    def on_headers_complete(self):
+        if self.is_complete:
+            return
+        status = self._parser.get_status_code()
+        self.go_ahead.set()
+        if status < 200:
+            self._take_interim(status)
+            return
+        self.has_head, self.status = True, status
+        self.is_clean = self._parser.should_keep_alive()
+        codings = [v.lower() for n, v in self.fields
+                   if n == b"transfer-encoding"]
+        self.is_chunked = codings == [b"chunked"]
+        self._is_framed = self.is_chunked or any(
+            name == b"content-length" for name, _ in self.fields)
+        # These have no body, whatever their fields say.
+        self.is_complete = self._is_for_head or status in (204, 304)
+        if codings and not self.is_chunked:
+            self._fault = f"transfer coding {codings[0].decode('latin-1')}"
+        elif status > 599 or has_odd_field(self.end_to_end_fields()):
+            self._fault = f"status {status} or a field that HTTP forbids"
+
+    def _take_interim(self, status):
+        fields = self.end_to_end_fields()
+        self.fields = []
+        if status < 100:
+            self._fault = f"status {status}"
+        elif status > 101 and not has_odd_field(fields):
+            self._inform(status, fields)
+
+    def on_body(self, piece):
+        if self.is_complete:
+            self.is_clean = False
+        else:
+            self.pieces.append(piece)
+
+    def on_message_complete(self):
+        self.is_complete = self.has_head
+
+
+_READ_BYTES = 64 * KIB
+#: an application that says nothing to `Expect: 100-continue` gets the body
+_EXPECT_SECONDS = 1
+_HEAD_BYTES, _MOST_FIELDS = 128 * KIB, 256
+#: fields of one connection (RFC 9110 section 7.6.1)
+_OF_A_HOP = frozenset((
+    b"", b"connection", b"keep-alive", b"proxy-authenticate",
+    b"proxy-connection", b"te", b"transfer-encoding", b"upgrade"))
+_WIRES = {"http": HttpWire, "https": HttpWire}
 
 
 # ---------------------------------------------------------------------------
@@ -6245,6 +6894,7 @@ class Site:
         self._settings, self._repository = settings, repository
         self._open = settings.mode == "devlove"
         self._tells_cache = self._open or settings.tweaks.cache_status
+        self._trusted = settings.tweaks.trusted_proxies
         self._backends = {
             name: FilesystemBackend(domain.root_dir, (settings.scratch_dir,))
             for name, domain in settings.domains.items()
@@ -6252,6 +6902,11 @@ class Site:
         self._images = {
             name: domain.images or settings.tweaks.images
             for name, domain in settings.domains.items()}
+        self._consultants = {
+            (domain.name, named.name): Consultant(named, settings.tweaks)
+            for domain in settings.domains.values()
+            for named in (*domain.consultants.values(),
+                          *filter(None, [consultant_of(domain)]))}
         #: those whose paths mean files and nothing else
         self._plain = {
             name: (backend.root, self._images[name])
@@ -6321,7 +6976,7 @@ class Site:
             raise NotServed(421, f"{request.host} is none of {known}")
         request.note(f"domain {domain.name}, from {domain.place}")
         if domain.kind == "api":
-            self._consult(request, domain)
+            return self._consult(request, domain, domain.name, request.target)
         if request.target == "*":
             return self._options()
         if domain.change_url:
@@ -6334,7 +6989,9 @@ class Site:
         if kind is Kind.REDIRECT and components[0] != ".well-known":
             return self._add_slash(request)
         if kind is Kind.DYNAMIC:
-            self._seek_view(request, domain, components[:-1])
+            response = self._ask_view(request, domain, components[:-1])
+            if response:
+                return response
             components = (*components[:-1], "index.html")
         return self._static(request, domain, key, components)
 
@@ -6346,23 +7003,35 @@ class Site:
         fields = ((b"location", place.encode()), (b"content-length", b"0"))
         return Response(301, fields, b"", "redirect", "core")
 
-    def _seek_view(self, request, domain, folder):
-        """Ends requests that only a view or its consultant can answer."""
+    def _ask_view(self, request, domain, folder):
+        """The application's answer where no file is the page, or None."""
         if domain.views_dir and domain.views_dir != domain.root_dir:
             request.note(f"views in {domain.views_dir}")
             raise NotServedYet("views")
         backend = self._backends.get(domain.name)
         has_index = backend and os.path.isfile(
             os.path.join(backend.root, *folder, "index.html"))
-        if domain.consultants and not has_index:
-            self._consult(request, domain)
+        named = consultant_of(domain)
+        if has_index or named is None:
+            return None
+        return self._consult(request, domain, named.name, request.target)
 
-    def _consult(self, request, domain):
-        consultant = consultant_of(domain)
-        if consultant:
-            addresses = ", ".join(map(str, consultant.connect_to))
-            request.note(f"consultant {consultant.name} at {addresses}")
-        raise NotServedYet("consultants (requests for applications)")
+    def _consult(self, request, domain, name, target):
+        """The answer of an application to what is asked on behalf of us."""
+        consultant = self._consultants[domain.name, name]
+        settings = consultant.settings
+        addresses = ", ".join(map(str, settings.connect_to))
+        request.note(f"consultant {name} at {addresses} is asked for {target}")
+        question = Question(
+            request.method, target, upstream_fields(
+                request, is_trusted(request.client, self._trusted),
+                settings.use_host),
+            request.body, inform=request.inform, request=request)
+        request.withdraw = question.withdraw
+        status, fields, body = consultant.ask(question)
+        is_dated = any(field == b"date" for field, _ in fields)
+        return Response(status, tuple(fields), body, "consultant", name,
+                        is_dated)
 
     def _static(self, request, domain, key, components):
         backend = self._backends.get(domain.name)
@@ -6521,9 +7190,8 @@ _ALLOW = b"GET, HEAD, OPTIONS"
 # ---------------------------------------------------------------------------
 # 16. Connections: one socket, one engine, many exchanges
 #
-#    Offers   Service, Conversation
-#    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 5 Engines,
-#             6 Scheduler, 14 Hints, 15 Site
+#    Offers   Service
+#    Uses     1 Words, 3 Settings, 4 HTTP, 5 Engines, 15 Site
 # ---------------------------------------------------------------------------
 #
 # A connection has no greenlet.  It is an object that the event loop calls
@@ -6531,7 +7199,7 @@ _ALLOW = b"GET, HEAD, OPTIONS"
 # and scheduler as far as they go without waiting, and returns.  That keeps an
 # idle connection small and a busy one quick.  What may wait (reading a new
 # file, a thread, a backend) runs in a greenlet of its own, which comes back
-# with a Response.  Conversation knows requests and streams, Connection (16b)
+# with a Response.  Conversation knows requests and streams, Connection (16c)
 # knows sockets and times; neither does the other's work.
 #
 # The invariant: engine and scheduler calls never switch greenlets, so nothing
@@ -6540,6 +7208,12 @@ _ALLOW = b"GET, HEAD, OPTIONS"
 # Of a response no more is held than the socket took and one chunk.  After a
 # chunk the connection waits until the kernel has nearly sent it
 # (TCP_NOTSENT_LOWAT), so that a more urgent response finds the way free.
+#
+# What an application sends (a Stream) is passed on by the greenlet that asked
+# for it: it puts down pieces until enough of them wait, and goes on when they
+# were sent.  The other way, the pieces of a request's body wait until somebody
+# reads them; only then may the client send more.  So either side slows the
+# other down, and nothing grows in between.
 #
 # One sweep looks after the times of all connections: a timer each costs more.
 
@@ -6593,16 +7267,80 @@ def _date_field():
     return b"date", http_date(time.time()).encode()
 
 
+class _Incoming:
+    """The body of a request, as far as it has come and nobody has read it."""
+
+    __slots__ = ("_expects", "_fault", "_filled", "_has_ended", "_pieces",
+                 "_stream", "_talk", "count", "is_wanted", "length",
+                 "trailers")
+
+    def __init__(self, talk, stream, headers):
+        field = headers.get(b"content-length", b"")
+        self.length = int(field) if field.isdigit() else None
+        #: octets so far; fields behind the body
+        self.count, self.trailers = 0, []
+        #: whether somebody waits for a piece
+        self.is_wanted = False
+        self._talk, self._stream = talk, stream
+        # RFC 9110 section 10.1.1: the client may wait until it is asked.
+        self._expects = headers.get(b"expect", b"").lower() == b"100-continue"
+        self._pieces, self._has_ended, self._fault = collections.deque(), 0, ""
+        self._filled = gevent.event.Event()
+
+    def read(self):
+        while not self._pieces:
+            if self._fault:
+                raise ClientGone(self._fault)
+            if self._has_ended:
+                return b""
+            self._await_piece()
+        piece, cost = self._pieces.popleft()
+        self._talk.let_send(self._stream, cost)
+        return piece
+
+    def _await_piece(self):
+        expects, self._expects, self.is_wanted = self._expects, False, True
+        self._talk.ask_for_body(self._stream, expects and not self.count)
+        self._filled.wait()
+        self._filled.clear()
+        self.is_wanted = False
+
+    def put(self, piece, cost):
+        if self._fault:
+            self._talk.engine.consumed(self._stream, cost)
+            return
+        self.count += len(piece)
+        self._pieces.append((piece, cost))
+        self._filled.set()
+
+    def end(self, trailers):
+        self._has_ended, self.trailers = True, list(trailers)
+        self._filled.set()
+
+    def break_off(self, reason):
+        """Lets go of what nobody read; who reads on gets ClientGone."""
+        self._fault = reason
+        while self._pieces:
+            _, cost = self._pieces.popleft()
+            self._talk.engine.consumed(self._stream, cost)
+        self._filled.set()
+
+
 class _Outgoing:
     """A response whose body is under way."""
 
-    __slots__ = "left", "request", "response", "sent"
+    __slots__ = "left", "request", "response", "sent", "urgency"
+
+    #: whether all octets of the body are there, or in `left`
+    is_whole = True
 
     def __init__(self, request, response):
         self.request, self.response = request, response
-        body = response.body
-        self.left = len(body) if isinstance(body, bytes) else body.length
         self.sent = 0
+        self.left = self._length(response.body)
+
+    def _length(self, body):
+        return len(body) if isinstance(body, bytes) else body.length
 
     def take(self, count):
         """The next piece; raises SourceChanged."""
@@ -6614,15 +7352,59 @@ class _Outgoing:
         return piece
 
     def close(self):
-        if not isinstance(self.response.body, bytes):
-            self.response.body.close()
+        _close_body(self.response)
+
+
+class _Relay(_Outgoing):
+    """A response whose body comes from somebody else, piece by piece."""
+
+    __slots__ = "_pieces", "_room", "is_whole"
+
+    def _length(self, body):
+        self._pieces, self.is_whole = collections.deque(), False
+        self._room = gevent.event.Event()
+        return 0
+
+    def put(self, piece):
+        self._pieces.append(piece)
+        self.left += len(piece)
+
+    def wait_for_room(self):
+        """Waits until nearly all is sent that was put; or it was closed."""
+        if self.left >= _RELAY_BYTES:
+            self._room.clear()
+            self._room.wait()
+
+    def take(self, count):
+        piece = self._pieces.popleft()
+        if len(piece) > count:
+            self._pieces.appendleft(piece[count:])
+            piece = piece[:count]
+        self.sent += len(piece)
+        self.left -= len(piece)
+        if self.left < _RELAY_BYTES:
+            self._room.set()
+        return piece
+
+    def close(self):
+        self._room.set()
+        super().close()
+
+
+# ---------------------------------------------------------------------------
+# 16b. Conversations: the exchanges of one connection, without its socket
+#
+#    Offers   Conversation
+#    Uses     1 Words, 2 Messages, 4 HTTP, 5 Engines, 6 Scheduler,
+#             11 Consultants, 14 Hints, 15 Site
+# ---------------------------------------------------------------------------
 
 
 class Conversation:
     """The exchanges of one connection, without its socket."""
 
-    __slots__ = ("_calm", "_client", "_early", "_newest", "_outgoing",
-                 "_scheduler", "_service", "_site", "_unfinished", "_waiting",
+    __slots__ = ("_bodies", "_calm", "_client", "_early", "_newest",
+                 "_outgoing", "_scheduler", "_service", "_site", "_waiting",
                  "_wake", "engine")
 
     def __init__(self, service: Service, site: Site, engine: Engine,
@@ -6632,10 +7414,10 @@ class Conversation:
         self._client, self._wake = client, wake
         self._calm = _CalmMeter(service.tweaks)
         self._scheduler, self._outgoing = Scheduler(), {}
-        #: streams that a greenlet works for
-        self._waiting = set()
-        #: octets of body so far, by stream whose request has not ended
-        self._unfinished = {}
+        #: requests that a greenlet works for, by stream
+        self._waiting = {}
+        #: bodies that have not ended, by stream
+        self._bodies = {}
         #: priorities that came ahead of their request
         self._early = {}
         self._newest = 0
@@ -6667,8 +7449,12 @@ class Conversation:
         return self.engine.output()
 
     def is_sending(self) -> bool:
-        """Whether bodies are under way, if only for want of a window."""
-        return bool(self._outgoing)
+        """Whether there are octets to send, if only for want of a window."""
+        return bool(len(self._scheduler))
+
+    def is_expecting(self) -> bool:
+        """Whether somebody waits for the client to go on with a body."""
+        return any(body.is_wanted for body in self._bodies.values())
 
     def is_busy(self) -> bool:
         """Whether an answer is under way or being made."""
@@ -6676,7 +7462,8 @@ class Conversation:
 
     def can_send(self) -> bool:
         """Whether a body has octets that the client's windows allow."""
-        return any(map(self.engine.sendable, self._outgoing))
+        return any(outgoing.left and self.engine.sendable(stream)
+                   for stream, outgoing in self._outgoing.items())
 
     def abandon_all(self) -> None:
         """Ends every exchange."""
@@ -6705,21 +7492,42 @@ class Conversation:
             self._respond(stream, request, response)
         elif service.waiting < service.tweaks.max_waiting:
             service.waiting += 1
-            self._waiting.add(stream)
+            self._waiting[stream] = request
             gevent.spawn(self._exchange, stream, request)
         else:
             busy = NotServed(503, "too many requests wait", _RETRY)
             self._respond(stream, request, self._site.refuse(busy, request))
 
     def _expect_body(self, stream, request):
-        limit = self._service.tweaks.max_body_bytes
-        length = request.headers.get(b"content-length", b"0")
-        self._unfinished[stream] = 0
-        if length.isdigit() and int(length) > limit:
-            raise NotServed(413, f"a body of {int(length)} octets")
+        body = self._bodies[stream] = request.body = _Incoming(
+            self, stream, request.headers)
+        if (body.length or 0) > self._service.tweaks.max_body_bytes:
+            raise NotServed(413, f"a body of {body.length} octets")
+
+    def let_send(self, stream: int, count: int) -> None:
+        """Lets the client send so much more of a body."""
+        self.engine.consumed(stream, count)
+        self._wake()
+
+    def ask_for_body(self, stream: int, is_expected: bool) -> None:
+        """Begins to wait for a piece; says 100 if that is expected."""
+        if is_expected:
+            self._inform(stream, 100, ())
+        else:
+            self._wake()
+
+    def _inform(self, stream, status, fields):
+        """Sends an interim response while there is no other."""
+        if stream in self._waiting:
+            with contextlib.suppress(StreamGone):
+                # The answer itself finds that out as well.
+                self.engine.headers(
+                    stream, [(b":status", b"%d" % status), *fields])
+        self._wake()
 
     def _exchange(self, stream, request):
         """Greenlet for an answer that may have to wait."""
+        request.inform = functools.partial(self._inform, stream)
         try:
             response = self._site.answer(request)
         except Exception:
@@ -6728,41 +7536,88 @@ class Conversation:
             response = self._site.fail(request)
         finally:
             self._service.waiting -= 1
-        if stream in self._waiting:
-            self._waiting.discard(stream)
-            self._respond(stream, request, response)
+        if self._waiting.pop(stream, None) is None:
+            _close_body(response)
+            return
+        relay = self._respond(stream, request, response)
+        self._wake()
+        if relay:
+            self._pass_on(stream, relay)
+
+    def _pass_on(self, stream, relay):
+        """Sends a body as it comes, no faster than the client takes it."""
+        trouble = None
+        try:
+            for piece in relay.response.body.pieces:
+                self._offer(stream, relay, piece)
+                relay.wait_for_room()
+            self._offer(stream, relay, b"")
+        except ShimmerCatError as error:
+            trouble = error
+        except Exception:
+            # Top of a greenlet: the client must not wait for ever.
+            trouble = traceback.format_exc()
+            LOG.say(60001, relay.request.target, trouble)
+        if trouble and self._outgoing.get(stream) is relay:
+            LOG.say(40017, relay.request.target, trouble)
+            self._abandon(stream, ErrorCode.INTERNAL_ERROR)
+        self._wake()
+
+    def _offer(self, stream, relay, piece):
+        """Puts down a piece to be sent; without octets it is the last.
+
+        Raises ClientGone.
+        """
+        if self._outgoing.get(stream) is not relay:
+            raise ClientGone("the client left")
+        relay.is_whole = not piece
+        if piece:
+            relay.put(piece)
+            self._scheduler.add(stream, relay.urgency)
             self._wake()
-        else:
-            _Outgoing(request, response).close()
+        elif not relay.left:
+            self._finish(stream, relay, b"")
 
     def _respond(self, stream, request, response):
-        """Sends the head; queues the body for its turn."""
+        """Sends the head; queues the body for its turn.
+
+        The relay whose body the caller has to pass on, or None.
+        """
         fields = [(b":status", b"%d" % response.status), *response.fields,
                   self._service.date]
+        if response.is_dated:
+            fields.pop()
         bodiless = not response.body or (request and request.method == "HEAD")
-        outgoing = _Outgoing(request, response)
+        is_relayed = isinstance(response.body, Stream)
+        outgoing = (_Relay if is_relayed else _Outgoing)(request, response)
+        if not is_relayed:
+            _break_off_body(request or _Unread)
         try:
             self.engine.headers(stream, fields, bodiless)
         except StreamGone:
             # The same octets that asked for this broke the connection.
             self._end(stream, outgoing, "cut")
-            return
+            return None
         if bodiless:
             self._end(stream, outgoing)
-            return
+            return None
         urgency = self._early.pop(stream, None)
         if urgency is None:
             urgency = urgency_of(request, response) if request else Urgency()
-        self._outgoing[stream] = outgoing
+        outgoing.urgency, self._outgoing[stream] = urgency, outgoing
+        if is_relayed:
+            return outgoing
         self._scheduler.add(stream, urgency)
+        return None
 
     def _end(self, stream, outgoing, answered=None):
         """Accounts for an exchange that is over."""
         outgoing.close()
-        if self._unfinished.pop(stream, None) is not None:
+        request, response = outgoing.request or _Unread, outgoing.response
+        _break_off_body(request)
+        if self._bodies.pop(stream, None):
             # RFC 9113 section 8.1: the rest of the request is of no use.
             self.engine.reset(stream, 0)
-        request, response = outgoing.request or _Unread, outgoing.response
         spent = max(0, time.monotonic() - request.started) * 1000
         LOG.say(50001, self._client, request.method, request.host,
                 request.target, response.status, outgoing.sent,
@@ -6775,31 +7630,51 @@ class Conversation:
         self._respond(event.stream, None, self._site.refuse(error))
 
     def _on_body(self, event):
-        """Bodies have no taker yet: they are counted and let go."""
-        stream = event.stream
-        self.engine.consumed(stream, event.cost)
-        if stream not in self._unfinished:
+        stream, body = event.stream, self._bodies.get(event.stream)
+        if body is None:
+            self.engine.consumed(stream, event.cost)
             self.engine.reset(stream, ErrorCode.NO_ERROR)
             return
-        self._unfinished[stream] += len(event.piece)
-        limit = self._service.tweaks.max_body_bytes
-        if self._unfinished[stream] > limit and stream in self._waiting:
-            self._abandon(stream, ErrorCode.ENHANCE_YOUR_CALM)
+        body.put(event.piece, event.cost)
+        if body.count > self._service.tweaks.max_body_bytes:
+            self._break_off(stream, NotServed(
+                413, f"a body of more than {body.count} octets"))
 
     def _on_ended(self, event):
-        self._unfinished.pop(event.stream, None)
+        if body := self._bodies.pop(event.stream, None):
+            body.end(event.trailers)
 
     def _on_reset(self, event):
         self._abandon(event.stream, None)
 
+    def break_off_bodies(self) -> None:
+        """Ends the requests whose bodies do not come any further."""
+        for stream, body in tuple(self._bodies.items()):
+            if body.is_wanted:
+                self._break_off(stream, NotServed(
+                    408, "the body stopped coming"))
+
+    def _break_off(self, stream, error):
+        """Ends an exchange for a fault of the request's body."""
+        request = self._waiting.pop(stream, None)
+        if request is None:
+            self._abandon(stream, ErrorCode.ENHANCE_YOUR_CALM)
+        else:
+            request.withdraw()
+            self._respond(stream, request, self._site.refuse(error, request))
+
     def _abandon(self, stream, code):
         """Ends an exchange before its answer is complete."""
-        self._unfinished.pop(stream, None)
-        self._waiting.discard(stream)
+        if body := self._bodies.pop(stream, None):
+            body.break_off("the client left")
         self._early.pop(stream, None)
         if code is not None:
             self.engine.reset(stream, code)
-        if outgoing := self._outgoing.pop(stream, None):
+        outgoing = self._outgoing.pop(stream, None)
+        if request := self._waiting.pop(stream, None):
+            request.withdraw()
+            outgoing = _Outgoing(request, _NO_RESPONSE)
+        if outgoing:
             self._scheduler.remove(stream)
             self._end(stream, outgoing, "cut")
 
@@ -6829,13 +7704,23 @@ class Conversation:
             LOG.say(40017, outgoing.request.target, error)
             self._abandon(stream, ErrorCode.INTERNAL_ERROR)
             return 0
-        ended = not outgoing.left
-        self.engine.body(stream, piece, ended)
-        if ended:
-            del self._outgoing[stream]
-            self._scheduler.remove(stream)
-            self._end(stream, outgoing)
+        if outgoing.left or not outgoing.is_whole:
+            self.engine.body(stream, piece)
+            if not outgoing.left:
+                self._scheduler.remove(stream)
+        else:
+            self._finish(stream, outgoing, piece)
         return len(piece)
+
+    def _finish(self, stream, outgoing, piece):
+        """Sends the last piece of a body, and what comes behind it."""
+        del self._outgoing[stream]
+        self._scheduler.remove(stream)
+        trailers = getattr(outgoing.response.body, "trailers", ())
+        self.engine.body(stream, piece, not trailers)
+        if trailers:
+            self.engine.headers(stream, trailers, True)
+        self._end(stream, outgoing)
 
 
 _HANDLERS = {
@@ -6849,11 +7734,23 @@ _HANDLERS = {
     ProtocolFault: Conversation._on_fault}
 
 
+def _break_off_body(request):
+    """Lets go of what is left of a request's body."""
+    if request.body:
+        request.body.break_off("the request was answered already")
+
+
+def _close_body(response):
+    """Lets go of a body that nobody wants any more."""
+    if not isinstance(response.body, bytes):
+        response.body.close()
+
+
 class _Unread:
     """Stands in the log for a request whose head could not be read."""
 
     method = host = target = "-"
-    started = math.inf
+    started, body = math.inf, None
 
 
 class _CalmMeter:
@@ -6877,6 +7774,10 @@ class _CalmMeter:
         return self._credit >= 0
 
 
+#: stands in the log for the answer that nobody waited for, as in nginx
+_NO_RESPONSE = Response(499, representation="-")
+#: octets of a body from elsewhere that wait to be sent at most, and a piece
+_RELAY_BYTES = 64 * KIB
 #: what a request costs its sender that cannot be understood
 _REFUSAL_POINTS = 10
 _RETRY = ((b"retry-after", b"2"),)
@@ -6884,7 +7785,7 @@ _SWEEP_SECONDS = 0.5
 
 
 # ---------------------------------------------------------------------------
-# 16b. Sockets: TLS and times under the conversations
+# 16c. Sockets: TLS and times under the conversations
 #
 #    Offers   Connection
 #    Uses     1 Words, 2 Messages, 4 HTTP, 5 Engines
@@ -7012,6 +7913,8 @@ class Connection:
                 self._stage = self._finish_up
                 return
             talk.receive(data)
+            if self._clock == "body":
+                self._clock = None
             # What is most urgent may be the last that came.
             if not talk.is_sending():
                 return
@@ -7078,6 +7981,8 @@ class Connection:
         self._watch((_READ if reading else 0) | (_WRITE if writing else 0))
         if self._unsent or talk.is_sending():
             self._set_clock("send", tweaks.send_seconds)
+        elif talk.is_expecting():
+            self._set_clock("body", tweaks.body_seconds)
         elif talk.is_busy():
             self._set_clock("work", math.inf)
         elif talk.engine.midway():
@@ -7105,7 +8010,7 @@ class Connection:
             self._guard(self._say_last_stream)
         if self._deadline.moment <= now:
             LOG.say(6, self._client, self._clock)
-            polite = self._clock in ("head", "idle")
+            polite = self._clock in ("head", "body", "idle")
             self._guard(self._give_up if polite else self.close)
 
     def _give_up(self):
@@ -7113,6 +8018,11 @@ class Connection:
         talk = self._conversation
         if self._clock == "head":
             talk.time_out()
+        elif self._clock == "body":
+            self._clock = None
+            talk.break_off_bodies()
+            self._send()
+            return
         else:
             talk.engine.goodbye()
         talk.engine.closing = True
@@ -7202,7 +8112,7 @@ _REDIRECT_LIMITS = EngineLimits(header_bytes=16384, requests=1)
 
 
 # ---------------------------------------------------------------------------
-# 16c. Listeners: where clients are accepted
+# 16d. Listeners: where clients are accepted
 #
 #    Offers   CannotListen, TlsListener, RedirectListener, listen
 #    Uses     1 Words, 2 Messages, 15 Site
@@ -7364,7 +8274,7 @@ _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 # ---------------------------------------------------------------------------
-# 16d. Proxies: who is behind a proxy in front of this server
+# 16e. Proxies: who is behind a proxy in front of this server
 #
 #    Offers   ProxyHeaderRefused, ProxyHeader
 #    Uses     1 Words

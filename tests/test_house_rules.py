@@ -29,6 +29,7 @@ WIDTH = 79
 #: report it; a handler that ends in a bare `raise` is not meant
 MAY_CATCH_ALL = frozenset((
     "Conversation._exchange",  # top of an exchange's greenlet
+    "Conversation._pass_on",  # the same greenlet, once it has an answer
     "Connection._guard",  # top of a call by the event loop
     "live_apart",  # top of a forked child
     "Arbiter._take_turn",  # arbiter loop

@@ -133,7 +133,7 @@ shimmercat-devlove:
     assert web["consultants"]["shop"] == {
         "name": "shop", "application-protocol": "https", "verify": True,
         "connect-to": ["127.0.0.1:8080", "[::1]:81"],
-        "max-connections": 32, "first-byte-timeout": 300}
+        "max-connections": 256, "first-byte-timeout": 300}
     assert api == {
         "name": "api.a.test", "kind": "api", "port": "127.0.0.1:9000",
         "place": f"{folder}/devlove.yaml:10", "prob-accelerator-kicks-in": 1,

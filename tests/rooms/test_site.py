@@ -60,8 +60,6 @@ shimmercat-devlove:
       views-dir: views
 """
 FEATURES = [
-    ("app.example.test", "/shop/", "consultants"),
-    ("api.example.test", "/x", "consultants"),
     ("rewritten.example.test", "/a.css", "change-url"),
     ("remote.example.test", "/a.css", "root-dir"),
     ("views.example.test", "/", "views"),
