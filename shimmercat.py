@@ -2287,7 +2287,7 @@ class Http2Engine(Engine):
         if self._owed.pop(stream, 0) or has_odd_field(event.headers):
             events.append(self._refuse(stream, ErrorCode.PROTOCOL_ERROR))
         else:
-            events.append(RequestEnded(stream, event.headers))
+            events.append(RequestEnded(stream, tuple(event.headers)))
 
     def _take_reset(self, event, events):
         self._owed.pop(event.stream_id, None)
@@ -2556,9 +2556,9 @@ class Http1Engine(Engine):
             self._waiting[-1] = last._replace(ended=True)
         else:
             # RFC 9110 section 6.5.1: what is odd in them may be left out.
-            self._waiting.append(RequestEnded(self._stream, [
+            self._waiting.append(RequestEnded(self._stream, tuple(
                 field for field in self._trailers
-                if not has_odd_field([field])]))
+                if not has_odd_field([field]))))
         self._fresh_head()
 
     def hungry(self):
