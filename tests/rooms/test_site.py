@@ -60,9 +60,7 @@ shimmercat-devlove:
       views-dir: views
 """
 FEATURES = [
-    ("rewritten.example.test", "/a.css", "change-url"),
     ("remote.example.test", "/a.css", "root-dir"),
-    ("views.example.test", "/", "views"),
 ]
 
 
@@ -425,7 +423,7 @@ def test_what_is_known_is_answered_without_waiting(house, target):
 @pytest.mark.parametrize("target, more", [
     ("/nothing.css", {}), ("/a.css", {"method": "POST"}),
     ("/", {"host": "other.example"}), ("/a.css", {"host": "api.example.test"}),
-    ("/a.css", {"host": "rewritten.example.test"})])
+    ("/old", {"host": "rewritten.example.test"})])
 def test_what_needs_a_page_is_not_answered_at_once(house, target, more):
     house.settle("/a.css")
     assert house.site.ready(house.request(target, **more)) is None
