@@ -2508,7 +2508,10 @@ class Http1Engine(Engine):
                 if self._answering:
                     break
                 self._answering = self._waiting[0].stream
-            released.append(self._waiting.popleft())
+            event = self._waiting.popleft()
+            # Behind a body that broke off nothing can be found.
+            self.closing = self.closing or isinstance(event, StreamReset)
+            released.append(event)
         return released
 
     def on_message_begin(self):

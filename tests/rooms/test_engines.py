@@ -460,6 +460,8 @@ def test_chunks_are_read_by_the_letter(chunks):
         assert isinstance(events[-1], StreamReset)
         assert RequestEnded(1) not in events
         assert not engine.hungry()
+        # nothing else may be waited for: this would be for ever
+        assert engine.closing
 
 
 @pytest.mark.parametrize("octets", [
