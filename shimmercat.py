@@ -232,7 +232,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from PIL import AvifImagePlugin, Image
+from PIL import AvifImagePlugin, Image, JpegImagePlugin
 
 try:
     import brotli
@@ -4608,11 +4608,14 @@ class AlternateStore:
         # One byte more shows that something was appended.
         body = read_file(stored.path, stored.size + 1)
         if body is not None and _body_digest(body) != stored.digest:
-            LOG.say(40013, stored.path)
-            self.remove(stored)
+            self._heal(stored)
             return None
         self._note_use(stored)
         return body
+
+    def _heal(self, stored):
+        LOG.say(40013, stored.path)
+        self.remove(stored)
 
     def _note_use(self, stored):
         with contextlib.suppress(OSError):
@@ -4674,11 +4677,11 @@ class StoreReader(AlternateStore):
     def remember(self, memo: str, what: dict) -> None:
         """Does not."""
 
-    def remove(self, stored: StoredFile) -> None:
+    def _heal(self, stored):
         """Does not; what is damaged counts as not there all the same."""
 
     def _note_use(self, stored):
-        pass
+        """Does not."""
 
 
 def _remove(path):
@@ -6696,6 +6699,12 @@ _PICTURE_ERRORS = (
 #: of PNG files that mean sRGB: 1 / 2.2
 _USUAL_GAMMA = 0.45455
 _ORIENTATION = 0x0112
+#: tag of the list of pictures in a file of several
+_MP_ENTRIES = 0xB002
+#: signs of what makes a picture brighter: Adobe's and Android's, that of ISO
+#: 21496-1, Apple's
+_GAIN_MAP = re.compile(
+    rb"hdrgm:|urn:iso:std:iso:ts:21496:-1|(?i:HDRGainMap)")
 #: {orientation: what makes it upright}
 _TURNS = dict(enumerate((
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
@@ -6738,12 +6747,10 @@ class _Picture(typing.NamedTuple):
 
 def _read_picture(source, kind, most_pixels):
     """The picture of a file; raises PictureRefused."""
-    own = kind.removeprefix("image/").upper()
     try:
-        image = Image.open(io.BytesIO(source), formats=[
-            "JPEG", "PNG", "GIF", "WEBP"])
-        if image.format != own:
-            raise PictureRefused(f"is {image.format}, not {own}")
+        image = _opened(source)
+        if f"image/{image.format.lower()}" != kind:
+            raise PictureRefused(f"is {image.format}, not {kind}")
         # The frames of a GIF have to be counted by skipping through it.
         for count in (1, getattr(image, "n_frames", 1)):
             if image.width * image.height * count > most_pixels:
@@ -6752,12 +6759,30 @@ def _read_picture(source, kind, most_pixels):
                     f" above the limit of {most_pixels}")
         if flaw := _flaw(image):
             raise PictureRefused(flaw)
+        if _GAIN_MAP.search(source):
+            raise PictureRefused("has a gain map for bright screens")
         frames, durations = _frames(image)
     except _PICTURE_ERRORS as error:
         raise PictureRefused(f"cannot be read: {error!r}") from error
     return _Picture(frames, durations, _plays(image),
                     image.info.get("icc_profile"),
                     PICTURE_FORMS[kind.encode()][0], source)
+
+
+def _opened(source):
+    """The image of a file as browsers see it; raises PictureRefused.
+
+    Cameras put previews behind a JPEG (CIPA DC-007), which nobody is shown.
+    """
+    image = Image.open(io.BytesIO(source), formats=[
+        "JPEG", "PNG", "GIF", "WEBP"])
+    if image.format != "MPO":
+        return image
+    for entry in image.mpinfo[_MP_ENTRIES][1:]:
+        kind = entry["Attribute"]["MPType"]
+        if kind != "Undefined" and "Thumbnail" not in kind:
+            raise PictureRefused(f"has a further picture: {kind}")
+    return JpegImagePlugin.JpegImageFile(io.BytesIO(source))
 
 
 def _flaw(image):
@@ -6770,8 +6795,6 @@ def _flaw(image):
     if (abs(gamma - _USUAL_GAMMA) > 0.005
             and not {"srgb", "icc_profile"} & image.info.keys()):
         return f"has a gamma of {gamma}"
-    if b"hdrgm:" in image.info.get("xmp", b""):
-        return "has a gain map for bright screens"
     if image.mode == "CMYK" and "adobe" not in image.info:
         # Pillow inverts the inks as Adobe does it, browsers only for Adobe.
         return "is CMYK without a sign of Adobe"
@@ -7093,7 +7116,7 @@ def _careful(picture, form, threshold):
     if form == "webp" and picture.own != "jpeg":
         way, options = "lossless", {"lossless": True, "quality": 80}
     elif form == "jpeg" and picture.origin is not None:
-        frames = [Image.open(io.BytesIO(picture.origin), formats=["JPEG"])]
+        frames = [_opened(picture.origin)]
         way, options = "repacked", {
             "quality": "keep", "exif": _turned(frames[0])}
     elif form == "jpeg":
@@ -10125,7 +10148,10 @@ def _explain(flags):
 def _asked(flags, settings):
     """The request that `explain` is about; raises _UsageError."""
     url = flags.url if "://" in flags.url else f"https://{flags.url}"
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise _UsageError(f"URL: got {flags.url!r}: {error}") from error
     if parts.scheme != "https" or not parts.netloc:
         name = next(iter(settings.domains), "localhost")
         raise _UsageError(f"URL: got {flags.url!r}, expected one like"

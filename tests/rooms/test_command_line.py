@@ -189,6 +189,32 @@ def test_check_names_a_certificate_that_is_none(run, folder):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("url", [
+    "a.test", "a.test/", "a.test:4043/a b.css#part", "https://a.test/?q=\u00e4",
+    "HTTPS://A.test/a%20b.css"])
+def test_explain_takes_what_people_type(capsys, folder, url):
+    for name in ("index.html", "a b.css"):
+        (folder / "www" / name).write_text("hello")
+    words = ["--working-dir", str(folder)]
+    assert main(["explain", url, *words]) == 0
+    assert "\n200 OK: static, identity\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "complaint"), [
+    (["http://a.test/"], "expected one like https://a.test/ or a.test/"),
+    (["/style.css"], "expected one like https://a.test/ or a.test/"),
+    ([""], "expected one like https://a.test/ or a.test/"),
+    (["https://a..b/"], "URL or --header: "),
+    (["https://[::1/"], "URL: got 'https://[::1/': "),
+    (["a.test", "--header", "accept"], "expected NAME:VALUE")])
+def test_explain_tells_what_is_no_url_and_no_field(
+        capsys, folder, words, complaint):
+    assert main(["explain", *words, "--working-dir", str(folder)]) == USAGE
+    said = capsys.readouterr()
+    assert complaint in said.err and len(said.err.splitlines()) == 1
+    assert not said.out
+
+
 def test_the_file_runs_alone(run, folder):
     shutil.copy(PROGRAM, folder)
     done = run("check", command=("-I", "shimmercat.py"))

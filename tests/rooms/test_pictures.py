@@ -193,7 +193,8 @@ def test_what_is_no_image_is_refused(source, kind):
 
 
 def test_a_file_of_another_format_than_its_name_says_is_refused():
-    assert refusal(saved(photo(), "PNG"), "image/jpeg") == "is PNG, not JPEG"
+    assert refusal(saved(photo(), "PNG"), "image/jpeg") == (
+        "is PNG, not image/jpeg")
 
 
 @pytest.mark.parametrize("form", ["BMP", "TIFF", "PPM", "AVIF"])
@@ -251,6 +252,59 @@ def test_cmyk_without_a_sign_of_adobe_is_refused():
     length = int.from_bytes(source[at + 2:at + 4])
     assert "Adobe" in refusal(
         source[:at] + source[at + 2 + length:], "image/jpeg")
+
+
+def several(kind=0x010001, mode="RGB", **options):
+    """A JPEG of a camera, with a second picture of a kind behind it."""
+    source = bytearray(saved(
+        photo().convert(mode), "MPO", save_all=True,
+        append_images=[noise(photo(), 90)], **{"quality": 97} | options))
+    index = source.index(b"MPF\0")
+    entry = source.rindex(b"\0\0\x03\0", index, index + 120) + 16
+    source[entry:entry + 4] = kind.to_bytes(4, "little")
+    assert opened(bytes(source)).format == "MPO"
+    return bytes(source)
+
+
+@pytest.mark.parametrize("kind", [0, 0x010001, 0x010002])
+def test_of_a_photograph_with_previews_the_first_picture_is_kept(kind):
+    source = several(kind, exif=turned(6), icc_profile=SRGB)
+    found = forms(source, "image/jpeg")
+    assert list(found) == ["jpeg", "webp", "avif"]
+    for form in found.values():
+        shown = ImageOps.exif_transpose(opened(form.body)).convert("RGB")
+        assert similarity(ImageOps.exif_transpose(
+            opened(source)).convert("RGB"), shown) >= THRESHOLD
+        assert opened(form.body).info["icc_profile"] == SRGB
+        assert getattr(opened(form.body), "n_frames", 1) == 1
+
+
+def test_a_photograph_with_previews_is_at_least_repacked():
+    source = several(mode="L", quality=30)
+    found = forms(source, "image/jpeg", threshold=0.997)
+    assert found["jpeg"].reason.startswith("repacked")
+
+
+@pytest.mark.parametrize("kind, word", [
+    (0x020001, "Panorama"), (0x020002, "Disparity"),
+    (0x020003, "Multi-Angle"), (0x040000, "Unknown")])
+def test_a_file_of_pictures_that_belong_together_is_refused(kind, word):
+    reason = refusal(several(kind), "image/jpeg")
+    assert "further picture" in reason and word in reason
+
+
+@pytest.mark.parametrize("sign", [
+    b'<x hdrgm:Version="1.0"/>', b"urn:iso:std:iso:ts:21496:-1\0",
+    b"http://ns.apple.com/HDRGainMap/1.0/",
+    b"urn:com:apple:photo:2020:aux:hdrgainmap"])
+@pytest.mark.parametrize("make", [several, lambda: saved(photo(), "JPEG")],
+                         ids=["behind", "inside"])
+def test_a_gain_map_is_not_lost(make, sign):
+    source = make()
+    at = source.rindex(b"\xff\xd8\xff") + 2
+    segment = b"\xff\xe1" + (len(sign) + 2).to_bytes(2) + sign
+    assert "gain map" in refusal(
+        source[:at] + segment + source[at:], "image/jpeg")
 
 
 def test_an_orientation_that_viewers_disagree_on_is_refused():

@@ -183,15 +183,15 @@ def children(pid):
     return pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text()
 
 
-def test_what_was_given_up_is_tried_again_when_that_is_wanted(tmp_path):
-    source = photograph(1, (900, 600))
+def test_what_was_refused_is_tried_again_when_that_is_wanted(tmp_path):
+    source = photograph(1)
     make_site(tmp_path, {"large.jpg": source, "style.css": TEXT},
-              {"artisan-job-seconds": 1})
-    assert run(tmp_path, "warm").returncode == 1
-    assert stored(tmp_path, source, "declined")
-    make_site(tmp_path, {}, {"artisan-job-seconds": 60})
+              {"image-pixels": 1000})
     assert run(tmp_path, "warm").returncode == 0
-    assert stored(tmp_path, source, "declined")
+    make_site(tmp_path, {}, {"image-pixels": 10_000})
+    assert run(tmp_path, "warm").returncode == 0
+    refused = stored(tmp_path, source, "declined")
+    assert refused.keys() == {"jpeg", "webp", "avif"}
     text = stored(tmp_path, TEXT)
     assert run(tmp_path, "warm", "www/large.jpg", "--again").returncode == 0
     assert stored(tmp_path, source).keys() >= {"jpeg", "avif"}
@@ -377,6 +377,41 @@ def test_explain_tells_what_is_not_served(warm_site, url, answer, reason):
     said = explained(warm_site, url)
     assert answer in said and reason in said
     assert not form_lines(said)
+
+
+def test_explain_speaks_for_internet_mode(warm_site):
+    said = explained(warm_site, f"https://{DOMAIN}/style.css")
+    assert "server-timing" not in said and "cache-status" not in said
+    with Server(warm_site, "--workers", "1") as server:
+        fields = ask(server, "/style.css", accept="*/*").headers
+    assert {line.split(":")[0].strip() for line in said.splitlines()
+            if line[:4] == "    "} == {*fields} - {"date"}
+
+
+def test_explain_tells_forms_that_are_made_quickly_from_the_best(tmp_path):
+    make_site(tmp_path, {"style.css": TEXT})
+    said = explained(tmp_path, f"https://{DOMAIN}/style.css")
+    assert "made quickly" in form_lines(said)["br"][1]
+    assert "form br: not made yet" not in said
+    assert "form zstd: not made yet" in said
+
+
+def test_explain_reads_and_writes_nothing(tmp_path):
+    """Neither what serving would note nor what it would heal."""
+    name, www = "app.3f2a9c1b.js", tmp_path / "www"
+    make_site(tmp_path, {name: TEXT, "style.css": TEXT + b"more"})
+    assert run(tmp_path, "warm").returncode == 0
+    (www / name).unlink()
+    damaged = next(path for path in kept(tmp_path) if ".br-11." in path.name
+                   and hashlib.sha256(TEXT + b"more").hexdigest() in path.name)
+    damaged.write_bytes(b"damage")
+    for path in kept(tmp_path):
+        os.utime(path, (1, 1))
+    before = kept(tmp_path), os.listdir(tmp_path)
+    said = explained(tmp_path, f"https://{DOMAIN}/{name}")
+    assert "keep-removed-days" in said and "200 OK" in said
+    assert "200 OK" in explained(tmp_path, f"https://{DOMAIN}/style.css")
+    assert (kept(tmp_path), os.listdir(tmp_path)) == before
 
 
 def test_explain_and_a_running_instance_agree_and_leave_each_other_alone(
