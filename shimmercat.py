@@ -5633,13 +5633,16 @@ class Consultant:
 
     def _tls(self):
         if self._context is None:
-            settings = self.settings
-            self._context = gevent.ssl.create_default_context(
-                cafile=settings.ca_file and str(settings.ca_file))
-            self._context.set_alpn_protocols(["http/1.1"])
-            if not settings.verify:
-                self._context.check_hostname = False
-                self._context.verify_mode = ssl.CERT_NONE
+            context = gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.set_alpn_protocols(["http/1.1"])
+            if self.settings.ca_file:
+                context.load_verify_locations(self.settings.ca_file)
+            elif self.settings.verify:
+                context.load_default_certs()
+            else:
+                context.check_hostname = False
+                context.verify_mode = ssl.CERT_NONE
+            self._context = context
         return self._context
 
     def _tls_name(self, address):

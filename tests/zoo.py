@@ -9,6 +9,7 @@ connection.
 import contextlib
 import email.utils
 import hashlib
+import os
 import socket
 import struct
 import threading
@@ -125,6 +126,8 @@ class Origin:
             if piece == RESET:
                 wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                                 struct.pack("ii", 1, 0))
+                # A close would wait for the file that was made of it.
+                os.close(wire.detach())
                 return False
             if piece == CLOSE:
                 return False
