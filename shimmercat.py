@@ -32,6 +32,7 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
     7b  Views            what answers a path that is no file's
      8  Scratch          the scratch folder, certificates and TLS contexts
      9  Redis            the one link to Redis and its four uses
+    9b  Notes            what all processes of an instance know for a while
     10  Representations  sources, their types, the store of alternates
    10b  Assets           everything that can be served again
    10c  Repository       the assets that a process knows
@@ -39,6 +40,8 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
     11  Consultants      which application answers, and how it is asked
    11b  Wires            a question and its answer in HTTP/1.1
     12  Fetch backends   how one asset is pulled from where it lives
+   12b  Origins          what is asked of one, and how its answer comes
+   12c  Larder           fetched assets, kept, verified and followed
     13  Artisan          makes alternates, never serves
    13b  Alternates       what is made of a source, and how it is verified
    13c  Pictures         what a browser shows of an image, how alike two are
@@ -97,24 +100,30 @@ __all__ = [
     "CertificateError", "write_atomically",
     "RedisAway", "RedisMissing", "RedisServer", "RedisLink", "LogTap",
     "LogSubscription", "JobQueue", "LocalJobQueue", "Announcements",
+    "Notes", "LocalNotes",
     "QUIET_SECONDS", "SURE_SECONDS", "Source", "file_identity", "content_type",
     "is_compressible", "StoreFull", "Mark", "StoredFile", "AlternateStore",
     "StoreReader", "read_file", "PICTURE_FORMS",
-    "AssetKey", "Representation", "Asset", "dictionary", "formats_shown",
+    "AssetKey", "Kept", "Representation", "Asset", "dictionary",
+    "formats_shown",
     "Repository",
     "CHANGELIST_FOLDER", "SLOT_SECONDS", "Change", "slot_path",
-    "slots_between", "changes_in",
+    "slots_between", "changes_in", "Verdict", "freshness", "Changes",
+    "Lifetime", "Changelist",
     "UpstreamFailed", "UpstreamSlow", "Question", "Stream", "Reply",
     "Consultant", "consultant_of",
     "HttpWire",
-    "AssetMissing", "FilesystemBackend",
+    "AssetMissing", "OriginFailed", "FilesystemBackend", "Fetched",
+    "HttpFetchBackend", "ConsultantBackend",
+    "Wanted", "Found", "RemoteStatics",
+    "Larder",
     "JobFailed", "stand_apart", "live_apart", "Workshop", "confine",
     "exit_text", "Artisan", "Tally", "WarmUp", "lease_seconds",
     "make_alternates",
     "PictureRefused", "similarity",
     "Form", "picture_forms",
     "urgency_of",
-    "NotServed", "NotServedYet", "Site", "RedirectSite", "error_page",
+    "NotServed", "Site", "RedirectSite", "error_page",
     "RESERVED", "NOT_ASKED",
     "Statics",
     "Pages",
@@ -227,6 +236,7 @@ import proxyprotocol.detect
 import redis
 import redis.backoff
 import redis.retry
+import urllib3
 import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -590,6 +600,8 @@ MESSAGES = {
     40025: Message("consultant {}: {} answers again", "it takes part again"),
     40032: Message("no development CA in {} ({}): it is made in {}",
                    "browsers must trust one CA for each scratch folder"),
+    40041: Message("{}: {}", "not to be had from its origin; 404 or stale"),
+    40042: Message("{} is not kept: {}", "each client has it fetched anew"),
     50001: Message("{} {} {}{} {} {} B {} ms {} {} {}",
                    "a request was answered",
                    ("client", "method", "host", "path", "status", "bytes",
@@ -1017,6 +1029,14 @@ OPTIONS = (
            "Open connections; above it none is accepted for a while."),
     Option("dictionaries", "tweak", "switch", True, (),
            "Whether versions of a text are sent as what changed (RFC 9842)."),
+    Option("fetch-connections", "tweak", "count", 32, (1, 10_000),
+           "Connections of each worker to an origin (fetch-backend http)."),
+    Option("fetch-limit-bytes", "tweak", "size", 256 * MIB, (0, 999 * GIB),
+           "Largest fetched body that is kept; others are passed on."),
+    Option("fetched-seconds", "tweak", "seconds", 60, (0, 10 ** 9),
+           "Fetched assets are verified so often without a changelist."),
+    Option("generated-seconds", "tweak", "seconds", 10, (0.1, 3600),
+           "Time for a generated asset to begin to come; else 404."),
     Option("graceful-seconds", "tweak", "seconds", 30, (0, 86_400),
            "Time for requests in flight to end after TERM."),
     Option("handshake-seconds", "tweak", "seconds", 3, (0.1, 60),
@@ -1050,6 +1070,8 @@ OPTIONS = (
            "Requests that wait for files or threads, per worker; then 503."),
     Option("memory-cache-bytes", "tweak", "size", 64 * MIB, (0, 64 * GIB),
            "Bodies of small files kept in memory, for each worker."),
+    Option("missing-seconds", "tweak", "seconds", 5, (0, 86_400),
+           "An origin that has no asset, or fails, is not asked so long."),
     Option("notsent-lowat-bytes", "tweak", "size", 16 * KIB, (KIB, 16 * MIB),
            "TCP_NOTSENT_LOWAT: urgent streams overtake what is above it."),
     Option("proxy-protocol", "tweak", "switch", False, (),
@@ -1066,6 +1088,10 @@ OPTIONS = (
            "A client that reads nothing for so long is cut off."),
     Option("small-file-bytes", "tweak", "size", 256 * KIB, (0, 16 * MIB),
            "Largest file kept in memory; larger ones are streamed."),
+    Option("stale-seconds", "tweak", "seconds", 604_800, (0, 10 ** 9),
+           "A copy is served so long while its origin is away."),
+    Option("static-seconds", "tweak", "seconds", 5, (0.1, 3600),
+           "Time for a fetched static to begin to come; else 404."),
     Option("tls-minimum", "tweak", "choice", "1.2", ("1.2", "1.3"),
            "Oldest TLS version accepted."),
     Option("trusted-proxies", "tweak", "networks", (), (),
@@ -4382,6 +4408,88 @@ class Announcements:
 
 
 # ---------------------------------------------------------------------------
+# 9b. Notes: what all processes of an instance know for a while
+#
+#    Offers   Notes, LocalNotes
+#    Uses     1 Words
+# ---------------------------------------------------------------------------
+
+_NOTE = "sc_note_"  #: and the name of a note
+_MOST_NOTES = 10_000  #: of one process while Redis is away
+
+
+class LocalNotes:
+    """Short texts under names, for a time, and for this process alone."""
+
+    def __init__(self):
+        self._notes = collections.OrderedDict()
+
+    def read(self, name: str) -> bytes | None:
+        """The text under a name, if there is one still."""
+        end, text = self._notes.get(name, (0, None))
+        return text if time.monotonic() < end else None
+
+    def write(self, name: str, text: bytes, seconds: float) -> None:
+        """Keeps a text; the oldest of very many go."""
+        self._notes[name] = time.monotonic() + seconds, text
+        self._notes.move_to_end(name)
+        if len(self._notes) > _MOST_NOTES:
+            self._notes.popitem(last=False)
+
+    def claim(self, name: str, text: bytes, seconds: float) -> bool:
+        """Keeps a text where there is none, as a lease; whether it did."""
+        if self.read(name) is not None:
+            return False
+        self.write(name, text, seconds)
+        return True
+
+    def drop(self, name: str) -> None:
+        """Removes a text, and ends a lease by that."""
+        self._notes.pop(name, None)
+
+
+class Notes(LocalNotes):
+    """Short texts under names that all processes of the instance see.
+
+    While Redis is away each process has its own.
+    """
+
+    def __init__(self, link: RedisLink):
+        super().__init__()
+        self._link, self._away = link, Deadline(0)
+
+    def read(self, name: str) -> bytes | None:
+        """The text under a name, if there is one still."""
+        return self._ask(super().read, (name,), "GET", _NOTE + name)
+
+    def write(self, name: str, text: bytes, seconds: float) -> None:
+        """Keeps a text for all."""
+        self._ask(super().write, (name, text, seconds), "SET", _NOTE + name,
+                  text, "PX", max(1, int(seconds * 1000)))
+
+    def claim(self, name: str, text: bytes, seconds: float) -> bool:
+        """Keeps a text where nobody has one, as a lease; whether it did."""
+        return bool(self._ask(
+            super().claim, (name, text, seconds), "SET", _NOTE + name, text,
+            "NX", "PX", max(1, int(seconds * 1000))))
+
+    def drop(self, name: str) -> None:
+        """Removes a text for all."""
+        super().drop(name)
+        self._ask(super().drop, (name,), "DEL", _NOTE + name)
+
+    def _ask(self, alone, words, *command):
+        """Redis' answer, or what `alone` says while there is no Redis."""
+        if self._away.passed():
+            try:
+                return self._link.call(*command)
+            except RedisAway:
+                # One that hangs would be waited for each time.
+                self._away = Deadline(_ANSWER_SECONDS)
+        return alone(*words)
+
+
+# ---------------------------------------------------------------------------
 # 10. Representations: sources, their types, the store of alternates
 #
 #    Offers   QUIET_SECONDS, SURE_SECONDS, Source, file_identity,
@@ -4401,11 +4509,17 @@ class Source(typing.NamedTuple):
     modified: float
     #: seconds that it was left alone, when it was opened
     age: float
+    #: what is known of it when it was fetched; its file never changes then
+    kept: "Kept | None" = None
 
     @classmethod
-    def adopt(cls, fd: int, path: str) -> "Source":
+    def adopt(cls, fd: int, path: str, kept: "Kept | None" = None
+              ) -> "Source":
         """The open file `fd`, which was found at `path`."""
         status = os.fstat(fd)
+        if kept:
+            return cls(fd, path, file_identity(status), status.st_nlink,
+                       kept.modified, math.inf, kept)
         # Every change sets ctime; mtime is what somebody says it is, and
         # RFC 9110 section 8.8.2.1 allows no Last-Modified in the future.
         age = abs(time.time_ns() - status.st_ctime_ns) / 1e9
@@ -4429,6 +4543,8 @@ class Source(typing.NamedTuple):
 
     def is_same(self) -> bool:
         """Whether nobody wrote into the file since it was opened."""
+        if self.kept:
+            return True
         status = os.fstat(self.fd)
         identity = file_identity(status)
         # A file that loses its name to another one stays what it is.
@@ -4542,13 +4658,34 @@ class AlternateStore:
         digest, word = _body_digest(body), f"{mark.value}." if mark else ""
         path = self._folder_of(source_sha) / (
             f"{source_sha}.{word}{form}-{level}.{len(body)}.{digest}")
-        try:
+        with self._or_full():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(path, body)
-        except OSError as error:
-            raise StoreFull(f"{self._root}: {error}") from error
         self._unchecked_bytes -= len(body)
         return StoredFile(form, level, len(body), digest, path, mark)
+
+    def draft(self) -> tuple[int, str]:
+        """An open file and its path, for an original that comes bit by bit.
+
+        Whoever has it closes it, and keeps or removes it.  Raises StoreFull.
+        """
+        with self._or_full():
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return tempfile.mkstemp(prefix=".draft-", dir=self._root)
+
+    def keep(self, draft: str, source_sha: str, size: int) -> None:
+        """Makes a whole draft the original of its hash; raises StoreFull."""
+        path = self.original(source_sha, size)
+        with self._or_full():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.replace(draft, path)
+        self._unchecked_bytes -= size
+
+    def original(self, source_sha: str, size: int) -> Path:
+        """Where the original of a hash is, if the store has it."""
+        return self._folder_of(source_sha) / (
+            f"{source_sha}.{Mark.ORIGINAL.value}.file-0.{size}"
+            f".{source_sha[:16]}")
 
     def decline(self, source_sha: str, form: str, level: int,
                 reason: str) -> None:
@@ -4603,19 +4740,20 @@ class AlternateStore:
         """Removes what may have been removed already."""
         _remove(stored.path)
 
+    def discard(self, path: str) -> None:
+        """Removes a file that turned out to be damaged."""
+        LOG.say(40013, path)
+        _remove(path)
+
     def load(self, stored: StoredFile) -> bytes | None:
         """The body, or None when it is gone; a damaged file is removed."""
         # One byte more shows that something was appended.
         body = read_file(stored.path, stored.size + 1)
         if body is not None and _body_digest(body) != stored.digest:
-            self._heal(stored)
+            self.discard(stored.path)
             return None
         self._note_use(stored)
         return body
-
-    def _heal(self, stored):
-        LOG.say(40013, stored.path)
-        self.remove(stored)
 
     def _note_use(self, stored):
         with contextlib.suppress(OSError):
@@ -4642,6 +4780,13 @@ class AlternateStore:
             _remove(path)
             freed += size
         return freed
+
+    @contextlib.contextmanager
+    def _or_full(self):
+        try:
+            yield
+        except OSError as error:
+            raise StoreFull(f"{self._root}: {error}") from error
 
     def _folder_of(self, source_sha):
         if not self._source_form.fullmatch(source_sha):
@@ -4677,8 +4822,15 @@ class StoreReader(AlternateStore):
     def remember(self, memo: str, what: dict) -> None:
         """Does not."""
 
-    def _heal(self, stored):
+    def draft(self) -> tuple[int, str]:
+        """Does not; raises StoreFull."""
+        raise StoreFull("nothing is stored by who only reads")
+
+    def remove(self, stored: StoredFile) -> None:
         """Does not; what is damaged counts as not there all the same."""
+
+    def discard(self, path: str) -> None:
+        """Does not."""
 
     def _note_use(self, stored):
         """Does not."""
@@ -4750,7 +4902,8 @@ PICTURE_FORMS = {
 # ---------------------------------------------------------------------------
 # 10b. Assets: everything that can be served again
 #
-#    Offers   AssetKey, Representation, Asset, dictionary, formats_shown
+#    Offers   AssetKey, Kept, Representation, Asset, dictionary,
+#             formats_shown
 #    Uses     4 HTTP
 # ---------------------------------------------------------------------------
 #
@@ -4764,6 +4917,9 @@ PICTURE_FORMS = {
 # were read.  A file is read only when it was left alone for a moment: a write
 # sets its times before it copies, so a younger one may be half written, and
 # may change again within the clock's tick without changing its identity.
+#
+# A fetched asset has no file of its own to look at: it is current as long as
+# part 10d calls it fresh.
 #
 # Alternates come at two speeds.  The first visitor who wants a coding has it
 # made at a cheap level in a thread (brotli and zlib release the lock); the
@@ -4786,6 +4942,51 @@ class AssetKey(typing.NamedTuple):
         """The hash under which the store remembers what it was."""
         text = f"{self.root}\0{self.path}"
         return hashlib.sha256(os.fsencode(text)).hexdigest()
+
+
+class Kept:
+    """What is known of a fetched asset; the store has its octets."""
+
+    __slots__ = ("etag", "failed", "freshness", "last_modified", "length",
+                 "modified", "name", "sha", "type", "verified")
+
+    def __init__(self, note: dict, name: str, freshness: object):
+        """`note` is what was remembered of it; part 10d judges it.
+
+        Raises KeyError and TypeError when it is no such note.
+        """
+        self.sha, self.length = note["sha"], note["length"] + 0
+        #: the origin's validators and type, texts or None
+        self.etag, self.last_modified = note["etag"], note["last_modified"]
+        self.type = note["type"]
+        #: when its octets are known to have been the origin's, POSIX time
+        self.verified = note["verified"] + 0.0
+        if self.verified > time.time():
+            # A clock was set back: nothing is known.
+            self.verified = 0.0
+        self.modified = parse_http_date(self.last_modified or "")
+        if self.modified is None:
+            self.modified = self.verified
+        self.modified = min(self.modified, time.time())
+        #: what changelists call it
+        self.name = name
+        self.freshness = freshness
+        #: until when the origin is left alone, since it failed; monotonic
+        self.failed = -math.inf
+
+    def note(self) -> dict:
+        """What is to be remembered of it."""
+        return {"sha": self.sha, "gone": None, "length": self.length,
+                "etag": self.etag, "last_modified": self.last_modified,
+                "type": self.type, "verified": self.verified}
+
+    def is_fresh(self) -> bool:
+        """Whether it can be served without asking anybody."""
+        return self.freshness.is_fresh(self)
+
+    def hit(self) -> bytes:
+        """Cache-Status of what it answers (RFC 9211 section 2)."""
+        return b"hit; ttl=%d" % math.floor(self.freshness.left(self))
 
 
 class Representation:
@@ -4813,13 +5014,14 @@ class Asset:
     """One source and its representations."""
 
     __slots__ = ("best", "counted", "deltas", "family", "identity", "is_kept",
-                 "key", "kin", "modified", "path", "probed",
+                 "kept", "key", "kin", "modified", "path", "probed",
                  "representations", "sha", "trusted_until", "type", "untried",
                  "visits", "wanted")
 
     def __init__(self, key: AssetKey, source: "Source", sha: str):
         self.key, self.sha, self.type = key, sha, b""
         self.path, self.modified = source.path, source.modified
+        self.kept = source.kept
         self.identity = source.identity
         #: when it is to be read again, since it may have been half written
         self.trusted_until = math.inf
@@ -4850,6 +5052,8 @@ class Asset:
 
     def is_current(self) -> bool:
         """Whether the source is still the one that was read."""
+        if self.kept:
+            return self.kept.is_fresh()
         try:
             return (file_identity(os.stat(self.path)) == self.identity
                     and time.monotonic() < self.trusted_until)
@@ -4977,10 +5181,14 @@ class Repository:
         self._keys_of = collections.defaultdict(set)
         self._memory, self._at_work = 0, {}
 
-    def peek(self, key: AssetKey) -> Asset | None:
-        """The asset of the key when it is known and current."""
+    def peek(self, key: AssetKey, kept: Kept | None = None) -> Asset | None:
+        """The asset of the key when it is known and current.
+
+        One that was fetched counts as current if it is `kept`.
+        """
         asset = self._assets.get(key)
-        if asset is None or not asset.is_current():
+        if asset is None or not (
+                asset.kept is kept if kept else asset.is_current()):
             return None
         self._assets.move_to_end(key)
         if not asset.best:
@@ -4995,13 +5203,14 @@ class Repository:
             # not wait for Redis.
             gevent.spawn(self._jobs.put, asset.job(), asset.visits)
 
-    def find(self, key: AssetKey, fetch: typing.Callable) -> Asset:
+    def find(self, key: AssetKey, fetch: typing.Callable,
+             kept: Kept | None = None) -> Asset:
         """The asset of the key, read through `fetch() -> Source` if need be.
 
         Raises what `fetch` raises, and SourceChanged when the file does not
         hold still.  May wait.
         """
-        return self.peek(key) or self._once(key, self._read, fetch)
+        return self.peek(key, kept) or self._once(key, self._read, fetch)
 
     def _once(self, key, work, argument):
         """Has one greenlet do `work`, whose result all waiters get."""
@@ -5033,15 +5242,19 @@ class Repository:
 
     def _digest(self, key, source):
         """An asset of the source with its identity representation."""
+        kept = source.kept
         if source.length <= self._tweaks.small_file_bytes:
             body = sample = os.pread(source.fd, source.length, 0)
             sha = hashlib.sha256(body).hexdigest()
+            if kept and sha != kept.sha:
+                self._store.discard(source.path)
+                raise SourceChanged(f"{source.path} is damaged")
         else:
             body, sample = None, os.pread(source.fd, _SAMPLE_BYTES, 0)
-            sha = _in_thread(_file_digest, source.fd)
+            sha = kept.sha if kept else _in_thread(_file_digest, source.fd)
         asset = Asset(key, source, sha)
-        asset.type = content_type(
-            key.path if key.is_removed else source.path, sample)
+        asset.type = kept and kept.type.encode() or content_type(
+            key.path if key.is_removed or kept else source.path, sample)
         asset.wanted = self._recipes(asset, source.length)
         identity = self._form(asset, "identity", source.length)
         identity.body, identity.path = body, source.path
@@ -5079,7 +5292,8 @@ class Repository:
                          for form in PICTURE_FORMS.get(asset.type, ())]
         if not (asset.key.is_removed or asset.key.width):
             asset.kin = asset.family and self._kin(asset)
-            asset.is_kept = bool(
+            # What was fetched is kept already.
+            asset.is_kept = asset.kept is None and bool(
                 asset.family or is_hashed and tweaks.keep_removed_days)
         return tuple(forms)
 
@@ -5349,9 +5563,20 @@ _PROBE_SECONDS = 60
 # 10d. Freshness: which copies of a remote file are still good
 #
 #    Offers   CHANGELIST_FOLDER, SLOT_SECONDS, Change, slot_path,
-#             slots_between, changes_in
-#    Uses     no other room
+#             slots_between, changes_in, Verdict, freshness, Changes,
+#             Lifetime, Changelist
+#    Uses     1 Words, 9 Redis
 # ---------------------------------------------------------------------------
+#
+# An origin that keeps a changelist appends a line for each file that changes
+# to a file for the 256 seconds in which it does (reference 7.2).  One worker
+# reads what is new, at most once in tNew seconds and only when somebody asks
+# for an asset, and leaves what it read in Redis for the others.
+#
+# A reading that began at R covers everything until R.  So an asset that was
+# verified before and is not listed has been verified at R: thousands of them
+# cost that one reading.  The moment is R, not the one of the look-up: else a
+# change between the two would show after twice tNew only.
 
 #: where the changelist of a site lies, below the root of its files
 CHANGELIST_FOLDER = "__sc_changelist__"
@@ -5398,6 +5623,189 @@ def changes_in(content: bytes, slot: int) -> typing.Iterator[Change]:
         if path:
             yield Change(slot - slot % SLOT_SECONDS + int(low, 16),
                          event.decode(), os.fsdecode(path))
+
+
+class Verdict(enum.Enum):
+    """What is known of an asset's freshness."""
+
+    FRESH = "fresh"
+    UNLISTED = "fresh, since the changelist does not name it"
+    UNREAD = "the changelist is to be read first"
+    CHANGED = "the changelist names it"
+    AGED = "not verified for a while"
+    EXPIRED = "not verified for too long"
+
+
+def freshness(verified: float, oldest: float, newest: float,
+              listed: bool | None) -> Verdict:
+    """The algorithm of reference 7.3, for moments on one clock.
+
+    `oldest` is the reference's t_old and `newest` its t_new; `listed` tells
+    whether a changelist read after `newest` names the asset, None that there
+    is no such reading.
+    """
+    if verified < oldest:
+        return Verdict.EXPIRED
+    if verified > newest:
+        return Verdict.FRESH
+    if listed is None:
+        return Verdict.UNREAD
+    return Verdict.CHANGED if listed else Verdict.UNLISTED
+
+
+class Changes(typing.NamedTuple):
+    """What readings of a changelist have told."""
+
+    #: they tell all changes from the one moment to the other, POSIX time
+    since: float
+    until: float
+    #: {path: second of its last change}
+    seconds: dict[str, int]
+
+    def names(self, path: str, verified: float) -> bool:
+        """Whether a path changed after a moment, or may have."""
+        second = self.seconds.get(path)
+        return second is not None and second + _SLACK_SECONDS >= verified
+
+    def followed_by(self, start: float, until: float, found: list[Change],
+                    oldest: float) -> "Changes":
+        """These and what was `found` of the time after `start`."""
+        since, seconds = start, {}
+        if self.since <= start <= self.until:
+            since, seconds = self.since, dict(self.seconds)
+        for change in found:
+            seconds[change.path] = max(
+                change.moment, seconds.get(change.path, 0))
+        since = max(since, oldest)
+        seconds = {path: second for path, second in seconds.items()
+                   if second + _SLACK_SECONDS >= since}
+        if len(seconds) > _MOST_CHANGES:
+            # As if all had changed: each is verified alone.
+            return Changes(until, until, {})
+        return Changes(since, until, seconds)
+
+
+class Lifetime:
+    """Freshness of assets for which there is no changelist."""
+
+    def __init__(self, seconds: float):
+        """They are fresh for so long after each verification."""
+        self._seconds = seconds
+
+    def judge(self, kept: Kept, now: float) -> Verdict:
+        """What is known of an asset; two lifetimes are not very long."""
+        if kept.verified + self._seconds > now:
+            return Verdict.FRESH
+        is_aged = kept.verified + 2 * self._seconds > now
+        return Verdict.AGED if is_aged else Verdict.EXPIRED
+
+    def is_fresh(self, kept: Kept) -> bool:
+        """Whether it can be served without asking anybody."""
+        return self.judge(kept, time.time()) is Verdict.FRESH
+
+    def left(self, kept: Kept) -> float:
+        """Seconds that it will be fresh for; negative when it is not."""
+        return kept.verified + self._seconds - time.time()
+
+    def update(self) -> None:
+        """There is nothing to be read."""
+
+
+class Changelist(Lifetime):
+    """Freshness by the changelist of an origin."""
+
+    def __init__(self, name: str, limits: tuple[float, float],
+                 get: typing.Callable[[str], bytes | None], notes):
+        """`limits` are tOld and tNew in seconds.
+
+        `get` gives the file at a path of the origin, None when there is
+        none, and raises ShimmerCatError when it cannot be asked.  Processes
+        that share `notes` share what is read under `name`.
+        """
+        super().__init__(limits[1])
+        self._name, self._get, self._notes = f"changes_{name}", get, notes
+        self._old, self._new = limits
+        self._changes = Changes(math.inf, -math.inf, {})
+        self._running = None
+        #: until when the origin is left alone, since it failed
+        self._pause = Deadline(0)
+
+    def judge(self, kept: Kept, now: float) -> Verdict:
+        """What is known of an asset; notes it when that is verified anew."""
+        changes, newest = self._changes, now - self._new
+        oldest, listed = now - self._old, None
+        if changes.until > newest:
+            oldest = max(oldest, changes.since)
+            listed = changes.names(kept.name, kept.verified)
+        verdict = freshness(kept.verified, oldest, newest, listed)
+        if verdict is Verdict.UNLISTED:
+            kept.verified = changes.until
+        return verdict
+
+    def is_fresh(self, kept: Kept) -> bool:
+        """Whether it can be served without asking anybody."""
+        return self.judge(kept, time.time()) in (
+            Verdict.FRESH, Verdict.UNLISTED)
+
+    def update(self) -> None:
+        """Learns what has changed.  Waits; raises ShimmerCatError."""
+        if self._running is None or self._running.ready():
+            self._running = gevent.spawn(self._learn)
+        if error := self._running.get():
+            raise error
+
+    def _learn(self):
+        """Takes what another process read, or else reads; its error."""
+        try:
+            if not self._recall() and self._pause.passed():
+                self._read_for_all()
+        except ShimmerCatError as error:
+            self._pause = Deadline(_REREAD_SECONDS)
+            return error
+        return None
+
+    def _recall(self):
+        """Takes over what others have read; whether that is enough."""
+        with contextlib.suppress(ValueError, TypeError):
+            # No note, or one of another version of us: it is read again.
+            note = Changes(*json.loads(self._notes.read(self._name) or b""))
+            if note.until > self._changes.until:
+                self._changes = note
+        return self._changes.until > time.time() - self._new
+
+    def _read_for_all(self):
+        lease, deadline = f"{self._name}_lease", Deadline(_CLAIM_SECONDS)
+        while not self._notes.claim(lease, b"", _CLAIM_SECONDS):
+            # Not for ever: whoever has it may have been killed.
+            gevent.sleep(_LOOK_SECONDS)
+            if self._recall() or deadline.passed():
+                return
+        try:
+            if not self._recall():
+                self._changes = self._read()
+                self._notes.write(
+                    self._name, json.dumps(self._changes).encode(), self._old)
+        finally:
+            self._notes.drop(lease)
+
+    def _read(self):
+        """The changes with what is new at the origin."""
+        now, found = time.time(), []
+        start = max(self._changes.until - _SLACK_SECONDS, now - self._old,
+                    now - _MOST_SLOTS * SLOT_SECONDS)
+        for slot in slots_between(int(start), int(now)):
+            found += changes_in(self._get(slot_path(slot)) or b"", slot)
+        return self._changes.followed_by(start, now, found, now - self._old)
+
+
+#: which lines may come late, or the origin's clock be wrong
+_SLACK_SECONDS = 2
+#: read at most; assets verified before are verified alone
+_MOST_SLOTS = 64
+_MOST_CHANGES = 20_000
+_REREAD_SECONDS = 1.0
+_CLAIM_SECONDS = 10.0
+_LOOK_SECONDS = 0.05
 
 
 # ---------------------------------------------------------------------------
@@ -6012,8 +6420,10 @@ _WIRES = {"http": HttpWire, "https": HttpWire}
 # ---------------------------------------------------------------------------
 # 12. Fetch backends: how one asset is pulled from where it lives
 #
-#    Offers   AssetMissing, FilesystemBackend
-#    Uses     1 Words, 10 Representations
+#    Offers   AssetMissing, OriginFailed, FilesystemBackend, Fetched,
+#             HttpFetchBackend, ConsultantBackend
+#    Uses     1 Words, 3 Settings, 4 HTTP, 10 Representations,
+#             11 Consultants
 # ---------------------------------------------------------------------------
 
 
@@ -6022,6 +6432,12 @@ class AssetMissing(ShimmerCatError):
 
     status = 404
     is_gone = False  #: whether there is nothing at all, good or bad
+
+
+class OriginFailed(ShimmerCatError):
+    """An origin gave no answer, or one that is of no use."""
+
+    status = 502
 
 
 class FilesystemBackend:
@@ -6069,8 +6485,772 @@ class FilesystemBackend:
             raise AssetMissing(f"{path}: leads into the scratch folder")
 
 
+class Fetched:
+    """An origin's answer, its body still to be read."""
+
+    __slots__ = ("close", "headers", "is_framed", "length", "pieces",
+                 "status")
+
+    def __init__(self, status: int, headers: Headers, length: int | None,
+                 pieces: typing.Iterator[bytes], close: typing.Callable):
+        """`pieces` may wait and raise ShimmerCatError.
+
+        `close` is always called.
+        """
+        self.status, self.headers, self.length = status, headers, length
+        self.pieces, self.close = pieces, close
+        #: whether a body that breaks off is told from one that ends
+        self.is_framed = True
+
+
+class HttpFetchBackend:
+    """Assets pulled over HTTP/1.1 from one address."""
+
+    def __init__(self, remote: RemoteRoot, domain: str, tweaks: Tweaks):
+        """`domain` is the host that the origin is told if need be."""
+        prefix = remote.path_prefix.strip("/")
+        self._prefix = f"/{prefix}" if prefix else ""
+        address = remote.http_port
+        #: what tells its assets from those of other origins
+        self.root = f"http {address}{self._prefix}"
+        named = address.host if address.family == "lookup" else domain
+        self._host = remote.use_host or named
+        self._seconds = tweaks.static_seconds
+        self._pool = _UnixPool if address.family == "unix" else (
+            urllib3.HTTPConnectionPool)
+        self._pool = self._pool(
+            address.path or address.host, address.port,
+            maxsize=tweaks.fetch_connections, block=True, retries=False,
+            timeout=urllib3.Timeout(connect=self._seconds,
+                                    read=self._seconds))
+
+    def get(self, target: str, fields: tuple = ()) -> Fetched:
+        """What the origin has at a path; raises OriginFailed.
+
+        `fields` are (name, value) bytes.  Waits `static-seconds` for the
+        answer to begin, and as long for each piece of its body.
+        """
+        sent = {"Host": self._host, "User-Agent": _AGENT,
+                "Accept-Encoding": "identity",
+                **{name.decode(): value.decode("latin-1")
+                   for name, value in fields}}
+        slow = OriginFailed(f"no answer within {self._seconds:g} s")
+        with gevent.Timeout(self._seconds, slow):
+            answer = self._ask(self._prefix + target, sent)
+        headers = Headers([
+            (name.lower().encode("latin-1"), value.encode("latin-1"))
+            for name, value in answer.headers.items()])
+        fetched = Fetched(
+            answer.status, headers, _body_length(headers, answer),
+            _pieces(answer), answer.close)
+        fetched.is_framed = answer.chunked or fetched.length is not None
+        if (answer.status == 200 and not fetched.is_framed
+                and answer.version == 11 and b"close" not in headers.get(
+                    b"connection", b"").lower()):
+            # Most likely the head broke off; http.client takes that for one.
+            answer.close()
+            raise OriginFailed("the head does not say where the body ends")
+        return fetched
+
+    def _ask(self, target, fields):
+        for is_last in (False, True):
+            try:
+                return self._pool.urlopen(
+                    "GET", target, headers=fields, redirect=False,
+                    assert_same_host=False, preload_content=False,
+                    decode_content=False, pool_timeout=self._seconds)
+            except urllib3.exceptions.HTTPError as error:
+                # The origin may close a kept connection as we use it.
+                is_cut = isinstance(error, urllib3.exceptions.ProtocolError)
+                if is_last or not is_cut:
+                    raise OriginFailed(str(error)) from error
+        return None
+
+
+class ConsultantBackend:
+    """Assets pulled by a consultant, which may speak HTTPS or FastCGI."""
+
+    def __init__(self, consultant: Consultant, domain: str, seconds: float):
+        """An answer must begin within `seconds`, and each piece come."""
+        settings = consultant.settings
+        #: what tells its assets from those of other origins
+        self.root = f"consultant {', '.join(map(str, settings.connect_to))}"
+        self._consultant, self._seconds = consultant, seconds
+        self._host = (settings.use_host or domain).encode()
+
+    def get(self, target: str, fields: tuple = ()) -> Fetched:
+        """What the application has at a target; raises ShimmerCatError."""
+        question = Question(
+            "GET", target, [
+                (b"host", self._host), (b"user-agent", _AGENT.encode()),
+                (b"accept-encoding", b"identity"), *fields],
+            seconds=self._seconds)
+        reply = self._consultant.ask(question)
+        headers, body = Headers(reply.fields), reply.body
+        if isinstance(body, bytes):
+            return Fetched(reply.status, headers, len(body), iter((body,)),
+                           lambda: None)
+        length = headers.get(b"content-length", b"")
+        return Fetched(reply.status, headers,
+                       int(length) if length.isdigit() else None,
+                       body.pieces, body.close)
+
+
 def _is_below(path, folder):
     return path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+class _UnixPool(urllib3.HTTPConnectionPool):
+    """A pool of connections to a Unix socket, whose path is the host."""
+
+    class ConnectionCls(urllib3.connection.HTTPConnection):
+        """A connection to it."""
+
+        def _new_conn(self):
+            wire = socket.socket(socket.AF_UNIX)
+            try:
+                wire.settimeout(self.timeout)
+                wire.connect(self._dns_host)
+            except OSError as error:
+                wire.close()
+                raise urllib3.exceptions.NewConnectionError(
+                    self, str(error)) from error
+            return wire
+
+
+def _body_length(headers, answer):
+    """Octets of the body; None when only its end will tell."""
+    text = headers.get(b"content-length", b"")
+    return int(text) if text.isdigit() and not answer.chunked else None
+
+
+def _pieces(answer):
+    """The body as it comes; raises OriginFailed."""
+    deadline = Deadline(_LONGEST_FETCH)
+    try:
+        pieces = answer.read_chunked(
+            _PIECE_OCTETS, decode_content=False) if answer.chunked else iter(
+            lambda: answer.read1(_PIECE_OCTETS, decode_content=False), b"")
+        for piece in pieces:
+            yield piece
+            if deadline.passed():
+                raise OriginFailed(f"not whole after {_LONGEST_FETCH} s")
+    except urllib3.exceptions.HTTPError as error:
+        raise OriginFailed(str(error)) from error
+
+
+_AGENT = f"shimmercat/{__version__}"
+_PIECE_OCTETS = 65_536
+#: seconds after which an origin that drips is given up
+_LONGEST_FETCH = 3600
+
+
+# ---------------------------------------------------------------------------
+# 12b. Origins: what is asked of one, and how its answer comes
+#
+#    Offers   Wanted, Found, RemoteStatics
+#    Uses     1 Words, 3 Settings, 4 HTTP, 9 Redis, 10 Representations
+# ---------------------------------------------------------------------------
+
+
+class Wanted(typing.NamedTuple):
+    """An asset and where it is pulled from."""
+
+    key: AssetKey
+    #: asks the origin with validators, (name, value) bytes
+    pull: typing.Callable[[tuple], Fetched]
+    #: Lifetime or Changelist
+    freshness: Lifetime
+    #: what the changelist calls it
+    name: str = ""
+    #: whether its type is the origin's word, not the name's
+    is_generated: bool = False
+
+
+class Found(typing.NamedTuple):
+    """What a larder has for a visitor: a copy, or an answer under way."""
+
+    #: for Cache-Status (RFC 9211)
+    origin: bytes
+    kept: Kept | None = None
+    #: of an answer under way: its fields and its body
+    fields: tuple = ()
+    body: Stream | None = None
+
+
+class RemoteStatics:
+    """The statics of a domain whose root-dir is remote."""
+
+    def __init__(self, domain: DomainSettings, backend, tweaks: Tweaks,
+                 notes: LocalNotes):
+        """`backend.get(target, fields)` pulls them."""
+        #: with their path, what they are known by
+        self.root = f"{domain.cache_key or domain.name} {backend.root}"
+        self._backend = backend
+        self._freshness = Lifetime(tweaks.fetched_seconds)
+        if domain.changelist_settings:
+            self._freshness = Changelist(
+                self.root, domain.changelist_settings, self._read, notes)
+
+    def wanted(self, key: AssetKey, components: tuple[str, ...]) -> Wanted:
+        """What to ask a larder for; the query does not count."""
+        return Wanted(key, functools.partial(self._backend.get, key.path),
+                      self._freshness, "/".join(components))
+
+    def _read(self, path):
+        """A file of the changelist; None when there is none."""
+        reply = self._backend.get(f"/{path}")
+        try:
+            if reply.status in (404, 410):
+                return None
+            if reply.status != 200:
+                raise OriginFailed(f"{path}: answered {reply.status}")
+            text = b""
+            for piece in reply.pieces:
+                text += piece
+                if len(text) > _LONGEST_SLOT:
+                    raise OriginFailed(f"{path}: more than {_LONGEST_SLOT} B")
+            if reply.length not in (None, len(text)):
+                raise OriginFailed(f"{path}: not whole")
+            return text
+        finally:
+            reply.close()
+
+
+class _Errand:
+    """A fetch under way."""
+
+    __slots__ = ("done", "error", "fields", "grown", "kept", "live", "path",
+                 "readers", "seen", "size", "status")
+
+    def __init__(self):
+        self.seen = gevent.event.Event()  #: head known, or done
+        self.done = gevent.event.Event()
+        self.grown = gevent.event.Event()  #: another one each time
+        #: the head, and the draft, of what can be followed
+        self.fields, self.path = [], ""
+        self.size, self.readers, self.status = 0, 0, 0
+        self.kept = self.error = None
+        #: an answer that is for one client only
+        self.live = None
+
+    def grow(self):
+        """Wakes those who follow."""
+        grown, self.grown = self.grown, gevent.event.Event()
+        grown.set()
+
+    def end(self):
+        """Wakes all who wait."""
+        self.done.set()
+        self.seen.set()
+        self.grow()
+        if self.live and not self.readers:
+            self.live.close()
+
+    def note(self):
+        """What other processes need for following."""
+        fields = [[word.decode("latin-1") for word in field]
+                  for field in self.fields]
+        return json.dumps([self.path, fields]).encode()
+
+    def take(self, note):
+        """Takes over what another process has noted."""
+        self.path, fields = json.loads(note)
+        self.fields = [tuple(word.encode("latin-1") for word in field)
+                       for field in fields]
+        if self.path:
+            self.seen.set()
+
+    def followed(self, origin):
+        """What is under way, for a reader; raises FileNotFoundError."""
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        return Found(origin, None, tuple(self.fields), Stream(
+            self._follow(fd), functools.partial(os.close, fd)))
+
+    def _follow(self, fd):
+        """The octets as they come; raises SourceChanged if that breaks."""
+        at = 0
+        while True:
+            is_last, grown = self.done.is_set(), self.grown
+            while piece := os.pread(fd, _PIECE_OCTETS, at):
+                at += len(piece)
+                yield piece
+            if is_last:
+                break
+            grown.wait()
+        if self.kept is None or at != self.kept.length:
+            raise SourceChanged(f"the fetch broke off: {self.error}")
+
+
+def _missing(reason, is_gone):
+    error = AssetMissing(reason)
+    error.is_gone = is_gone
+    return error
+
+
+def _validators(kept):
+    """What makes a request conditional (RFC 9110 section 13.1)."""
+    fields = []
+    if kept and kept.etag:
+        fields.append((b"if-none-match", kept.etag.encode("latin-1")))
+    if kept and kept.last_modified:
+        fields.append((b"if-modified-since", kept.last_modified.encode()))
+    return tuple(fields)
+
+
+def _head(wanted, reply, tweaks):
+    """Fields of an answer whose body is being stored."""
+    get = reply.headers.get
+    kind = get(b"content-type") or content_type(wanted.key.path, b"")
+    control = (tweaks.cache_control_html if kind.startswith(b"text/html")
+               else tweaks.cache_control)
+    fields = [(b"content-type", kind), (b"cache-control", control.encode())]
+    if is_compressible(kind):
+        fields.append((b"vary", b"accept-encoding"))
+    if modified := get(b"last-modified"):
+        fields.append((b"last-modified", modified))
+    if reply.length is not None:
+        fields.append((b"content-length", b"%d" % reply.length))
+    return fields
+
+
+def _new_kept(wanted, reply, sha, size, begun):
+    """What is known of an answer that was stored."""
+    def text(name):
+        value = reply.headers.get(name)
+        return value and value.decode("latin-1")
+
+    is_named = content_type(wanted.key.path, b"") != _UNKNOWN_TYPE
+    kind = "" if is_named and not wanted.is_generated else text(
+        b"content-type")
+    note = {"sha": sha, "length": size, "etag": text(b"etag"),
+            "last_modified": text(b"last-modified"),
+            "type": kind if kind and kind.isascii() else "",
+            "verified": begun}
+    return Kept(note, wanted.name, wanted.freshness)
+
+
+def _passing(reply):
+    """An answer as it comes, without what is for one hop or one client."""
+    fields = [(name, value) for name, value in reply.headers
+              if name in _PASSED_FIELDS]
+    if reply.length is not None:
+        fields.append((b"content-length", b"%d" % reply.length))
+    return Found(b"fwd=uri-miss; fwd-status=200", None, tuple(fields),
+                 Stream(reply.pieces, reply.close))
+
+
+def _forwarded(why, errand):
+    """Cache-Status of what came by an errand (RFC 9211 section 2)."""
+    status = b"; fwd-status=%d" % errand.status if errand.status else b""
+    collapsed = b"; collapsed" if errand.readers > 1 else b""
+    return b"fwd=" + why + status + collapsed
+
+
+_UNKNOWN_TYPE = b"application/octet-stream"
+_PASSED_FIELDS = frozenset((
+    b"cache-control", b"content-disposition", b"content-encoding",
+    b"content-language", b"content-type", b"etag", b"expires",
+    b"last-modified", b"vary"))
+#: octets of a changelist's file
+_LONGEST_SLOT = 4 * MIB
+
+
+# ---------------------------------------------------------------------------
+# 12c. Larder: fetched assets, kept, verified and followed
+#
+#    Offers   Larder
+#    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 9 Redis,
+#             10 Representations
+# ---------------------------------------------------------------------------
+#
+# An errand asks an origin for one asset.  There is one for a key in this
+# process, and a lease in Redis makes it the only one of all processes.  Its
+# octets go to a draft in r-cache; any number of readers follow the draft as
+# it grows, each at its own pace, those in other processes by the path that
+# the lease tells.  Only a whole 200 becomes an original of the store; when it
+# is not whole, all that follow it are cut off.
+#
+# Visitors never wait for long where there is a copy.  A stale one is served
+# at once if it is merely aged, else after a short patience; the errand goes
+# on (RFC 5861: stale-while-revalidate, stale-if-error).
+#
+# What an origin marks as no-store or private, answers with Set-Cookie, varies
+# by more than codings, or is too large, goes through to one client, and is
+# fetched by each: nothing that may be personal is shared.  Origins never see
+# a client's fields, cookies least of all, so there is little reason for that.
+
+
+class Larder:
+    """Fetched assets of all domains, for this process."""
+
+    def __init__(self, tweaks: Tweaks, store: AlternateStore,
+                 notes: LocalNotes, asks: bool = True):
+        """Octets are in `store`; `notes` are shared with other processes.
+
+        Without `asks` no origin is asked.
+        """
+        self._tweaks, self._store, self.notes = tweaks, store, notes
+        self._asks = asks
+        #: where the statics of domains are; up to who knows the applications
+        self.origins: dict[str, RemoteStatics] = {}
+        #: what is there, what is missing until when and why, and until when
+        #: answers are not kept: by root and path
+        self._kept = collections.OrderedDict()
+        self._missing = collections.OrderedDict()
+        self._passed = collections.OrderedDict()
+        self._errands = {}
+
+    def obtain(self, wanted: Wanted) -> Found:
+        """The asset, fresh or as fresh as it can be had; may wait.
+
+        Raises AssetMissing with the reason.
+        """
+        place = wanted.key[:2]
+        if time.monotonic() < self._passed.get(place, 0):
+            return self._pass(wanted)
+        kept = self._recall(wanted)
+        if not self._asks:
+            return Found(kept.hit() if kept else b"fwd=uri-miss", kept)
+        if kept is None:
+            until, error = self._missing.get(place, (0, None))
+            if time.monotonic() < until:
+                raise error
+            return self._await(wanted, self._errand(wanted, None), b"uri-miss")
+        verdict = self._judge(kept)
+        if verdict in (Verdict.FRESH, Verdict.UNLISTED):
+            return Found(kept.hit(), kept)
+        return self._verify(wanted, kept, verdict)
+
+    def open(self, kept: Kept) -> Source:
+        """The file of a copy; raises SourceChanged when it is gone."""
+        path = str(self._store.original(kept.sha, kept.length))
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SourceChanged(f"{path}: {error}") from error
+        with contextlib.suppress(OSError):
+            # Its time of use, for the eviction.
+            os.utime(fd)
+        return Source.adopt(fd, path, kept)
+
+    def _recall(self, wanted):
+        """What is kept of an asset, if its octets are there too."""
+        place = wanted.key[:2]
+        kept = self._kept.get(place) or self._noted(wanted)
+        if kept and self._is_there(kept):
+            kept.freshness = wanted.freshness
+            _put(self._kept, place, kept)
+            return kept
+        self._kept.pop(place, None)
+        return None
+
+    def _noted(self, wanted):
+        """What the store knows of an asset."""
+        note = self._store.recall(wanted.key.memo())
+        with contextlib.suppress(KeyError, TypeError):
+            # It was never fetched.
+            if not note["gone"]:
+                return Kept(note, wanted.name, wanted.freshness)
+        return None
+
+    def _is_there(self, kept):
+        return self._store.original(kept.sha, kept.length).exists()
+
+    def _judge(self, kept):
+        """What is known, after reading the changelist if that is needed."""
+        verdict = kept.freshness.judge(kept, time.time())
+        if verdict is Verdict.UNREAD:
+            with (contextlib.suppress(ShimmerCatError),
+                  gevent.Timeout(_PATIENCE_SECONDS, False)):
+                # The origin is away: it stays unread.
+                kept.freshness.update()
+            verdict = kept.freshness.judge(kept, time.time())
+        return verdict
+
+    def _verify(self, wanted, kept, verdict):
+        """A stale copy, or what replaces it if that comes soon."""
+        stale = Found(kept.hit(), kept)
+        is_young = kept.verified + self._tweaks.stale_seconds > time.time()
+        if is_young and (verdict is Verdict.UNREAD
+                         or time.monotonic() < kept.failed):
+            # Its origin was asked just now, in vain.
+            return stale
+        errand = self._errand(wanted, kept)
+        if is_young:
+            if verdict is not Verdict.AGED:
+                errand.done.wait(_PATIENCE_SECONDS)
+            if not errand.done.is_set():
+                return stale
+            if errand.error and not isinstance(errand.error, AssetMissing):
+                return Found(_forwarded(b"stale", errand), kept)
+        return self._await(wanted, errand, b"stale")
+
+    def _errand(self, wanted, kept):
+        """The errand for an asset, begun if there is none."""
+        place = wanted.key[:2]
+        errand = self._errands.get(place)
+        if errand is None:
+            errand = _Errand()
+            if len(self._errands) >= _MOST_ERRANDS:
+                errand.error = OriginFailed("too many fetches are under way")
+                errand.end()
+                return errand
+            self._errands[place] = errand
+            gevent.spawn(self._run, errand, wanted, kept)
+        return errand
+
+    def _await(self, wanted, errand, why):
+        """What an errand brings: whole if that is soon, else as it comes."""
+        errand.readers += 1
+        errand.seen.wait()
+        errand.done.wait(_WHOLE_SECONDS)
+        if not errand.done.is_set():
+            with contextlib.suppress(FileNotFoundError):
+                # It is whole at this moment, and has another name.
+                return errand.followed(_forwarded(why, errand))
+            errand.done.wait()
+        if errand.kept:
+            return Found(_forwarded(why, errand) + b"; stored", errand.kept)
+        live, errand.live = errand.live, None
+        if live:
+            return _passing(live)
+        if isinstance(errand.error, AssetMissing):
+            raise errand.error
+        if errand.error:
+            raise AssetMissing(str(errand.error)) from errand.error
+        return self._pass(wanted)
+
+    def _pass(self, wanted):
+        """An answer for one client alone."""
+        try:
+            reply = wanted.pull(())
+        except ShimmerCatError as error:
+            raise AssetMissing(str(error)) from error
+        if reply.status != 200:
+            reply.close()
+            raise AssetMissing(f"the origin answered {reply.status}")
+        return _passing(reply)
+
+    def _run(self, errand, wanted, kept):
+        """Body of an errand's greenlet."""
+        key = wanted.key
+        try:
+            self._work(errand, wanted, kept)
+        except ShimmerCatError as error:
+            errand.error = error
+            LOG.say(40041, f"{key.root}{key.path}", error)
+            if kept:
+                kept.failed = time.monotonic() + self._tweaks.missing_seconds
+        finally:
+            del self._errands[key[:2]]
+            errand.end()
+
+    def _work(self, errand, wanted, kept):
+        """Fetches, unless another process does; raises ShimmerCatError."""
+        lease = f"fetch_{wanted.key.memo()}"
+        while not self.notes.claim(lease, errand.note(), _HELD_SECONDS):
+            self._accompany(errand, lease)
+            if self._take_over(errand, wanted, kept):
+                return
+        holding = gevent.spawn(self._hold, lease, errand)
+        try:
+            if not self._take_over(errand, wanted, kept):
+                self._ask(errand, wanted, kept)
+        except ShimmerCatError as error:
+            self._note_failure(wanted, error)
+            raise
+        finally:
+            holding.kill()
+            self.notes.drop(lease)
+
+    def _accompany(self, errand, lease):
+        """Follows what another process fetches until that ends."""
+        while (note := self.notes.read(lease)) is not None:
+            if not errand.path:
+                errand.take(note)
+            errand.grow()
+            gevent.sleep(_FOLLOW_SECONDS)
+
+    def _hold(self, lease, errand):
+        """Keeps the lease while this process lives; tells how to follow."""
+        errand.seen.wait(_HELD_SECONDS / 3)
+        while True:
+            self.notes.write(lease, errand.note(), _HELD_SECONDS)
+            if errand.path:
+                gevent.sleep(_HELD_SECONDS / 3)
+            else:
+                errand.seen.wait(_HELD_SECONDS / 3)
+
+    def _take_over(self, errand, wanted, kept):
+        """Whether another process has got it; raises what that got to know."""
+        text = self.notes.read(f"missing_{wanted.key.memo()}")
+        if text:
+            reason, is_gone, is_missing = json.loads(text)
+            raise (_missing(reason, is_gone) if is_missing
+                   else OriginFailed(reason))
+        newer = self._noted(wanted)
+        if not (newer and newer.is_fresh() and self._is_there(newer)):
+            return False
+        if kept and kept.sha == newer.sha:
+            kept.verified, newer = newer.verified, kept
+        errand.kept = newer
+        _put(self._kept, wanted.key[:2], newer)
+        return True
+
+    def _note_failure(self, wanted, error):
+        """Lets nobody ask again for a while."""
+        place, seconds = wanted.key[:2], self._tweaks.missing_seconds
+        is_missing = isinstance(error, AssetMissing)
+        is_gone = is_missing and error.is_gone
+        self.notes.write(
+            f"missing_{wanted.key.memo()}",
+            json.dumps([str(error), is_gone, is_missing]).encode(), seconds)
+        _put(self._missing, place, (
+            time.monotonic() + seconds, _missing(str(error), is_gone)))
+
+    def _ask(self, errand, wanted, kept):
+        """Asks the origin; raises ShimmerCatError."""
+        begun = time.time()
+        reply = wanted.pull(_validators(kept))
+        errand.status = reply.status
+        try:
+            if reply.status == 304 and kept:
+                kept.verified = begun
+                self._remember(errand, wanted, kept)
+            elif reply.status >= 500 or reply.status in _PASSING_TROUBLE:
+                raise OriginFailed(f"the origin answered {reply.status}")
+            elif reply.status != 200:
+                self._forget(wanted, kept)
+                raise _missing(f"the origin answered {reply.status}",
+                               reply.status in (404, 410))
+            elif reason := self._flaw(reply):
+                self._let_pass(errand, wanted, reply, reason)
+            else:
+                self._fill(errand, wanted, reply, begun)
+        finally:
+            if errand.live is None:
+                reply.close()
+
+    def _flaw(self, reply):
+        """Why an answer is not kept; empty if it is."""
+        get = reply.headers.get
+        limit = self._tweaks.fetch_limit_bytes
+        control = _words(get(b"cache-control")) & {b"no-store", b"private"}
+        vary = _words(get(b"vary")) & {b"*", b"cookie", b"authorization"}
+        coding = _words(get(b"content-encoding")) - {b"identity"}
+        if reply.length is not None and reply.length > limit:
+            return f"{reply.length} bytes (fetch-limit-bytes)"
+        if not reply.is_framed:
+            return "nothing tells whether it is whole"
+        if get(b"set-cookie") is not None:
+            return "Set-Cookie"
+        return ", ".join(word.decode("latin-1")
+                         for word in sorted(control | vary | coding))
+
+    def _let_pass(self, errand, wanted, reply, reason):
+        key = wanted.key
+        LOG.say(40042, f"{key.root}{key.path}", reason)
+        _put(self._passed, key[:2],
+             time.monotonic() + self._tweaks.missing_seconds)
+        errand.live = reply
+
+    def _fill(self, errand, wanted, reply, begun):
+        """Stores a body while others follow it; raises ShimmerCatError."""
+        try:
+            fd, draft = self._store.draft()
+        except StoreFull as error:
+            LOG.say(error.message_code, error)
+            self._let_pass(errand, wanted, reply, "r-cache is full")
+            return
+        try:
+            errand.fields = _head(wanted, reply, self._tweaks)
+            errand.path = draft
+            errand.seen.set()
+            sha = self._receive(fd, errand, wanted, reply)
+            _apart(os.fsync, fd)
+            self._store.keep(draft, sha, errand.size)
+        finally:
+            os.close(fd)
+            with contextlib.suppress(FileNotFoundError):
+                # It was kept, as it should.
+                os.unlink(draft)
+        self._remember(errand, wanted, _new_kept(
+            wanted, reply, sha, errand.size, begun))
+        _apart(self._store.evict, self._tweaks.r_cache_limit_bytes)
+
+    def _receive(self, fd, errand, wanted, reply):
+        """Writes the body; its SHA-256.  Raises ShimmerCatError."""
+        digest, limit = hashlib.sha256(), self._tweaks.fetch_limit_bytes
+        for piece in reply.pieces:
+            digest.update(piece)
+            try:
+                os.write(fd, piece)
+            except OSError as error:
+                raise StoreFull(str(error)) from error
+            errand.size += len(piece)
+            errand.grow()
+            if errand.size > limit:
+                _put(self._passed, wanted.key[:2],
+                     time.monotonic() + self._tweaks.missing_seconds)
+                raise OriginFailed(f"more than {limit} bytes"
+                                   " (fetch-limit-bytes), length unknown")
+        if reply.length not in (None, errand.size):
+            raise OriginFailed(
+                f"ended after {errand.size} of {reply.length} bytes")
+        return digest.hexdigest()
+
+    def _remember(self, errand, wanted, kept):
+        """Notes what is kept, in memory and for ever."""
+        _put(self._kept, wanted.key[:2], kept)
+        self._missing.pop(wanted.key[:2], None)
+        kept.failed, errand.kept = -math.inf, kept
+        try:
+            self._store.remember(wanted.key.memo(), kept.note())
+        except StoreFull as error:
+            LOG.say(error.message_code, error)
+
+    def _forget(self, wanted, kept):
+        """Lets a copy go; keep-removed-days may hold on to it."""
+        self._kept.pop(wanted.key[:2], None)
+        if kept:
+            with contextlib.suppress(StoreFull):
+                # It is not known any more here, at least.
+                self._store.remember(wanted.key.memo(), {
+                    **kept.note(), "gone": time.time()})
+
+
+def _put(table, place, what):
+    """Puts what is newest last; the oldest of very many goes."""
+    table[place] = what
+    table.move_to_end(place)
+    if len(table) > _MOST_KNOWN:
+        table.popitem(last=False)
+
+
+def _words(field):
+    """The members of a list without their arguments, in lower case."""
+    return {member.partition(b"=")[0].strip()
+            for member in (field or b"").lower().split(b",")} - {b""}
+
+
+def _apart(work, *words):
+    """Does what blocks beside the loop."""
+    return gevent.get_hub().threadpool.apply(work, words)
+
+
+#: statuses that say nothing about the asset
+_PASSING_TROUBLE = (408, 425, 429)
+#: that a visitor waits where there is a copy
+_PATIENCE_SECONDS = 0.5
+#: that one waits for the whole, which comes in all its forms
+_WHOLE_SECONDS = 0.2
+#: after which the lease of a dead process ends
+_HELD_SECONDS = 3.0
+_FOLLOW_SECONDS = 0.05  #: until a file of another process is looked at again
+_MOST_ERRANDS = 1000
+#: assets of which something is known without asking the store
+_MOST_KNOWN = 50_000
 
 
 # ---------------------------------------------------------------------------
@@ -6544,11 +7724,12 @@ def make_alternates(job: dict, store: AlternateStore, tweaks: Tweaks) -> None:
     settled = store.settled(job["sha"])
     wanted = {form: level for form, level in job["wanted"]
               if (form, level) not in settled}
-    source = (wanted or job.get("memo")) and read_file(
+    is_kept = job.get("memo") or job.get("kin")
+    source = (wanted or is_kept) and read_file(
         job["path"], tweaks.compress_limit_bytes)
     if not source or hashlib.sha256(source).hexdigest() != job["sha"]:
         return
-    if job.get("memo"):
+    if is_kept:
         _keep(source, job, store)
     attempts = (_delta if "dictionary" in job else _painted
                 if job["type"].encode() in PICTURE_FORMS else _coded)
@@ -6562,11 +7743,12 @@ def make_alternates(job: dict, store: AlternateStore, tweaks: Tweaks) -> None:
 
 def _keep(source, job, store):
     """Stores what is needed once a source is gone, or has changed."""
-    if not store.find(job["sha"], Mark.ORIGINAL):
+    if job["memo"] and not store.find(job["sha"], Mark.ORIGINAL):
         store.put(job["sha"], "file", 0, source, Mark.ORIGINAL)
     if job["kin"]:
         store.put(job["sha"], job["kin"], 0, b"", Mark.KIN)
-    store.remember(job["memo"], {"sha": job["sha"], "gone": None})
+    if job["memo"]:
+        store.remember(job["memo"], {"sha": job["sha"], "gone": None})
 
 
 def _delta(source, job, wanted, store, _tweaks):
@@ -7301,7 +8483,7 @@ _UNKNOWN = Urgency(3, True)
 # ---------------------------------------------------------------------------
 # 15. Site: from request to response
 #
-#    Offers   NotServed, NotServedYet, Site, RedirectSite, error_page,
+#    Offers   NotServed, Site, RedirectSite, error_page,
 #             RESERVED, NOT_ASKED
 #    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 7 Paths,
 #             10 Representations, 11 Consultants, 12 Fetch backends
@@ -7318,19 +8500,12 @@ class NotServed(ShimmerCatError):
         self.fields = fields
 
 
-class NotServedYet(NotServed):
-    """The configuration is right, but this version cannot do it."""
-
-    def __init__(self, feature: str):
-        """`feature` is named in the page of devlove mode."""
-        super().__init__(501, f"this version does not serve {feature} yet")
-
-
 class Site:
     """The domains of this instance, without a socket in sight."""
 
     def __init__(self, settings: Settings,
-                 repository: Repository | None = None, asks: bool = True):
+                 repository: Repository | None = None,
+                 larder: Larder | None = None, asks: bool = True):
         """Nothing is read before the first request.
 
         Without `asks` no application is asked; what it would be asked is
@@ -7352,8 +8527,24 @@ class Site:
         self._rules = {
             name: tuple(map(RewriteRule.parse, domain.change_url))
             for name, domain in settings.domains.items()}
-        self._statics = Statics(settings, repository, self._views)
+        if larder:
+            larder.origins = {
+                name: self._origin(domain, larder.notes)
+                for name, domain in settings.domains.items()
+                if domain.remote_root}
+        self._statics = Statics(settings, repository, self._views, larder)
         self._pages = Pages(repository, self._statics, self._ask)
+
+    def _origin(self, domain, notes):
+        """Where the statics of a domain are pulled from."""
+        root, tweaks = domain.remote_root, self._settings.tweaks
+        if root.use_consultant:
+            backend = ConsultantBackend(
+                self._consultants[domain.name, root.use_consultant],
+                domain.name, tweaks.static_seconds)
+        else:
+            backend = HttpFetchBackend(root, domain.name, tweaks)
+        return RemoteStatics(domain, backend, tweaks, notes)
 
     def ready(self, request: Request) -> Response | None:
         """The response when it takes no waiting, else None."""
@@ -7559,7 +8750,26 @@ class Site:
                         is_dated)
 
     def _generated(self, request, domain, view, target):
-        raise NotServedYet("generated assets")
+        """The answer from an asset that a consultant makes (reference 5.6).
+
+        It is known by the URL that the client sent, query included.
+        """
+        tweaks = self._settings.tweaks
+        own = consultant_of(domain)
+        named = view.consultant or (own and own.name)
+        if named is None:
+            raise NotServed(404, "no consultant, or none is named of several")
+        backend = ConsultantBackend(
+            self._consultants[domain.name, named], domain.name,
+            tweaks.generated_seconds)
+        seconds = view.cache_seconds
+        if seconds is None:
+            seconds = tweaks.fetched_seconds
+        root = f"{domain.cache_key or domain.name} generated"
+        return self._statics.fetched(request, Wanted(
+            AssetKey(root, request.target, domain.images or tweaks.images),
+            functools.partial(backend.get, target), Lifetime(seconds),
+            is_generated=True))
 
 
 class RedirectSite(Site):
@@ -7606,9 +8816,10 @@ class Statics:
     """Answers from assets: files of sites, and what is kept like files."""
 
     def __init__(self, settings: Settings, repository: Repository | None,
-                 views: dict[str, ViewFolder]):
+                 views: dict[str, ViewFolder], larder: Larder | None):
         """`views` are those of each domain, which are no statics."""
         self._repository, self._views = repository, views
+        self._larder = larder
         self._tells_cache = (
             settings.mode == "devlove" or settings.tweaks.cache_status)
         self._backends = {
@@ -7623,7 +8834,7 @@ class Statics:
 
         Raises what needs a page.
         """
-        backend, root = self._backends.get(request.host), None
+        backend, root = self._backend(request.host), None
         if path.endswith("/"):
             # Only an index.html that is the page itself is kept so.
             views = self._views.get(request.host)
@@ -7635,23 +8846,30 @@ class Statics:
         if (not asset or self._repository.is_due(asset, request.started)
                 or asset.lacks(request.headers)):
             return None
-        return self._send_asset(request, asset, b"hit")
+        return self._send_asset(
+            request, asset, asset.kept.hit() if asset.kept else b"hit")
+
+    def _backend(self, host):
+        """Where the statics of a domain are, here or at an origin."""
+        return self._backends.get(host) or (
+            self._larder and self._larder.origins.get(host))
 
     def answer(self, request: Request, domain: DomainSettings,
                path: str) -> Response:
         """The answer from the file at a URL path."""
         components = plain_path(path)
-        backend = self._backends.get(domain.name)
-        if backend is None:
-            raise NotServedYet("a remote root-dir")
+        if components[0].lower() == CHANGELIST_FOLDER:
+            raise AssetMissing("changelists are not for clients")
+        backend = self._backend(domain.name)
+        key = self._asset_key(
+            request, backend.root, self._images[domain.name],
+            url_path(components))
+        if domain.remote_root:
+            return self.fetched(request, backend.wanted(key, components))
         file = os.path.join(backend.root, *components)
         self._hide_view(domain, file)
         request.note("file " + file)
-        return self.send(
-            request, self._asset_key(
-                request, backend.root, self._images[domain.name],
-                url_path(components)),
-            lambda: backend.fetch(components))
+        return self.send(request, key, lambda: backend.fetch(components))
 
     def page(self, request: Request, domain: DomainSettings,
              view: View) -> Response:
@@ -7671,9 +8889,7 @@ class Statics:
         """An asset, read through `fetch` if need be, as it is just then."""
         if request.method == "OPTIONS":
             return _options()
-        if request.method not in _READS:
-            reason = f"{request.method} is not for statics"
-            raise NotServed(405, reason, ((b"allow", _ALLOW),))
+        _refuse_writing(request)
         for _ in range(_ATTEMPTS):
             # Replaced or written into under our hands: look again.
             with contextlib.suppress(SourceChanged):
@@ -7692,6 +8908,51 @@ class Statics:
         if view and (view.page is not None or name == "__index.html"):
             raise NotServed(404, f"{file} is a view, and no static")
 
+    def fetched(self, request: Request, wanted: Wanted) -> Response:
+        """The answer from what is fetched from an origin."""
+        if request.method == "OPTIONS":
+            return _options()
+        _refuse_writing(request)
+        request.note(f"fetched from {wanted.key.root}, {wanted.key.path}")
+        for _ in range(_ATTEMPTS):
+            # Evicted under our hands: it is fetched again.
+            with contextlib.suppress(SourceChanged):
+                return self._send_found(request, wanted, *self._obtain(wanted))
+        raise NotServed(503, "the copy is gone again and again", _SOON)
+
+    def _obtain(self, wanted):
+        """What the larder has, or what an asset was when it is gone."""
+        try:
+            return self._larder.obtain(wanted), None
+        except AssetMissing as error:
+            asset = error.is_gone and self._repository.find_removed(wanted.key)
+            if not asset:
+                raise
+            return Found(b"hit"), asset
+
+    def _send_found(self, request, wanted, found, asset):
+        request.note(f"cache {found.origin.decode()}")
+        if found.body:
+            return self._relay(request, found)
+        if asset is None and found.kept is None:
+            return Response(200, (), b"", "static", NOT_ASKED)
+        if asset is None:
+            asset = self._repository.find(
+                wanted.key, lambda: self._larder.open(found.kept), found.kept)
+        return self._send_asset(
+            request, self._completed(request, asset), found.origin)
+
+    def _relay(self, request, found):
+        """The answer from an origin as it comes."""
+        fields = found.fields
+        if self._tells_cache:
+            field = b"shimmercat; %b" % found.origin
+            fields += ((b"cache-status", field),)
+        if request.method == "HEAD":
+            found.body.close()
+            found = found._replace(body=b"")
+        return Response(200, fields, found.body, "static", "as it comes")
+
     def _asset_key(self, request, root, images, path):
         """What the wanted asset is known by."""
         width = 0
@@ -7700,10 +8961,14 @@ class Statics:
         return AssetKey(root, path, images, width)
 
     def _find(self, request, key, fetch):
-        """The asset with what this client's coding needs, and from where."""
+        """The asset of a file, and where it came from."""
         asset, origin = self._repository.peek(key), b"hit"
         if asset is None:
             asset, origin = self._fetch(request, key, fetch)
+        return self._completed(request, asset), origin
+
+    def _completed(self, request, asset):
+        """The asset with what this client's coding needs."""
         if asset.lacks(request.headers) == "dcz":
             self._repository.relate(asset, dictionary(request.headers))
         coding = asset.lacks(request.headers)
@@ -7712,7 +8977,7 @@ class Statics:
             self._repository.hasten(asset, coding)
         if self._repository.is_due(asset, request.started):
             self._repository.renew(asset)
-        return asset, origin
+        return asset
 
     def _fetch(self, request, key, fetch):
         """The asset, or what it was when it is gone since a short time."""
@@ -7763,7 +9028,7 @@ class Statics:
         except OSError as error:
             self._repository.forget(asset)
             raise SourceChanged(f"{form.path}: {error}") from error
-        is_source = form.form == "identity"
+        is_source = form.form == "identity" and not asset.kept
         if source.length != form.length or (
                 is_source and source.identity != asset.identity):
             os.close(source.fd)
@@ -7788,6 +9053,12 @@ class Statics:
         body = (body[start:stop] if isinstance(body, bytes)
                 else Chain([body.part(start, stop)], body))
         return Response(206, tuple(fields.items()), body, "static", name)
+
+
+def _refuse_writing(request):
+    if request.method not in _READS:
+        reason = f"{request.method} is not for statics"
+        raise NotServed(405, reason, ((b"allow", _ALLOW),))
 
 
 def _options():
@@ -9193,7 +10464,8 @@ _PROXY_BYTES = 2048
 #    Offers   PRESS_SECONDS, CannotWriteLog, WorkerLine, Child,
 #             Doors, Premises, Worker, LoneWorker
 #    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 9 Redis,
-#             10 Representations, 13 Artisan, 15 Site, 16 Connections
+#             10 Representations, 12 Fetch backends, 13 Artisan, 15 Site,
+#             16 Connections
 # ---------------------------------------------------------------------------
 
 #: seconds between two signs of life
@@ -9417,7 +10689,7 @@ class Worker:
             # one stays.
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        service = Service(self._settings, Site(self._settings, self._join()))
+        service = Service(self._settings, Site(self._settings, *self._join()))
         service.start()
         listeners = self._accept(service)
         self._report_ready()
@@ -9441,7 +10713,7 @@ class Worker:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def _join(self):
-        """Joins the other processes over Redis; the representations."""
+        """Joins the other processes over Redis; what keeps the assets."""
         tweaks = self._settings.tweaks
         link = RedisLink(self._premises.scratch.redis_socket)
         self._tap = LogTap(link, tweaks.log_ring_records)
@@ -9450,7 +10722,7 @@ class Worker:
         repository = Repository(tweaks, self._store, JobQueue(
             link, tweaks.artisan_queue_jobs, lease_seconds(tweaks)))
         self._spawn(Announcements(link).run, repository.refresh)
-        return repository
+        return repository, Larder(tweaks, self._store, Notes(link))
 
     def _accept(self, service):
         """Begins to accept connections; the listeners that do."""
@@ -9555,7 +10827,7 @@ class LoneWorker(Worker):
 
         self._jobs = LocalJobQueue(work, tweaks.artisan_queue_jobs)
         repository = Repository(tweaks, self._store, self._jobs)
-        return repository
+        return repository, Larder(tweaks, self._store, LocalNotes())
 
     def _report_ready(self):
         """Tells the developer."""
@@ -10134,8 +11406,10 @@ def _explain(flags):
     settings = _settings(flags)
     request = _asked(flags, settings)
     store = StoreReader(ScratchFolder(settings.scratch_dir).cache)
-    site = Site(settings, Repository(settings.tweaks, store, LocalJobQueue(
-        lambda job: None, 0)), asks=False)
+    site = Site(
+        settings,
+        Repository(settings.tweaks, store, LocalJobQueue(lambda job: None, 0)),
+        Larder(settings.tweaks, store, LocalNotes(), asks=False), asks=False)
     response = site.answer(request)
     print("\n".join(request.trail))
     if response.representation == NOT_ASKED:

@@ -65,3 +65,170 @@ def test_lines_of_other_writers_are_understood(line, change):
 def test_any_octets_are_read_without_an_error(content):
     for change in shimmercat.changes_in(content, 0x5a65ea00):
         assert change.path and 0x5a65ea00 <= change.moment <= 0x5a65eaff
+
+
+FRESH, UNLISTED, UNREAD, CHANGED, EXPIRED = (
+    shimmercat.Verdict[name]
+    for name in ("FRESH", "UNLISTED", "UNREAD", "CHANGED", "EXPIRED"))
+
+
+@pytest.mark.parametrize("verified, listed, verdict", [
+    (79.9, None, EXPIRED), (79.9, False, EXPIRED), (79.9, True, EXPIRED),
+    (80, None, UNREAD), (80, False, UNLISTED), (80, True, CHANGED),
+    (95, None, UNREAD), (95, False, UNLISTED), (95, True, CHANGED),
+    (95.1, None, FRESH), (95.1, False, FRESH), (95.1, True, FRESH)])
+def test_freshness_follows_the_table_of_the_reference(
+        verified, listed, verdict):
+    # Of moment 100, with a tOld of 20 and a tNew of 5.
+    assert shimmercat.freshness(verified, 80, 95, listed) is verdict
+
+
+class Origin:
+    """A changelist in a dictionary, and a clock for what reads it."""
+
+    def __init__(self):
+        self.files, self.asked, self.fails = {}, [], False
+
+    def get(self, path):
+        self.asked.append(path)
+        if self.fails:
+            raise shimmercat.ShimmerCatError("the origin is away")
+        return self.files.get(path)
+
+    def change(self, path, moment):
+        slot = shimmercat.slot_path(moment)
+        line = shimmercat.Change(moment, "m", path).line()
+        self.files[slot] = self.files.get(slot, b"") + line
+
+
+NOW = 1_700_000_000.5
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A time of day that stands still until it is set."""
+    moments = [NOW]
+    monkeypatch.setattr(shimmercat.time, "time", lambda: moments[0])
+    return moments
+
+
+def changelist(origin, notes=None, limits=(7200, 20)):
+    return shimmercat.Changelist(
+        "site", limits, origin.get, notes or shimmercat.LocalNotes())
+
+
+def kept(name, verified, freshness):
+    return shimmercat.Kept(
+        {"sha": "0" * 64, "length": 1, "etag": None, "last_modified": None,
+         "type": "", "verified": verified}, name, freshness)
+
+
+def test_all_that_is_not_named_is_verified_when_the_reading_began(clock):
+    origin = Origin()
+    known = changelist(origin)
+    origin.change("b.css", int(NOW) - 10)
+    asset, changed = (kept(name, NOW - 100, known)
+                      for name in ("a.css", "b.css"))
+    assert known.judge(asset, NOW) is UNREAD
+    known.update()
+    clock[0] += 5
+    assert known.judge(asset, clock[0]) is UNLISTED
+    assert asset.verified == NOW
+    assert known.judge(changed, clock[0]) is CHANGED
+    assert known.judge(asset, NOW + 19.9) is FRESH
+    clock[0] = NOW + 20
+    assert known.judge(asset, clock[0]) is UNREAD
+
+
+def test_the_first_reading_has_all_slots_of_t_old_and_the_next_has_one(clock):
+    origin = Origin()
+    known = changelist(origin)
+    known.update()
+    assert len(origin.asked) in (29, 30)
+    clock[0] = (NOW // 256 + 1) * 256 + 30
+    known.update()
+    del origin.asked[:]
+    clock[0] += 21
+    known.update()
+    assert origin.asked == [shimmercat.slot_path(int(clock[0]))]
+    known.update()
+    assert len(origin.asked) == 1
+
+
+def test_a_line_that_comes_late_at_the_end_of_a_slot_is_read(clock):
+    origin = Origin()
+    known = changelist(origin)
+    border = int(NOW // 256 + 1) * 256
+    clock[0] = border + 0.5
+    known.update()
+    asset = kept("a.css", border - 30, known)
+    assert known.judge(asset, clock[0]) is UNLISTED
+    origin.change("a.css", border - 1)
+    clock[0] += 21
+    known.update()
+    assert known.judge(asset, clock[0]) is CHANGED
+
+
+def test_who_shares_notes_shares_readings(clock):
+    origin, notes = Origin(), shimmercat.LocalNotes()
+    origin.change("b.css", int(NOW) - 10)
+    changelist(origin, notes).update()
+    count = len(origin.asked)
+    known = changelist(origin, notes)
+    known.update()
+    assert len(origin.asked) == count
+    assert known.judge(kept("b.css", NOW - 100, known), NOW) is CHANGED
+
+
+def test_an_origin_that_is_away_leaves_it_unread_and_is_let_alone(clock):
+    origin = Origin()
+    known = changelist(origin)
+    origin.fails = True
+    with pytest.raises(shimmercat.ShimmerCatError):
+        known.update()
+    known.update()
+    assert len(origin.asked) == 1
+    assert known.judge(kept("a.css", NOW - 100, known), NOW) is UNREAD
+
+
+def test_too_many_changes_count_as_if_all_had_changed(clock, monkeypatch):
+    monkeypatch.setattr(shimmercat, "_MOST_CHANGES", 3)
+    origin = Origin()
+    known = changelist(origin)
+    for n in range(4):
+        origin.change(f"{n}.css", int(NOW) - 10)
+    known.update()
+    assert known.judge(kept("a.css", NOW - 100, known), NOW) is EXPIRED
+    assert known.judge(kept("a.css", NOW, known), NOW + 19) is FRESH
+
+
+def test_very_long_times_are_not_read_whole(clock):
+    origin = Origin()
+    known = changelist(origin, limits=(10 ** 9, 20))
+    known.update()
+    assert len(origin.asked) <= 66
+    assert known.judge(kept("a.css", NOW - 10_000, known), NOW) is UNLISTED
+    assert known.judge(kept("a.css", NOW - 20_000, known), NOW) is EXPIRED
+
+
+@pytest.mark.parametrize("note", [
+    b"", b"7", b"[1]", b"[1, 2, 3]", b'["a", "b", {}]', b"{}", b"\xff"])
+def test_notes_of_others_that_make_no_sense_are_read_anew(clock, note):
+    origin, notes = Origin(), shimmercat.LocalNotes()
+    notes.write("changes_site", note, 100)
+    known = changelist(origin, notes)
+    known.update()
+    assert origin.asked
+    assert known.judge(kept("a.css", NOW - 100, known), NOW) is UNLISTED
+
+
+@given(verified=some.floats(0, 100), change=some.integers(0, 99),
+       reading=some.integers(0, 100))
+def test_an_edit_never_hides_behind_a_reading(verified, change, reading):
+    changes = shimmercat.Changes(0, 0, {}).followed_by(
+        0, reading, [shimmercat.Change(change, "m", "a")] * (
+            change < reading), 0)
+    if verified <= change < reading:
+        assert changes.names("a", verified)
+    elif change + 2 < verified:
+        assert not changes.names("a", verified)

@@ -50,18 +50,10 @@ shimmercat-devlove:
       root-dir: www
       change-url:
         - /old -> /new
-    elec remote.example.test:
-      root-dir:
-        fetch-backend: http
-        http-port: 127.0.0.1:8081
-      views-dir: www
     elec views.example.test:
       root-dir: www
       views-dir: views
 """
-FEATURES = [
-    ("remote.example.test", "/a.css", "root-dir"),
-]
 
 
 class House:
@@ -315,16 +307,6 @@ def test_what_is_not_there_is_404(house, target):
 def test_a_stranger_is_421(house):
     assert house.ask("/", host="other.example")[0] == 421
     assert house.ask("/", host=DOMAIN.upper() + ":4043")[0] == 200
-
-
-@pytest.mark.parametrize("host, target, feature", FEATURES)
-def test_what_is_not_served_yet_is_named_to_developers_only(
-        open_house, shut_house, host, target, feature):
-    status, _, body = open_house.ask(target, host=host)
-    assert status == 501
-    assert feature in body.decode()
-    status, _, body = shut_house.ask(target, host=host)
-    assert (status, body) == (501, error_page(501, ()))
 
 
 @pytest.mark.parametrize("target", ["/", "/docs/", "/caf%C3%A9/", "/a.css"])
