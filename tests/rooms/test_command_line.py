@@ -171,6 +171,47 @@ shimmercat-devlove:
         f"{folder}/devlove.yaml:{line}" for line in (4, 4, 5)]
 
 
+def test_the_mistakes_of_views_are_among_them(run, folder):
+    (folder / "devlove.yaml").write_text("""
+shimmercat-devlove:
+  domains:
+    a.test: {root-dir: www, images: loud}
+""")
+    (folder / "www" / "__index.html").write_text(
+        "<!-- shimmercat:\n  change-url: [/a, / -> b] -->")
+    done = run("check")
+    assert done.returncode == CONFIG
+    assert [line.split(": ")[0] for line in done.stderr.splitlines()] == [
+        f"{folder}/devlove.yaml:4", f"{folder}/www/__index.html:2",
+        f"{folder}/www/__index.html:2"]
+
+
+def test_explain_shows_the_rules_and_asks_nobody(capsys, folder):
+    (folder / "devlove.yaml").write_text("""
+shimmercat-devlove:
+  domains:
+    a.test:
+      root-dir: www
+      consultant: {connect-to: "127.0.0.1:1"}
+      change-url: [/x -> /y, /*.php -> dynamic /php/$1/]
+""")
+    (folder / "www" / "php").mkdir()
+    view = folder / "www" / "php" / "__index.html"
+    view.write_text("<!--\nshimmercat:\n  change-url:"
+                    " [/php/*/ -> /$1.php]\n-->")
+    assert main(["explain", "a.test/shop.php?id=5", "--working-dir",
+                 str(folder)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:] == [
+        f"rule 2 of {folder}/devlove.yaml:4 (/*.php -> dynamic /php/$1/)"
+        " makes /php/shop/?id=5 of /shop.php?id=5",
+        f"view {view}, replace",
+        f"rule 1 of {view} (/php/*/ -> /$1.php) makes /shop.php?id=5 of"
+        " /php/shop/?id=5",
+        "consultant default at 127.0.0.1:1 is asked: GET /shop.php?id=5",
+        "the answer is up to the consultant, which was not asked"]
+
+
 def test_a_folder_without_a_configuration_is_told_where_it_belongs(
         run, folder):
     done = run("devlove", "--working-dir", "www")
