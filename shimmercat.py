@@ -39,6 +39,7 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
    10d  Freshness        which copies of a remote file are still good
     11  Consultants      which application answers, and how it is asked
    11b  Wires            a question and its answer in HTTP/1.1
+   11c  FastCGI          a question and its answer in records
     12  Fetch backends   how one asset is pulled from where it lives
    12b  Origins          what is asked of one, and how its answer comes
    12c  Larder           fetched assets, kept, verified and followed
@@ -113,6 +114,7 @@ __all__ = [
     "UpstreamFailed", "UpstreamSlow", "Question", "Stream", "Reply",
     "Consultant", "consultant_of",
     "HttpWire",
+    "FastCgiWire",
     "AssetMissing", "OriginFailed", "FilesystemBackend", "Fetched",
     "HttpFetchBackend", "ConsultantBackend",
     "Wanted", "Found", "RemoteStatics",
@@ -166,6 +168,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import email.parser
 import email.utils
 import enum
 import errno
@@ -598,6 +601,8 @@ MESSAGES = {
     40024: Message("consultant {}: {} is left out for {} s after {} failures",
                    "its other addresses are asked; it is tried again then"),
     40025: Message("consultant {}: {} answers again", "it takes part again"),
+    40028: Message("consultant {} complains: {}",
+                   "what a FastCGI application wrote to STDERR"),
     40032: Message("no development CA in {} ({}): it is made in {}",
                    "browsers must trust one CA for each scratch folder"),
     40041: Message("{}: {}", "not to be had from its origin; 404 or stale"),
@@ -6183,7 +6188,7 @@ class HttpWire:
         """
         self._socket.settimeout(seconds)
         self._question, self._finish = question, finish
-        self._answer = answer = _Answer(question)
+        self._answer = answer = self._new_answer(question)
         self._sender = None
         try:
             self._send(question)
@@ -6193,33 +6198,36 @@ class HttpWire:
             raise error.after("begun" if answer.size else "sent") from error
         return self._reply(answer)
 
+    def _new_answer(self, question):
+        return _Answer(question)
+
     def _send(self, question):
-        head, body = [*question.fields], question.body
+        body = question.body
+        with self._or_failed():
+            self._socket.sendall(self._head(question, body))
+        if body is not None:
+            self._sender = gevent.spawn(self._send_body, body)
+
+    def _head(self, question, body):
+        """The octets that come before the body."""
+        head = [*question.fields]
         if body is not None and body.length is None:
             head.append((b"transfer-encoding", b"chunked"))
         elif body is not None or question.method in ("POST", "PUT", "PATCH"):
             length = body.length if body else 0
             head.append((b"content-length", b"%d" % length))
-        with self._or_failed():
-            self._socket.sendall(b"%b %b HTTP/1.1\r\n%b\r\n" % (
-                question.method.encode(), question.target.encode(),
-                b"".join(b"%b: %b\r\n" % field for field in head)))
-        if body is not None:
-            self._sender = gevent.spawn(self._send_body, body)
+        return b"%b %b HTTP/1.1\r\n%b\r\n" % (
+            question.method.encode(), question.target.encode(),
+            b"".join(b"%b: %b\r\n" % field for field in head))
 
     def _send_body(self, body):
         """Passes on a body as it comes; whether it was passed on whole."""
         if any(name == b"expect" for name, _ in self._question.fields):
             self._answer.go_ahead.wait(_EXPECT_SECONDS)
-        is_chunked = body.length is None
         try:
             while piece := body.read():
-                self._socket.sendall(
-                    b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked
-                    else piece)
-            if is_chunked:
-                self._socket.sendall(b"0\r\n%b\r\n" % b"".join(
-                    b"%b: %b\r\n" % field for field in body.trailers))
+                self._socket.sendall(self._framed(body, piece))
+            self._socket.sendall(self._ending(body))
         except ClientGone:
             # Whoever waits for the answer hears of it by this.
             self.close()
@@ -6228,6 +6236,17 @@ class HttpWire:
             # It wants no more; why, its answer may tell.
             return False
         return True
+
+    def _framed(self, body, piece):
+        if body.length is not None:
+            return piece
+        return b"%x\r\n%b\r\n" % (len(piece), piece)
+
+    def _ending(self, body):
+        if body.length is not None:
+            return b""
+        return b"0\r\n%b\r\n" % b"".join(
+            b"%b: %b\r\n" % field for field in body.trailers)
 
     def _receive(self):
         """Takes what comes next; raises UpstreamFailed."""
@@ -6414,7 +6433,327 @@ _HEAD_BYTES, _MOST_FIELDS = 128 * KIB, 256
 _OF_A_HOP = frozenset((
     b"", b"connection", b"keep-alive", b"proxy-authenticate",
     b"proxy-connection", b"te", b"transfer-encoding", b"upgrade"))
-_WIRES = {"http": HttpWire, "https": HttpWire}
+
+
+# ---------------------------------------------------------------------------
+# 11c. FastCGI: a question and its answer in records
+#
+#    Offers   FastCgiWire
+#    Uses     1 Words, 2 Messages, 7 Paths
+# ---------------------------------------------------------------------------
+#
+# An application gets variables and answers with a head and a body, as a CGI
+# program does (RFC 3875), in records of at most 64 KiB ("FastCGI
+# Specification", Open Market, 1996).  The head is made one of HTTP/1.1: so
+# all that 11b asks of an answer is asked of this one too.
+#
+# php-fpm has a process for each connection, also for an idle one, and takes
+# new ones in the order in which they came: what one worker keeps, others wait
+# for.  So a connection is kept for a moment only, and for a second in all.
+# Under load that is as good as keeping it, and nobody starves.
+
+
+class FastCgiWire(HttpWire):
+    """A connection to an application that speaks FastCGI."""
+
+    def __init__(self, sock, upstream, consultant):
+        super().__init__(sock, upstream, consultant)
+        self._settings = consultant.settings
+        self._life = Deadline(_LIFE_SECONDS)
+
+    def is_fit(self) -> bool:
+        """Whether it is there still, and quiet."""
+        # Closed, it has no descriptor that could be looked at.
+        return self._socket.fileno() >= 0 and super().is_fit()
+
+    def _leave(self, is_reusable):
+        is_reusable = is_reusable and not self._life.passed()
+        super()._leave(is_reusable)
+        if is_reusable:
+            gevent.spawn_later(_LULL_SECONDS, self._retire, self._answer)
+
+    def _retire(self, last):
+        """Frees the application's process when it had nothing else to do."""
+        if self._answer is last:
+            self.close()
+
+    def _new_answer(self, question):
+        return _RecordedAnswer(question, functools.partial(
+            LOG.say, 40028, self._upstream.name))
+
+    def _send(self, question):
+        body = question.body
+        if body is not None and body.length is None:
+            # CONTENT_LENGTH comes before the body: it has to be known.
+            body = _SpooledBody(body)
+        super()._send(dataclasses.replace(question, body=body))
+
+    def _head(self, question, body):
+        variables = _variables(question, self._settings)
+        if body is not None:
+            variables["CONTENT_LENGTH"] = str(body.length)
+        return b"".join((
+            _record(_BEGIN, _RESPONDER_KEPT), *map(functools.partial(
+                _record, _PARAMS), _parts(_packed(variables))),
+            _record(_PARAMS), b"" if body else _record(_STDIN)))
+
+    def _framed(self, _body, piece):
+        return b"".join(_record(_STDIN, part) for part in _parts(piece))
+
+    def _ending(self, _body):
+        return _record(_STDIN)
+
+
+class _SpooledBody:
+    """A request's body of unknown length, read whole into a file.
+
+    It is no longer than max-body-bytes: more is refused where it comes in.
+    """
+
+    def __init__(self, body):
+        """Waits for all of it; raises ClientGone."""
+        self._file = _nameless_file()
+        while piece := body.read():
+            self._file.write(piece)
+        self.length, self.trailers = self._file.tell(), []
+        self._file.seek(0)
+
+    def read(self):
+        """The next piece, as of any body."""
+        return self._file.read(_READ_BYTES)
+
+
+def _nameless_file():
+    """A file that is gone as soon as nobody has it."""
+    return tempfile.TemporaryFile()
+
+
+class _RecordedAnswer:
+    """What has come of an answer in records; to a wire, an _Answer."""
+
+    def __init__(self, question, tell):
+        """`tell` is called with what the application complains of."""
+        self._http, self._tell = _Answer(question), tell
+        self._octets = bytearray()
+        #: the head so far; None when it is complete
+        self._head = b""
+        self._told = 0
+        self.size = 0
+        self.is_complete = self.is_clean = self.is_chunked = False
+        self.pieces, self.trailers = self._http.pieces, self._http.trailers
+        self.end_to_end_fields = self._http.end_to_end_fields
+        # Nobody answers `Expect: 100-continue` here.
+        self.go_ahead = self._http.go_ahead
+        self.go_ahead.set()
+
+    @property
+    def has_head(self):
+        """Whether status and fields are known."""
+        return self._http.has_head
+
+    @property
+    def status(self):
+        """The status; 0 before it is known."""
+        return self._http.status
+
+    def feed(self, data):
+        """Takes octets, none at the end; raises what an _Answer raises."""
+        if not data:
+            raise _Garbled("closed the connection before its answer was"
+                           " complete")
+        self.size += len(data)
+        self._octets += data
+        for kind, content in self._records():
+            if self.is_complete:
+                raise _Garbled("goes on after the end of its answer")
+            if kind == _STDOUT:
+                self._take_output(content)
+            elif kind == _STDERR:
+                self._take_complaint(content)
+            elif kind == _END:
+                self._take_end(content)
+            else:
+                raise _Garbled(f"sent a record of type {kind}")
+
+    def _records(self):
+        """(type, content) of all records that are complete."""
+        while len(self._octets) >= _RECORD.size:
+            version, kind, number, length, padding = _RECORD.unpack_from(
+                self._octets)
+            if (version, number) != (1, 1):
+                raise _Garbled("what it sends is no FastCGI")
+            if len(self._octets) < _RECORD.size + length + padding:
+                break
+            content = bytes(self._octets[_RECORD.size:_RECORD.size + length])
+            del self._octets[:_RECORD.size + length + padding]
+            yield kind, content
+
+    def _take_output(self, content):
+        if self._head is not None:
+            self._head += content
+            found = _HEAD_END.search(self._head)
+            if not found:
+                if len(self._head) > _HEAD_BYTES:
+                    raise _Garbled("the head of the answer does not end")
+                return
+            content = self._head[found.end():]
+            self._http.feed(_http_head(self._head[:found.start()]))
+            self._head = None
+        if content and not self._http.is_complete:
+            self._http.feed(content)
+
+    def _take_complaint(self, content):
+        """Has it told, as far as the log bears it."""
+        left = _MOST_COMPLAINTS - self._told
+        self._told += len(content)
+        if content and left > 0:
+            text = content[:left].decode("utf-8", "backslashreplace").strip()
+            self._tell(text + (" ..." if len(content) > left else ""))
+
+    def _take_end(self, content):
+        if len(content) != _ENDING.size:
+            raise _Garbled("the record that ends its answer is malformed")
+        status, verdict = _ENDING.unpack(content)
+        if status:
+            self._tell(f"ended with status {status}")
+        if verdict:
+            raise _Garbled(f"refused: {_VERDICTS.get(verdict, verdict)}")
+        if not self.has_head:
+            raise _Garbled("ended without an answer")
+        has_body = not self._http.is_complete
+        if has_body:
+            self._http.feed(b"")
+        # Where its length was not told, it is known from here on.
+        self.is_chunked = has_body
+        self.is_complete = self.is_clean = True
+
+
+def _http_head(head):
+    """The head of an HTTP answer from that of a CGI answer; or _Garbled."""
+    parsed = email.parser.BytesHeaderParser().parsebytes(head + b"\r\n\r\n")
+    if parsed.defects or parsed.get_payload().strip():
+        raise _Garbled("the head of the answer has a line that is no field")
+    fields = [(name.lower().encode("ascii", "surrogateescape"),
+               value.encode("ascii", "surrogateescape"))
+              for name, value in parsed.raw_items()]
+    if any(b"\n" in value or b"\r" in value for _, value in fields):
+        raise _Garbled("a field of the answer goes over several lines")
+    # RFC 3875 section 6.2.3
+    default = b"302" if any(x == b"location" for x, _ in fields) else b"200"
+    status = next((v for n, v in fields if n == b"status"), default)
+    if not _STATUS.match(status):
+        raise _Garbled(f"status {status[:40]!r}")
+    return b"HTTP/1.1 %b \r\n%b\r\n" % (status[:3], b"".join(
+        b"%b: %b\r\n" % field for field in fields
+        if field[0] != b"status" and field[0] not in _OF_A_HOP))
+
+
+def _variables(question, settings):
+    """What an application is told (RFC 3875 section 4.1)."""
+    request, fields = question.request, question.fields
+    path, _, query = question.target.partition("?")
+    script, rest = _script(path, settings)
+    host = next((value for name, value in fields if name == b"host"), b"")
+    place = urllib.parse.urlsplit(b"//" + host)
+    variables = _field_variables(fields)
+    variables |= {
+        "GATEWAY_INTERFACE": "CGI/1.1", "HTTPS": "on", "PATH_INFO": rest,
+        "QUERY_STRING": query, "REDIRECT_STATUS": "200",
+        "REMOTE_ADDR": request.client if request else "127.0.0.1",
+        "REQUEST_METHOD": question.method, "REQUEST_SCHEME": "https",
+        # As the client has it: rewriting is our business.
+        "REQUEST_URI": request.target if request else question.target,
+        "SCHEME": "https", "SCRIPT_NAME": script,
+        "SERVER_NAME": (place.hostname or b"").decode("ascii"),
+        "SERVER_PORT": str(place.port or 443),
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "SERVER_SOFTWARE": f"shimmercat/{__version__}"}
+    if settings.document_root:
+        root = settings.document_root.rstrip("/")
+        variables["DOCUMENT_ROOT"] = root or "/"
+        variables["SCRIPT_FILENAME"] = root + script
+    return variables
+
+
+def _field_variables(fields):
+    """{HTTP_*: value} of a request's fields.
+
+    A name with `_` could pose as another one with `-`, and HTTP_PROXY as the
+    variable of that name (httpoxy): nginx drops the former, all the latter.
+    """
+    joined = {}
+    for name, value in fields:
+        if _VARIABLE_NAME.fullmatch(name) and name not in _NO_VARIABLES:
+            known = joined.get(name)
+            joined[name] = b"%b, %b" % (known, value) if known else value
+    kind = joined.pop(b"content-type", None)
+    variables = {"HTTP_" + name.decode().upper().replace("-", "_"): value
+                 for name, value in joined.items()}
+    return variables | ({"CONTENT_TYPE": kind} if kind else {})
+
+
+def _script(path, settings):
+    """SCRIPT_NAME and PATH_INFO of a URL's path; raises ForbiddenPath.
+
+    The first component that ends in `.php` is a script, with what follows for
+    it.  Other paths are for `script-name`.  Without one they are scripts
+    themselves, a folder by its `index.php`.
+    """
+    plain = "/" + "/".join(plain_path(path))
+    if found := _PHP.fullmatch(plain):
+        return found.groups()
+    front = settings.script_name
+    if front is None:
+        is_folder = plain.endswith("/") and settings.document_root
+        return plain + "index.php" if is_folder else plain, ""
+    if front.endswith(".php"):
+        # A front controller looks at REQUEST_URI.
+        return front, ""
+    front = front.rstrip("/")
+    is_below = f"{plain}/".startswith(f"{front}/")
+    return front, plain[len(front):] if is_below else plain
+
+
+def _packed(variables):
+    """Name-value pairs (FastCGI section 3.4)."""
+    packed = bytearray()
+    for pair in variables.items():
+        texts = [text.encode("utf-8", "surrogateescape")
+                 if isinstance(text, str) else text for text in pair]
+        for size in map(len, texts):
+            packed += bytes((size,)) if size < 128 else struct.pack(
+                ">I", size | 1 << 31)
+        packed += b"".join(texts)
+    return bytes(packed)
+
+
+def _parts(content):
+    """Content in pieces that fit into a record."""
+    return (content[at:at + _PART_BYTES]
+            for at in range(0, len(content), _PART_BYTES))
+
+
+def _record(kind, content=b""):
+    return _RECORD.pack(1, kind, 1, len(content), 0) + content
+
+
+#: version, type, request, length of content and of padding
+_RECORD = struct.Struct(">BBHHBx")
+#: status of the application, verdict of its protocol
+_ENDING = struct.Struct(">IB3x")
+_BEGIN, _END, _PARAMS, _STDIN, _STDOUT, _STDERR = 1, 3, 4, 5, 6, 7
+_RESPONDER_KEPT = struct.pack(">HB5x", 1, 1)
+_VERDICTS = {1: "one request at a time", 2: "overloaded", 3: "unknown role"}
+_PART_BYTES = 65_528  #: a multiple of eight, as the specification likes it
+#: octets of STDERR that an answer may bring to the log
+_MOST_COMPLAINTS = 4096
+_LULL_SECONDS, _LIFE_SECONDS = 0.05, 1.0
+_HEAD_END = re.compile(rb"(?:^|\r?\n)\r?\n")
+_STATUS = re.compile(rb"[2-5][0-9]{2}(?![^ ])")
+_PHP = re.compile(r"(/(?:[^/]*/)*?[^/]*\.php)((?:/.*)?)")
+_VARIABLE_NAME = re.compile(rb"[a-z0-9-]+")
+_NO_VARIABLES = (b"content-length", b"expect", b"proxy", b"te")
+_WIRES = {"fastcgi": FastCgiWire, "http": HttpWire, "https": HttpWire}
 
 
 # ---------------------------------------------------------------------------
