@@ -7373,16 +7373,12 @@ class Larder:
 
     def _run(self, errand, wanted, kept):
         """Body of an errand's greenlet."""
-        key = wanted.key
         try:
             self._work(errand, wanted, kept)
         except ShimmerCatError as error:
             errand.error = error
-            LOG.say(40041, f"{key.root}{key.path}", error)
-            if kept:
-                kept.failed = time.monotonic() + self._tweaks.missing_seconds
         finally:
-            del self._errands[key[:2]]
+            del self._errands[wanted.key[:2]]
             errand.end()
 
     def _work(self, errand, wanted, kept):
@@ -7396,9 +7392,6 @@ class Larder:
         try:
             if not self._take_over(errand, wanted, kept):
                 self._ask(errand, wanted, kept)
-        except ShimmerCatError as error:
-            self._note_failure(wanted, error)
-            raise
         finally:
             holding.kill()
             self.notes.drop(lease)
@@ -7423,11 +7416,9 @@ class Larder:
 
     def _take_over(self, errand, wanted, kept):
         """Whether another process has got it; raises what that got to know."""
-        text = self.notes.read(f"missing_{wanted.key.memo()}")
-        if text:
-            reason, is_gone, is_missing = json.loads(text)
-            raise (_missing(reason, is_gone) if is_missing
-                   else OriginFailed(reason))
+        note = self.notes.read(f"missing_{wanted.key.memo()}")
+        if note:
+            self._heed(wanted, kept, *json.loads(note))
         newer = self._noted(wanted)
         if not (newer and newer.is_fresh() and self._is_there(newer)):
             return False
@@ -7437,18 +7428,37 @@ class Larder:
         _put(self._kept, wanted.key[:2], newer)
         return True
 
-    def _note_failure(self, wanted, error):
-        """Lets nobody ask again for a while."""
-        place, seconds = wanted.key[:2], self._tweaks.missing_seconds
-        is_missing = isinstance(error, AssetMissing)
-        is_gone = is_missing and error.is_gone
-        self.notes.write(
-            f"missing_{wanted.key.memo()}",
-            json.dumps([str(error), is_gone, is_missing]).encode(), seconds)
-        _put(self._missing, place, (
-            time.monotonic() + seconds, _missing(str(error), is_gone)))
+    def _heed(self, wanted, kept, end, reason, is_missing, is_gone):
+        """Lets the origin alone until `end`, POSIX time; raises the reason."""
+        seconds = end - time.time()
+        if seconds <= 0:
+            return
+        error = _missing(reason, is_gone)
+        if not is_missing:
+            error = OriginFailed(reason)
+        until = time.monotonic() + seconds
+        if kept:
+            kept.failed = until
+        _put(self._missing, wanted.key[:2], (
+            until, _missing(reason, is_gone)))
+        raise error
 
     def _ask(self, errand, wanted, kept):
+        """Asks the origin; raises ShimmerCatError, which all get to know."""
+        try:
+            self._ask_once(errand, wanted, kept)
+        except ShimmerCatError as error:
+            key, seconds = wanted.key, self._tweaks.missing_seconds
+            LOG.say(40041, f"{key.root}{key.path}", error)
+            is_missing = isinstance(error, AssetMissing)
+            told = (time.time() + seconds, str(error), is_missing,
+                    is_missing and error.is_gone)
+            self.notes.write(f"missing_{key.memo()}",
+                             json.dumps(told).encode(), seconds)
+            self._heed(wanted, kept, *told)
+            raise
+
+    def _ask_once(self, errand, wanted, kept):
         """Asks the origin; raises ShimmerCatError."""
         begun = time.time()
         reply = wanted.pull(_validators(kept))
