@@ -75,7 +75,7 @@ __all__ = [
     "KIB", "MIB", "GIB", "DOMAIN_NAME", "ShimmerCatError",
     "ConfigurationError", "Deadline", "NetworkAddress", "YamlSheet",
     "YamlEntry", "http_date", "parse_http_date", "parse_size", "size_text",
-    "nearest",
+    "file_identity", "nearest",
     "MESSAGES", "Severity", "Message", "LogRecord", "MalformedRecord",
     "CodeSet", "Console", "wants_colour", "Log", "LOG",
     "Option", "OPTIONS", "Tweaks", "tweaks_text",
@@ -102,7 +102,7 @@ __all__ = [
     "RedisAway", "RedisMissing", "RedisServer", "RedisLink", "LogTap",
     "LogSubscription", "JobQueue", "LocalJobQueue", "Announcements",
     "Notes", "LocalNotes",
-    "QUIET_SECONDS", "SURE_SECONDS", "Source", "file_identity", "content_type",
+    "QUIET_SECONDS", "SURE_SECONDS", "Source", "content_type",
     "is_compressible", "StoreFull", "Mark", "StoredFile", "AlternateStore",
     "StoreReader", "read_file", "PICTURE_FORMS",
     "AssetKey", "Kept", "Representation", "Asset", "dictionary",
@@ -125,7 +125,7 @@ __all__ = [
     "PictureRefused", "similarity",
     "Form", "picture_forms",
     "urgency_of",
-    "NotServed", "Site", "RedirectSite", "error_page",
+    "NotServed", "NotAsked", "Site", "RedirectSite", "error_page",
     "RESERVED", "NOT_ASKED",
     "Statics",
     "Pages",
@@ -266,7 +266,7 @@ _plain = gevent.monkey.get_original
 #    Offers   KIB, MIB, GIB, DOMAIN_NAME, ShimmerCatError,
 #             ConfigurationError, Deadline, NetworkAddress, YamlSheet,
 #             YamlEntry, http_date, parse_http_date, parse_size, size_text,
-#             nearest
+#             file_identity, nearest
 #    Uses     no other room
 # ---------------------------------------------------------------------------
 
@@ -516,6 +516,12 @@ def size_text(size: int) -> str:
     return str(size)
 
 
+def file_identity(status: os.stat_result) -> tuple:
+    """What changes when a file is replaced or written into."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns,
+            status.st_ctime_ns)
+
+
 def nearest(word: str, known: typing.Iterable[str]) -> str | None:
     """The known word that `word` most likely misspells, or None."""
     folded = {name.lower().replace("_", "-"): name for name in known}
@@ -624,8 +630,8 @@ MESSAGES = {
     60011: Message("certificate: {}", "clients complain; renew or replace it"),
     60012: Message("{} is not forked: {}", "out of memory or processes"),
     60014: Message("r-cache takes no more files: {}", "disk full?"),
-    60025: Message("view not used: {}", "its requests end in 500 till then"),
-    60026: Message("no page: {}", "template and JSON do not fit together"),
+    60025: Message("mistake in a view: {}", "its requests end in 500"),
+    60026: Message("no page: {}", "what the application said does not fit"),
 }
 
 #: worker, seconds since MJD 0, microseconds, severity, code, length of data
@@ -1255,7 +1261,8 @@ def load_settings(flags: argparse.Namespace,
     for domain in (domains or {}).values():
         mistakes += check_views(domain)
     if mistakes:
-        raise ConfigurationError("\n".join(mistakes))
+        # Domains may share views.
+        raise ConfigurationError("\n".join(dict.fromkeys(mistakes)))
     wanted["workers"] = wanted["workers"] or max(
         2, len(os.sched_getaffinity(0)))
     if wanted["log_file"]:
@@ -3286,8 +3293,7 @@ def _problems(match):
 #         - /shop -> /+common
 #     -->
 #
-# The file is opened for each request, and read again when its identity is
-# another one: what is on disk is what answers.
+# Its identity is looked at for each request: what is on disk is what answers.
 
 
 class ViewMistaken(ShimmerCatError):
@@ -3409,38 +3415,45 @@ class ViewFolder:
     def read(self, place: tuple[str, ...]) -> View | None:
         """The view of a file, None if it is not there; raises as `find`."""
         for _ in range(_VIEW_ATTEMPTS):
-            try:
-                source = self.fetch(place)
-            except ShimmerCatError as error:
-                if getattr(error, "is_gone", False):
-                    return None
-                raise
-            try:
-                found = self._current(place, source)
-            finally:
-                os.close(source.fd)
+            identity, found = self._known.get(place, (None, None))
+            now = self._identity(place)
+            if now is None:
+                return None
+            if now != identity:
+                found = self._parsed(place)
             if isinstance(found, str):
                 raise ViewMistaken(found)
             if found:
                 return found
             gevent.sleep(_VIEW_PAUSE_SECONDS)
-        raise SourceChanged(f"{source.path} is being written")
+        raise SourceChanged(f"{'/'.join(place)} is being written")
 
-    def _current(self, place, source):
-        """View or mistakes of a file; None while somebody writes into it."""
-        identity, found = self._known.get(place, (None, None))
-        if identity == source.identity:
-            return found
-        if not source.is_quiet:
-            return None
-        content = os.pread(source.fd, VIEW_BYTES + 1, 0)
+    def _identity(self, place):
+        """Identity of a file, None if it is not there."""
         try:
-            found = View.parse(
-                source.path, place, content, self._consultants)
-        except ViewMistaken as error:
-            found = str(error)
-        if not source.is_same():
+            return file_identity(os.stat(os.path.join(self.folder, *place)))
+        except FileNotFoundError:
             return None
+        except OSError:
+            # `fetch` tells what is wrong with it.
+            return ()
+
+    def _parsed(self, place):
+        """View or mistakes of a file; None while somebody writes into it."""
+        source = self.fetch(place)
+        try:
+            if not source.is_quiet:
+                return None
+            content = os.pread(source.fd, VIEW_BYTES + 1, 0)
+            try:
+                found = View.parse(
+                    source.path, place, content, self._consultants)
+            except ViewMistaken as error:
+                found = str(error)
+            if not source.is_same():
+                return None
+        finally:
+            os.close(source.fd)
         if source.is_sure:
             self._known[place] = source.identity, found
             if len(self._known) > _MOST_VIEWS:
@@ -3586,7 +3599,7 @@ def _template(sheet, content):
 VIEW_NAMES = frozenset(("index.html", "__index.html"))
 #: a view with instructions is no larger; a page without any may be
 VIEW_BYTES = 256 * KIB
-_BLOCK = re.compile(rb"<!--\s*(shimmercat:.*?)(-->\n?|\Z)", re.DOTALL)
+_BLOCK = re.compile(rb"<!--\s*(shimmercat:.*?)(-->(?:\r?\n)?|\Z)", re.DOTALL)
 _MOST_LITERALS, _LITERAL_BYTES = 16, 256
 #: views that are kept in memory
 _MOST_VIEWS = 256
@@ -4497,8 +4510,8 @@ class Notes(LocalNotes):
 # ---------------------------------------------------------------------------
 # 10. Representations: sources, their types, the store of alternates
 #
-#    Offers   QUIET_SECONDS, SURE_SECONDS, Source, file_identity,
-#             content_type, is_compressible, StoreFull, Mark, StoredFile,
+#    Offers   QUIET_SECONDS, SURE_SECONDS, Source, content_type,
+#             is_compressible, StoreFull, Mark, StoredFile,
 #             AlternateStore, StoreReader, read_file, PICTURE_FORMS
 #    Uses     1 Words, 2 Messages, 8 Scratch
 # ---------------------------------------------------------------------------
@@ -4556,12 +4569,6 @@ class Source(typing.NamedTuple):
         renamed = status.st_nlink != self.links
         return identity[:4] == self.identity[:4] and (
             renamed or identity == self.identity)
-
-
-def file_identity(status: os.stat_result) -> tuple:
-    """What changes when a file is replaced or written into."""
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns,
-            status.st_ctime_ns)
 
 
 def content_type(path: str, sample: bytes) -> bytes:
@@ -8832,7 +8839,7 @@ _UNKNOWN = Urgency(3, True)
 # ---------------------------------------------------------------------------
 # 15. Site: from request to response
 #
-#    Offers   NotServed, Site, RedirectSite, error_page,
+#    Offers   NotServed, NotAsked, Site, RedirectSite, error_page,
 #             RESERVED, NOT_ASKED
 #    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 7 Paths,
 #             10 Representations, 11 Consultants, 12 Fetch backends
@@ -8847,6 +8854,10 @@ class NotServed(ShimmerCatError):
         super().__init__(reason)
         self.status = status
         self.fields = fields
+
+
+class NotAsked(ShimmerCatError):
+    """A consultant would be asked, but nobody is to be asked."""
 
 
 class Site:
@@ -8916,6 +8927,8 @@ class Site:
             request.trail = []
         try:
             return self._timed(request, self._route(request))
+        except NotAsked:
+            return Response(200, (), b"", "consultant", NOT_ASKED)
         except (ViewMistaken, PageFailed) as error:
             LOG.say(error.message_code, error)
             return self.refuse(error, request)
@@ -8970,7 +8983,7 @@ class Site:
         path = target.partition("?")[0]
         kind = action or self._convention(request, path)
         if kind is Kind.REDIRECT:
-            return (self._redirect(request, target) if action
+            return (self._redirect(request, target, "rule") if action
                     else self._add_slash(request, domain))
         if kind is Kind.STATIC:
             return self._statics.answer(request, domain, path)
@@ -8996,8 +9009,8 @@ class Site:
         # RFC 8615 names have no extension (ACME's tokens for one).
         if path.startswith("/.well-known/"):
             return Kind.STATIC
-        # The client is sent to a path of its own, never to what a rule made
-        # of it; one that needs no slash keeps its form.
+        # A client is sent to its own path with a slash, never to what a rule
+        # made of it.
         return kind if classify(request.path) is kind else Kind.DYNAMIC
 
     def _add_slash(self, request, domain):
@@ -9007,9 +9020,9 @@ class Site:
         place = request.path + "/"
         if request.query is not None:
             place += "?" + request.query
-        return self._redirect(request, place)
+        return self._redirect(request, place, "core")
 
-    def _redirect(self, request, place):
+    def _redirect(self, request, place, reason):
         """A permanent redirect, which keeps the method of a request.
 
         RFC 9110 section 15.4.9: after a 301 browsers would make a GET of a
@@ -9019,7 +9032,7 @@ class Site:
         if self._open:
             fields += ((b"cache-control", b"no-store"),)
         status = 301 if request.method in _READS else 308
-        return Response(status, fields, b"", "redirect", "core")
+        return Response(status, fields, b"", "redirect", reason)
 
     def _dynamic(self, request, domain, target, kind):
         """What a view answers, or without one the domain's consultant."""
@@ -9035,7 +9048,7 @@ class Site:
             request, view.change_url, target, view.path)
         kind = action or kind
         if kind is Kind.REDIRECT:
-            return self._redirect(request, target)
+            return self._redirect(request, target, "rule")
         if kind is Kind.STATIC:
             path = target.partition("?")[0]
             return self._statics.answer(request, domain, path)
@@ -9080,7 +9093,7 @@ class Site:
         request.note(f"consultant {consultant.name} at {addresses} is asked:"
                      f" {request.method} {target}")
         if not self._asks:
-            return Response(200, (), b"", "consultant", NOT_ASKED)
+            raise NotAsked(consultant.name)
         return self._consult(request, domain, consultant.name, target)
 
     def _consult(self, request, domain, name, target):
@@ -9478,13 +9491,11 @@ class Pages:
                 or b"no-transform" in get(b"cache-control", b"")):
             return response
         response.fields = _without(response.fields, _OF_ONE_BODY)
-        body = response.body
+        body, literals = response.body, view.sc_snippet_after
         if isinstance(body, bytes):
-            response.body = b"".join(with_snippet(
-                (body,), view.sc_snippet_after, _SNIPPET))
+            response.body = b"".join(with_snippet((body,), literals, _SNIPPET))
         else:
-            body.pieces = with_snippet(
-                body.pieces, view.sc_snippet_after, _SNIPPET)
+            body.pieces = with_snippet(body.pieces, literals, _SNIPPET)
         return response
 
     def _consult(self, request, view, ask):
@@ -9495,15 +9506,14 @@ class Pages:
         """
         if request.method not in _READS:
             return ask(request)
-        asked = _unconditional(request)
         answer = ask(_unconditional(request, "HEAD"))
         if not _is_right(answer) and request.method != "HEAD":
             _close(answer)
-            answer = ask(asked)
+            answer = ask(_unconditional(request))
         if not _is_right(answer):
             return answer
         _close(answer)
-        page = self.alone(asked, view)
+        page = self.alone(_unconditional(request), view)
         answer.fields = _without(page.fields, _OF_AN_ASSET) + _without(
             answer.fields, _OF_ONE_BODY | _OF_ONE_FORM)
         answer.status, answer.body = page.status, page.body
@@ -9617,7 +9627,7 @@ _OF_ONE_FORM = frozenset((b"content-type", b"content-encoding"))
 #: what a page is not that belongs to one client
 _OF_AN_ASSET = frozenset((
     b"etag", b"last-modified", b"accept-ranges", b"cache-control",
-    b"use-as-dictionary"))
+    b"cache-status", b"use-as-dictionary"))
 _SCRIPT_PATH = RESERVED + "ovfs/js/agent.js"
 _SNIPPET = (b'<script async type="text/javascript" src="%b"></script>'
             % _SCRIPT_PATH.encode())
