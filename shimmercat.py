@@ -115,8 +115,8 @@ __all__ = [
     "Consultant", "consultant_of",
     "HttpWire",
     "FastCgiWire",
-    "AssetMissing", "OriginFailed", "FilesystemBackend", "Fetched",
-    "HttpFetchBackend", "ConsultantBackend",
+    "AssetMissing", "OriginFailed", "OriginBusy", "FilesystemBackend",
+    "Fetched", "HttpFetchBackend", "ConsultantBackend",
     "Wanted", "Found", "RemoteStatics",
     "Larder",
     "JobFailed", "stand_apart", "live_apart", "Workshop", "confine",
@@ -613,6 +613,8 @@ MESSAGES = {
                    "browsers must trust one CA for each scratch folder"),
     40041: Message("{}: {}", "not to be had from its origin; 404 or stale"),
     40042: Message("{} is not kept: {}", "each client has it fetched anew"),
+    40043: Message("changelist of {} cannot be read: {}",
+                   "copies are served stale, and verified after tOld"),
     50001: Message("{} {} {}{} {} {} B {} ms {} {} {}",
                    "a request was answered",
                    ("client", "method", "host", "path", "status", "bytes",
@@ -1382,7 +1384,7 @@ class _DevloveSchema:
             return RemoteRoot(**entry.read({"use-consultant": _key("text")}))
         return RemoteRoot(**entry.read(
             {"fetch-backend": _key("choice", "http"),
-             "http-port": _key("address"), "use-host": _key("text"),
+             "http-port": _reachable, "use-host": _key("text"),
              "path-prefix": _key("text")}, ("fetch-backend", "http-port")))
 
     def _existing(self, entry, kind="folder"):
@@ -1408,6 +1410,14 @@ class _DevloveSchema:
 def _key(kind, *span):
     """Reader of a key that has a single value."""
     return Option("", "", kind, None, span, "").from_yaml
+
+
+def _reachable(entry):
+    """An address that something can connect to."""
+    address = _key("address")(entry)
+    if address.family == "fd":
+        raise ValueError("expected an address to connect to")
+    return address
 
 
 def _addresses(entry):
@@ -5577,7 +5587,7 @@ _PROBE_SECONDS = 60
 #    Offers   CHANGELIST_FOLDER, SLOT_SECONDS, Change, slot_path,
 #             slots_between, changes_in, Verdict, freshness, Changes,
 #             Lifetime, Changelist
-#    Uses     1 Words, 9 Redis
+#    Uses     1 Words, 2 Messages, 9 Redis
 # ---------------------------------------------------------------------------
 #
 # An origin that keeps a changelist appends a line for each file that changes
@@ -5735,12 +5745,13 @@ class Changelist(Lifetime):
         that share `notes` share what is read under `name`.
         """
         super().__init__(limits[1])
-        self._name, self._get, self._notes = f"changes_{name}", get, notes
+        self._site, self._name = name, f"changes_{name}"
+        self._get, self._notes = get, notes
         self._old, self._new = limits
         self._changes = Changes(math.inf, -math.inf, {})
         self._running = None
         #: until when the origin is left alone, since it failed
-        self._pause = Deadline(0)
+        self._pause, self._has_failed = Deadline(0), False
 
     def judge(self, kept: Kept, now: float) -> Verdict:
         """What is known of an asset; notes it when that is verified anew."""
@@ -5771,8 +5782,12 @@ class Changelist(Lifetime):
         try:
             if not self._recall() and self._pause.passed():
                 self._read_for_all()
+                self._has_failed = False
         except ShimmerCatError as error:
             self._pause = Deadline(_REREAD_SECONDS)
+            if not self._has_failed:
+                LOG.say(40043, self._site, error)
+            self._has_failed = True
             return error
         return None
 
@@ -6766,8 +6781,8 @@ _WIRES = {"fastcgi": FastCgiWire, "http": HttpWire, "https": HttpWire}
 # ---------------------------------------------------------------------------
 # 12. Fetch backends: how one asset is pulled from where it lives
 #
-#    Offers   AssetMissing, OriginFailed, FilesystemBackend, Fetched,
-#             HttpFetchBackend, ConsultantBackend
+#    Offers   AssetMissing, OriginFailed, OriginBusy, FilesystemBackend,
+#             Fetched, HttpFetchBackend, ConsultantBackend
 #    Uses     1 Words, 3 Settings, 4 HTTP, 10 Representations,
 #             11 Consultants
 # ---------------------------------------------------------------------------
@@ -6784,6 +6799,13 @@ class OriginFailed(ShimmerCatError):
     """An origin gave no answer, or one that is of no use."""
 
     status = 502
+
+
+class OriginBusy(ShimmerCatError):
+    """There is no room for one more fetch just now."""
+
+    status = 503
+    fields = ((b"retry-after", b"2"),)
 
 
 class FilesystemBackend:
@@ -6862,13 +6884,14 @@ class HttpFetchBackend:
         named = address.host if address.family == "lookup" else domain
         self._host = remote.use_host or named
         self._seconds = tweaks.static_seconds
-        self._pool = _UnixPool if address.family == "unix" else (
-            urllib3.HTTPConnectionPool)
-        self._pool = self._pool(
-            address.path or address.host, address.port,
+        self._pool = urllib3.HTTPConnectionPool(
+            address.host or "localhost", address.port,
             maxsize=tweaks.fetch_connections, block=True, retries=False,
             timeout=urllib3.Timeout(connect=self._seconds,
                                     read=self._seconds))
+        if address.family == "unix":
+            self._pool.ConnectionCls = functools.partial(
+                _UnixConnection, address.path)
 
     def get(self, target: str, fields: tuple = ()) -> Fetched:
         """What the origin has at a path; raises OriginFailed.
@@ -6883,16 +6906,16 @@ class HttpFetchBackend:
         slow = OriginFailed(f"no answer within {self._seconds:g} s")
         with gevent.Timeout(self._seconds, slow):
             answer = self._ask(self._prefix + target, sent)
-        headers = Headers([
-            (name.lower().encode("latin-1"), value.encode("latin-1"))
-            for name, value in answer.headers.items()])
+        fields = [(name.lower().encode("latin-1"), value.encode("latin-1"))
+                  for name, value in answer.headers.items()]
+        headers = Headers([x for x in fields if not has_odd_field([x])])
         fetched = Fetched(
             answer.status, headers, _body_length(headers, answer),
-            _pieces(answer), answer.close)
+            _pieces(answer), functools.partial(_give_back, answer))
         fetched.is_framed = answer.chunked or fetched.length is not None
         if (answer.status == 200 and not fetched.is_framed
-                and answer.version == 11 and b"close" not in headers.get(
-                    b"connection", b"").lower()):
+                and answer.version == 11 and "close" not in answer.headers.get(
+                    "connection", "").lower()):
             # Most likely the head broke off; http.client takes that for one.
             answer.close()
             raise OriginFailed("the head does not say where the body ends")
@@ -6922,6 +6945,7 @@ class ConsultantBackend:
         #: what tells its assets from those of other origins
         self.root = f"consultant {', '.join(map(str, settings.connect_to))}"
         self._consultant, self._seconds = consultant, seconds
+        self._domain = domain.encode()
         self._host = (settings.use_host or domain).encode()
 
     def get(self, target: str, fields: tuple = ()) -> Fetched:
@@ -6929,7 +6953,9 @@ class ConsultantBackend:
         question = Question(
             "GET", target, [
                 (b"host", self._host), (b"user-agent", _AGENT.encode()),
-                (b"accept-encoding", b"identity"), *fields],
+                (b"accept-encoding", b"identity"),
+                (b"x-forwarded-proto", b"https"),
+                (b"x-forwarded-host", self._domain), *fields],
             seconds=self._seconds)
         reply = self._consultant.ask(question)
         headers, body = Headers(reply.fields), reply.body
@@ -6946,28 +6972,39 @@ def _is_below(path, folder):
     return path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-class _UnixPool(urllib3.HTTPConnectionPool):
-    """A pool of connections to a Unix socket, whose path is the host."""
+class _UnixConnection(urllib3.connection.HTTPConnection):
+    """A connection to a Unix socket."""
 
-    class ConnectionCls(urllib3.connection.HTTPConnection):
-        """A connection to it."""
+    def __init__(self, path, *words, **named):
+        super().__init__(*words, **named)
+        self._path = path
 
-        def _new_conn(self):
-            wire = socket.socket(socket.AF_UNIX)
-            try:
-                wire.settimeout(self.timeout)
-                wire.connect(self._dns_host)
-            except OSError as error:
-                wire.close()
-                raise urllib3.exceptions.NewConnectionError(
-                    self, str(error)) from error
-            return wire
+    def _new_conn(self):
+        wire = socket.socket(socket.AF_UNIX)
+        try:
+            wire.settimeout(self.timeout)
+            wire.connect(self._path)
+        except OSError as error:
+            wire.close()
+            raise urllib3.exceptions.NewConnectionError(
+                self, str(error)) from error
+        return wire
 
 
 def _body_length(headers, answer):
     """Octets of the body; None when only its end will tell."""
     text = headers.get(b"content-length", b"")
     return int(text) if text.isdigit() and not answer.chunked else None
+
+
+def _give_back(answer):
+    """Ends an answer; its connection is used again if little is unread."""
+    left = answer.length_remaining
+    if left is not None and left <= _PIECE_OCTETS:
+        with contextlib.suppress(urllib3.exceptions.HTTPError):
+            # It is of no more use then, and closed below.
+            answer.read(decode_content=False)
+    answer.close()
 
 
 def _pieces(answer):
@@ -7189,8 +7226,7 @@ def _passing(reply):
 def _forwarded(why, errand):
     """Cache-Status of what came by an errand (RFC 9211 section 2)."""
     status = b"; fwd-status=%d" % errand.status if errand.status else b""
-    collapsed = b"; collapsed" if errand.readers > 1 else b""
-    return b"fwd=" + why + status + collapsed
+    return b"fwd=" + why + status
 
 
 _UNKNOWN_TYPE = b"application/octet-stream"
@@ -7319,8 +7355,9 @@ class Larder:
         stale = Found(kept.hit(), kept)
         is_young = kept.verified + self._tweaks.stale_seconds > time.time()
         if is_young and (verdict is Verdict.UNREAD
-                         or time.monotonic() < kept.failed):
-            # Its origin was asked just now, in vain.
+                         or time.monotonic() < kept.failed
+                         or len(self._errands) >= _MOST_ERRANDS):
+            # Its origin was asked just now, in vain, or is asked too much.
             return stale
         errand = self._errand(wanted, kept)
         if is_young:
@@ -7337,17 +7374,16 @@ class Larder:
         place = wanted.key[:2]
         errand = self._errands.get(place)
         if errand is None:
-            errand = _Errand()
             if len(self._errands) >= _MOST_ERRANDS:
-                errand.error = OriginFailed("too many fetches are under way")
-                errand.end()
-                return errand
-            self._errands[place] = errand
+                raise OriginBusy("too many fetches are under way")
+            errand = self._errands[place] = _Errand()
             gevent.spawn(self._run, errand, wanted, kept)
         return errand
 
     def _await(self, wanted, errand, why):
         """What an errand brings: whole if that is soon, else as it comes."""
+        if errand.readers:
+            why += b"; collapsed"
         errand.readers += 1
         errand.seen.wait()
         errand.done.wait(_WHOLE_SECONDS)

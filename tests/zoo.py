@@ -38,11 +38,12 @@ class Asked(typing.NamedTuple):
 class Origin:
     """A backend on a port of its own that counts what it is asked.
 
-    A context manager; `animal` may be replaced at any time.
+    A context manager; `animal` may be replaced at any time.  With `path` it
+    listens on a Unix socket.
     """
 
-    def __init__(self, animal):
-        self.animal = animal
+    def __init__(self, animal, path=None):
+        self.animal, self._path = animal, path
         #: all requests so far
         self.asked = []
         self.port = None
@@ -63,11 +64,15 @@ class Origin:
 
     def come(self):
         """Listen, on the same port as before if there was one."""
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", self.port or 0))
+        if self._path:
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(str(self._path))
+        else:
+            listener = socket.socket()
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", self.port or 0))
+            self.port = listener.getsockname()[1]
         listener.listen(512)
-        self.port = listener.getsockname()[1]
         self._listener = listener
         threading.Thread(target=self._accept, args=(listener,),
                          daemon=True).start()

@@ -232,3 +232,33 @@ def test_an_edit_never_hides_behind_a_reading(verified, change, reading):
         assert changes.names("a", verified)
     elif change + 2 < verified:
         assert not changes.names("a", verified)
+
+
+def test_ten_thousand_unchanged_assets_cost_one_reading_in_t_new(clock):
+    origin = Origin()
+    known = changelist(origin)
+    assets = [kept(f"{n}.css", NOW - 100, known) for n in range(10_000)]
+    known.update()
+    del origin.asked[:]
+    for _ in range(5):
+        clock[0] += 20
+        for asset in assets:
+            if known.judge(asset, clock[0]) is UNREAD:
+                known.update()
+            assert known.judge(asset, clock[0]) in (UNLISTED, FRESH)
+    # Five files, and one more where a slot ended.
+    assert len(origin.asked) in (5, 6)
+
+
+def test_an_origin_that_cannot_be_read_is_said_once(clock, said):
+    origin = Origin()
+    known = changelist(origin)
+    origin.fails = True
+    for _ in range(3):
+        with pytest.raises(shimmercat.ShimmerCatError):
+            known.update()
+        known._pause = shimmercat.Deadline(0)
+    assert [record.code for record in said] == [40043]
+    origin.fails = False
+    known.update()
+    assert known.judge(kept("a.css", NOW - 100, known), NOW) is UNLISTED

@@ -10,10 +10,15 @@ import pytest
 import zoo
 from harness import DOMAIN, eventually
 
+import shimmercat
 from shimmercat import (
     AlternateStore,
+    HttpFetchBackend,
     Larder,
     LocalNotes,
+    NetworkAddress,
+    OriginFailed,
+    RemoteRoot,
     Repository,
     Request,
     Site,
@@ -424,3 +429,47 @@ def test_one_process_reads_the_changelist_for_all(house):
             assert here.get("/a.css").body == CSS
     assert animal.readings(here.origin) <= 1 / 0.1 + 300 / 256 + 4
     assert here.origin.count("/a.css") == 1
+
+
+def test_an_origin_may_listen_on_a_unix_socket(house, tmp_path):
+    here = house()
+    path = tmp_path / "Origin.sock"
+    with zoo.Origin(zoo.Files({"/u.css": CSS}), path) as origin:
+        backend = HttpFetchBackend(
+            RemoteRoot(http_port=NetworkAddress.parse(f"unix://{path}")),
+            DOMAIN, here.settings.tweaks)
+        for _ in range(2):
+            answer = backend.get("/u.css")
+            assert b"".join(answer.pieces) == CSS
+            answer.close()
+        assert origin.asked[0].field("host") == DOMAIN
+        assert origin.accepted == 1
+    with pytest.raises(OriginFailed):
+        backend.get("/u.css")
+
+
+def test_connections_are_used_again_and_one_that_was_closed_is_renewed(house):
+    here = house(fetched_seconds=0, missing_seconds=0)
+    for _ in range(3):
+        assert here.get("/a.css").status == 200
+        assert here.get("/missing.css").status == 404
+    assert here.origin.accepted == 1
+    here.origin.go()
+    here.origin.come()
+    here.origin.animal.files["/a.css"] = b"new"
+    assert here.get("/a.css").body == b"new"
+
+
+@pytest.mark.parametrize("value", ["a\r\n b", "x\x00y"])
+def test_odd_fields_of_an_origin_reach_nobody(house, value):
+    here = house(lambda asked: zoo.answer(
+        CSS, content_disposition=value, cache_control="private"))
+    response = here.get("/a.css")
+    assert response.body == CSS
+    assert response.fields.get(b"content-disposition", b"") in (b"", b"a b")
+
+
+def test_too_many_fetches_at_a_time_are_refused(house, monkeypatch):
+    monkeypatch.setattr(shimmercat, "_MOST_ERRANDS", 0)
+    response = house().get("/a.css")
+    assert (response.status, response.fields[b"retry-after"]) == (503, b"2")

@@ -234,6 +234,9 @@ def test_a_mistake_in_an_electric_domain_is_named(refuse, line, mistake):
     ("nowhere", "root-dir: got 'nowhere', expected a readable folder at"),
     ("{fetch-backend: ftp, http-port: 1}", "got 'ftp', expected http"),
     ("{fetch-backend: http}", "root-dir: the key http-port is missing"),
+    ("{fetch-backend: http, http-port: 'socket-fd://3'}",
+     "root-dir > http-port: got 'socket-fd://3', expected an address to"
+     " connect to"),
     ("{use-consultant: shopp}",
      "root-dir: got the consultant 'shopp', expected shop"),
     ("{use-consultant: zzz}",
