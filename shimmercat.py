@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
 """shimmercat: an accelerating HTTPS server for a web site, in one file.
 
-Name a folder of statics (and, one day soon, a backend application) in
-``devlove.yaml``, and this file serves them over HTTP/2 and HTTP/1.1 with TLS:
-every asset in its smallest form, restarts that lose nothing, a log that
-explains itself.
+Name a folder of statics and an application in ``devlove.yaml``, and this file
+serves both over HTTP/2 and HTTP/1.1 with TLS: every static in its smallest
+form, restarts that lose nothing, a log that explains itself.
 
     python shimmercat.py devlove      one foreground process, for developers
     python shimmercat.py internet     arbiter, workers, artisan and Redis
@@ -3344,7 +3343,7 @@ class View:
 
     @classmethod
     def parse(cls, path: str, place: tuple[str, ...], content: bytes,
-              consultants: typing.Container[str]) -> "View":
+              consultants: typing.Collection[str]) -> "View":
         """The view of a file that begins with `content`.
 
         It may use the `consultants`.  Raises ViewMistaken.
@@ -3399,7 +3398,7 @@ class View:
 class ViewFolder:
     """The views below a folder, as they are on disk at each moment."""
 
-    def __init__(self, folder: Path, consultants: typing.Container[str],
+    def __init__(self, folder: Path, consultants: typing.Collection[str],
                  fetch: typing.Callable):
         """`fetch` opens files as a fetch backend does."""
         self.folder, self.fetch = str(folder), fetch
@@ -3563,9 +3562,10 @@ def _agreed(entry, consultants):
         entry.fields()["consultant"].blame(
             f"got {named!r:.60}, expected {known or 'one of the domain'}")
     if disposition != "replace":
-        if not consultants:
+        if not (named or "default" in consultants or len(consultants) == 1):
             entry.fields()["content-disposition"].blame(
-                f"got {disposition!r}, but the domain has no consultant")
+                f"got {disposition!r}, expected the key consultant too: the"
+                " domain has none of its own")
         if "sc_snippet_after" in values:
             entry.fields()["sc-snippet-after"].blame(
                 f"goes with replace only, not with {disposition}")

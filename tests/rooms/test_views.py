@@ -142,8 +142,10 @@ def test_what_has_to_be_asked_needs_somebody_who_can_be():
     for word in (b"consult", b"use-json"):
         content = b"<!-- shimmercat: {content-disposition: %b} -->" % word
         assert parsed(content).content_disposition == word.decode()
-        with pytest.raises(ViewMistaken, match="no consultant"):
-            parsed(content, ())
+        assert parsed(content, ("shop",)).consultant is None
+        for consultants in ((), ("shop", "blog")):
+            with pytest.raises(ViewMistaken, match="has none of its own"):
+                parsed(content, consultants)
 
 
 @given(st.binary(max_size=200) | st.tuples(
