@@ -7598,7 +7598,7 @@ class Larder:
         self._missing.pop(wanted.key[:2], None)
         kept.failed, errand.kept = -math.inf, kept
         try:
-            self._store.remember(wanted.key.memo(), kept.note())
+            _apart(self._store.remember, wanted.key.memo(), kept.note())
         except StoreFull as error:
             LOG.say(error.message_code, error)
 
@@ -7608,7 +7608,7 @@ class Larder:
         if kept:
             with contextlib.suppress(StoreFull):
                 # It is not known any more here, at least.
-                self._store.remember(wanted.key.memo(), {
+                _apart(self._store.remember, wanted.key.memo(), {
                     **kept.note(), "gone": time.time()})
 
 

@@ -166,6 +166,17 @@ def test_visitors_of_all_workers_get_the_first_bytes_while_it_comes(
     assert server.fetch("/halting.bin").content == BIG
 
 
+@pytest.mark.parametrize("protocol", ["h2", "http/1.1"])
+def test_what_comes_slowly_in_chunks_is_passed_on_whole(
+        server, origin, protocol):
+    target = f"/slow/{protocol.replace('/', '')}.bin"
+    origin.animal.special[target] = zoo.in_chunks(
+        BIG[:1000], 0.5, BIG[1000:])
+    for _ in range(2):
+        assert server.fetch(target, protocol).content == BIG
+    assert origin.count(target) == 1
+
+
 @pytest.mark.parametrize("is_chunked", [False, True])
 def test_what_breaks_off_is_broken_off_for_all_and_not_kept(
         server, origin, is_chunked):
