@@ -5,15 +5,19 @@ import json
 import os
 import re
 import time
+import urllib.parse
 
 import brotli
 import gevent
 import pytest
 from harness import DOMAIN, eventually, make_site
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from zoo import Origin, answer, head, in_chunks, silent
 
 from shimmercat import (
     AlternateStore,
+    BadRequest,
     Repository,
     Request,
     Site,
@@ -97,10 +101,10 @@ class House:
             self.write(name, content)
         (folder / "devlove.yaml").write_text(CONFIGURATION.format(
             domain=DOMAIN, port=self.origin.port))
-        settings = load_settings(argparse.Namespace(
+        wanted = load_settings(argparse.Namespace(
             mode=mode, working_dir=str(folder)))
         store = (AlternateStore if asks else StoreReader)(folder / "r-cache")
-        self.site = Site(settings, Repository(settings.tweaks, store, self),
+        self.site = Site(wanted, Repository(wanted.tweaks, store, self),
                          asks=asks)
 
     def put(self, job, weight=1):
@@ -210,6 +214,31 @@ def test_an_application_gets_the_method_too(house):
 def test_no_application_sees_a_path_that_means_another_one(house, target):
     assert house.ask(target)[0] == 404
     assert not house.asked()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture],
+          max_examples=150)
+@given(st.sampled_from(["", "/legacy", "/script", "/consult", "/php"]),
+       st.lists(st.sampled_from([
+           "/", "a", ".", "..", "%2e", "%2F", "%5c", "\\", ".php", "*", "$1",
+           "%00", "%FF", "?", "//", "@", "x.css", ";", "+common"]),
+           max_size=7))
+def test_whatever_is_asked_for_no_path_reaches_out(house, start, parts):
+    house.origin.asked.clear()
+    try:
+        request = house.request(start + "/" + "".join(parts))
+    except BadRequest:
+        return
+    response = house.site.answer(request)
+    if not isinstance(response.body, bytes):
+        response.body.close()
+    assert response.status in (200, 301, 404)
+    for asked in house.origin.asked:
+        path = asked.target.partition("?")[0]
+        decoded = urllib.parse.unquote_to_bytes(path)
+        assert "//" not in path
+        assert not {b".", b".."} & set(re.split(rb"[/\\]", decoded))
+        assert not re.search(rb"[\x00-\x1f]", decoded)
 
 
 def test_a_view_names_its_consultant(house):
