@@ -44,6 +44,7 @@ EXTRAS_REQUIRE = {
         "hypothesis>=6.100",  # property loops of the pure rooms
         "httpx[http2]>=0.27",  # an independent client
         "h11>=0.14",  # an independent reader of what applications get
+        "websockets>=14",  # both ends of tunnels
         "ruff>=0.6",  # the linter that .ci/run asks
     ],
     "bench": [

@@ -22,7 +22,8 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
      3  Settings         the table of options, and how values are written
     3b  Schema           YAML files turned into frozen values
      4  HTTP             semantics shared by both protocol versions
-    4b  Forwarding       what an application gets to know of a request
+    4b  Selection        which part of which form of something is sent
+    4c  Forwarding       what an application gets to know of a request
      5  Engines          bytes in, events out; one vocabulary for all protocols
     5b  Pure engine      HTTP/2 through the h2 library
     5c  Older engine     the same events from HTTP/1.1
@@ -39,6 +40,7 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
     11  Consultants      which application answers, and how it is asked
    11b  Wires            a question and its answer in HTTP/1.1
    11c  FastCGI          a question and its answer in records
+   11d  Tunnels          WebSockets between clients and applications
     12  Fetch backends   how one asset is pulled from where it lives
    12b  Origins          what is asked of one, and how its answer comes
    12c  Larder           fetched assets, kept, verified and followed
@@ -80,10 +82,11 @@ __all__ = [
     "Option", "OPTIONS", "Tweaks", "tweaks_text",
     "ConsultantSettings", "RemoteRoot", "DomainSettings", "Settings",
     "load_settings",
-    "BadRequest", "UriTooLong", "RangeNotSatisfiable", "SourceChanged",
+    "BadRequest", "UriTooLong", "UnknownTunnel", "SourceChanged",
     "ClientGone", "Headers", "Request", "Response", "FileSlice", "Chain",
-    "is_malformed", "section_size", "has_odd_field", "conditional",
-    "byte_ranges", "content_range", "multipart_ranges", "choose",
+    "is_malformed", "section_size", "has_odd_field",
+    "RangeNotSatisfiable", "conditional", "byte_ranges", "content_range",
+    "multipart_ranges", "choose",
     "is_trusted", "upstream_fields", "forwarded_fields",
     "RequestStarted", "RequestRefused", "BodyReceived", "RequestEnded",
     "StreamReset", "PriorityChanged", "PeerLeaving", "ProtocolFault",
@@ -114,6 +117,7 @@ __all__ = [
     "Consultant", "consultant_of",
     "HttpWire",
     "FastCgiWire",
+    "open_tunnel",
     "AssetMissing", "OriginFailed", "OriginBusy", "FilesystemBackend",
     "Fetched", "HttpFetchBackend", "ConsultantBackend",
     "Wanted", "Found", "RemoteStatics",
@@ -1108,6 +1112,8 @@ OPTIONS = (
            "Oldest TLS version accepted."),
     Option("trusted-proxies", "tweak", "networks", (), (),
            "Clients that may say for whom they speak; unix: all on sockets."),
+    Option("tunnel-idle-seconds", "tweak", "seconds", 3600, (1, 604_800),
+           "A WebSocket through which nothing comes for so long is closed."),
 )
 
 _TWEAKS = [option for option in OPTIONS if option.where == "tweak"]
@@ -1440,10 +1446,9 @@ def _changelist(entry):
 # ---------------------------------------------------------------------------
 # 4. HTTP: semantics shared by both protocol versions
 #
-#    Offers   BadRequest, UriTooLong, RangeNotSatisfiable, SourceChanged,
+#    Offers   BadRequest, UriTooLong, UnknownTunnel, SourceChanged,
 #             ClientGone, Headers, Request, Response, FileSlice, Chain,
-#             is_malformed, section_size, has_odd_field, conditional,
-#             byte_ranges, content_range, multipart_ranges, choose
+#             is_malformed, section_size, has_odd_field
 #    Uses     1 Words
 # ---------------------------------------------------------------------------
 
@@ -1461,15 +1466,10 @@ class UriTooLong(BadRequest):
     status = 414
 
 
-class RangeNotSatisfiable(ShimmerCatError):
-    """No wanted range lies inside the representation."""
+class UnknownTunnel(BadRequest):
+    """The request is for a tunnel of a kind that is not built here."""
 
-    status = 416
-
-    def __init__(self, length: int):
-        """Keeps `fields`, which tell the client the true length."""
-        super().__init__(f"no wanted range begins before byte {length}")
-        self.fields = ((b"content-range", b"bytes */%d" % length),)
+    status = 501
 
 
 class SourceChanged(ShimmerCatError):
@@ -1511,7 +1511,7 @@ class Request:
 
     __slots__ = ("authority", "body", "client", "headers", "host", "inform",
                  "method", "path", "protocol", "query", "scheme", "started",
-                 "target", "trail", "withdraw")
+                 "target", "trail", "upgrade", "withdraw")
 
     @classmethod
     def from_fields(cls, fields: list[tuple[bytes, bytes]], protocol: str,
@@ -1520,6 +1520,9 @@ class Request:
         request = cls()
         pseudo, plain = _split(fields)
         request.method, request.scheme, request.target = _read_line(pseudo)
+        request.upgrade = pseudo.get(b":protocol")
+        if request.upgrade is not None:
+            _read_tunnel(request)
         request.path, mark, query = request.target.partition("?")
         request.query = query if mark else None
         request.headers = Headers(plain)
@@ -1650,9 +1653,15 @@ def is_malformed(fields: list[tuple[bytes, bytes]]) -> bool:
             or any(map(_ODD_VALUE, pseudo.values()))
             or has_odd_field(fields[count:])):
         return True
-    if pseudo.get(b":method") == b"CONNECT":
+    needed = b":method", b":scheme", b":path"
+    if b":protocol" in pseudo:
+        # RFC 8441 section 4
+        needed += b":protocol", b":authority"
+        if pseudo.get(b":method") != b"CONNECT":
+            return True
+    elif pseudo.get(b":method") == b"CONNECT":
         return b":authority" not in pseudo or len(pseudo) > 2
-    if not all(map(pseudo.get, (b":method", b":scheme", b":path"))):
+    if not all(map(pseudo.get, needed)):
         return True
     authority = pseudo.get(b":authority")
     return authority is not None and any(
@@ -1679,6 +1688,98 @@ def has_odd_field(fields: list[tuple[bytes, bytes]]) -> bool:
 def _is_plain_name(name):
     """Whether it is a lower-case token and no connection-specific field."""
     return bool(_PLAIN_NAME.fullmatch(name)) and name not in _HOP_BY_HOP
+
+
+#: longest target in bytes; common servers take as much
+_TARGET_BYTES = 8192
+#: longest name in DNS, brackets, a colon and a port
+_AUTHORITY_BYTES = 264
+_PSEUDO = frozenset((
+    b":method", b":scheme", b":authority", b":path", b":protocol"))
+_PLAIN_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
+_ODD_VALUE = re.compile(rb"[\x00\r\n]|\A[ \t]|[ \t]\Z").search
+_HOP_BY_HOP = {b"connection", b"keep-alive", b"proxy-connection",
+               b"transfer-encoding", b"upgrade"}
+_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}")
+# A raw backslash in a path is refused because browsers read it as a slash:
+# a redirect that repeats it could lead to another host.
+_TARGET = re.compile(rb'/[!"$->@-\[\]-~]*(?:\?[!"$-~]*)?')
+_AUTHORITY = re.compile(
+    rb"([0-9a-z_-]+(?:\.[0-9a-z_-]+)*|\[[0-9a-f:.]+\])\.?(?::([0-9]{0,5}))?")
+
+
+def _joined(fields):
+    """{name: value} of fields some of which have the same name."""
+    index = {}
+    for name, value in fields:
+        # RFC 9113 8.2.3: pieces of a cookie have their own joint
+        joint = b"; " if name == b"cookie" else b", "
+        index[name] = index[name] + joint + value if name in index else value
+    return index
+
+
+def _split(fields):
+    """Pseudo-fields as a dictionary, and the list of the others."""
+    plain = [field for field in fields if field[0][:1] != b":"]
+    count = len(fields) - len(plain)
+    pseudo = dict(fields[:count])
+    if len(pseudo) < count or not _PSEUDO.issuperset(pseudo):
+        raise BadRequest("a pseudo-field is odd, doubled or not in front")
+    return pseudo, plain
+
+
+def _read_line(pseudo):
+    """Method, scheme and target in origin form (RFC 9112 section 3.2)."""
+    method, target = pseudo.get(b":method", b""), pseudo.get(b":path", b"")
+    scheme = pseudo.get(b":scheme", b"").decode("latin-1").lower()
+    if not _TOKEN.fullmatch(method):
+        raise BadRequest("the method is missing or is not a word")
+    if scheme not in ("https", "http"):
+        raise BadRequest("the scheme is neither https nor http")
+    if len(target) > _TARGET_BYTES:
+        raise UriTooLong(f"the target has more than {_TARGET_BYTES} bytes")
+    is_path = _TARGET.fullmatch(target)
+    if not is_path and (method, target) != (b"OPTIONS", b"*"):
+        raise BadRequest("the target is missing or is no path")
+    return method.decode("ascii"), scheme, target.decode("ascii")
+
+
+def _read_tunnel(request):
+    """Makes an extended CONNECT the GET that it is in HTTP/1.1."""
+    if request.method != "CONNECT":
+        raise BadRequest("a protocol is for CONNECT only")
+    if request.upgrade.lower() != b"websocket":
+        raise UnknownTunnel("only WebSockets are tunnelled")
+    request.method, request.upgrade = "GET", "websocket"
+
+
+@functools.lru_cache(maxsize=1024)
+def _origin(authority):
+    """(host, port) of an authority; without a port it is 443."""
+    match = _AUTHORITY.fullmatch(authority.lower())
+    if match is None or len(authority) > _AUTHORITY_BYTES:
+        raise BadRequest("the authority is missing or is no host and port")
+    return match[1].decode("ascii"), int(match[2] or 443)
+
+
+# ---------------------------------------------------------------------------
+# 4b. Selection: which part of which form of something is sent
+#
+#    Offers   RangeNotSatisfiable, conditional, byte_ranges, content_range,
+#             multipart_ranges, choose
+#    Uses     1 Words
+# ---------------------------------------------------------------------------
+
+
+class RangeNotSatisfiable(ShimmerCatError):
+    """No wanted range lies inside the representation."""
+
+    status = 416
+
+    def __init__(self, length: int):
+        """Keeps `fields`, which tell the client the true length."""
+        super().__init__(f"no wanted range begins before byte {length}")
+        self.fields = ((b"content-range", b"bytes */%d" % length),)
 
 
 def conditional(request: Request, etag: bytes, modified: float) -> int | None:
@@ -1762,73 +1863,12 @@ def choose(offers: tuple[str, ...], accepted: bytes | None) -> str | None:
     return best if weights.get(best, others) else None
 
 
-#: longest target in bytes; common servers take as much
-_TARGET_BYTES = 8192
-#: longest name in DNS, brackets, a colon and a port
-_AUTHORITY_BYTES = 264
 #: ranges in one field; honest clients ask for fewer (CVE-2011-3192)
 _MOST_RANGES = 16
-
-_PSEUDO = frozenset((b":method", b":scheme", b":authority", b":path"))
-_PLAIN_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
-_ODD_VALUE = re.compile(rb"[\x00\r\n]|\A[ \t]|[ \t]\Z").search
-_HOP_BY_HOP = {b"connection", b"keep-alive", b"proxy-connection",
-               b"transfer-encoding", b"upgrade"}
-_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}")
-# A raw backslash in a path is refused because browsers read it as a slash:
-# a redirect that repeats it could lead to another host.
-_TARGET = re.compile(rb'/[!"$->@-\[\]-~]*(?:\?[!"$-~]*)?')
-_AUTHORITY = re.compile(
-    rb"([0-9a-z_-]+(?:\.[0-9a-z_-]+)*|\[[0-9a-f:.]+\])\.?(?::([0-9]{0,5}))?")
 _ENTITY_TAG = re.compile(rb'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
 _RANGE = re.compile(rb"(?=-?[0-9])([0-9]{0,64})-([0-9]{0,64})")
 _CODING = re.compile(
     r"\s*([^\s;]+)\s*(?:;\s*q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)\s*)?")
-
-
-def _joined(fields):
-    """{name: value} of fields some of which have the same name."""
-    index = {}
-    for name, value in fields:
-        # RFC 9113 8.2.3: pieces of a cookie have their own joint
-        joint = b"; " if name == b"cookie" else b", "
-        index[name] = index[name] + joint + value if name in index else value
-    return index
-
-
-def _split(fields):
-    """Pseudo-fields as a dictionary, and the list of the others."""
-    plain = [field for field in fields if field[0][:1] != b":"]
-    count = len(fields) - len(plain)
-    pseudo = dict(fields[:count])
-    if len(pseudo) < count or not _PSEUDO.issuperset(pseudo):
-        raise BadRequest("a pseudo-field is odd, doubled or not in front")
-    return pseudo, plain
-
-
-def _read_line(pseudo):
-    """Method, scheme and target in origin form (RFC 9112 section 3.2)."""
-    method, target = pseudo.get(b":method", b""), pseudo.get(b":path", b"")
-    scheme = pseudo.get(b":scheme", b"").decode("latin-1").lower()
-    if not _TOKEN.fullmatch(method):
-        raise BadRequest("the method is missing or is not a word")
-    if scheme not in ("https", "http"):
-        raise BadRequest("the scheme is neither https nor http")
-    if len(target) > _TARGET_BYTES:
-        raise UriTooLong(f"the target has more than {_TARGET_BYTES} bytes")
-    is_path = _TARGET.fullmatch(target)
-    if not is_path and (method, target) != (b"OPTIONS", b"*"):
-        raise BadRequest("the target is missing or is no path")
-    return method.decode("ascii"), scheme, target.decode("ascii")
-
-
-@functools.lru_cache(maxsize=1024)
-def _origin(authority):
-    """(host, port) of an authority; without a port it is 443."""
-    match = _AUTHORITY.fullmatch(authority.lower())
-    if match is None or len(authority) > _AUTHORITY_BYTES:
-        raise BadRequest("the authority is missing or is no host and port")
-    return match[1].decode("ascii"), int(match[2] or 443)
 
 
 def _names(field, *tags):
@@ -1888,7 +1928,7 @@ def _read_weights(accepted):
 
 
 # ---------------------------------------------------------------------------
-# 4b. Forwarding: what an application gets to know of a request
+# 4c. Forwarding: what an application gets to know of a request
 #
 #    Offers   is_trusted, upstream_fields, forwarded_fields
 #    Uses     1 Words
@@ -2163,6 +2203,7 @@ class Http2Engine(Engine):
             codes.MAX_CONCURRENT_STREAMS: limits.streams,
             codes.INITIAL_WINDOW_SIZE: limits.window_bytes,
             codes.MAX_HEADER_LIST_SIZE: limits.header_bytes,
+            codes.ENABLE_CONNECT_PROTOCOL: 1,
             _NO_RFC7540_PRIORITIES: 1})
         # Beyond this a head is not answered with 431 but ends the connection:
         # decoding has to stop somewhere.
@@ -2504,6 +2545,8 @@ class Http1Engine(Engine):
         self._chunked = False
         #: octets of body that nobody has taken yet
         self._unread = 0
+        #: whether all that comes is for the tunnel that was asked for
+        self._tunnels = False
         self._fresh_head()
 
     def _fresh_head(self):
@@ -2519,11 +2562,17 @@ class Http1Engine(Engine):
         return self._release()
 
     def _feed(self, data):
+        if self._tunnels:
+            self._take(data)
+            return
         self._framing += len(data)
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # An upgrade may be ignored (RFC 9110 section 7.8), but the
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._tunnels:
+                self._feed(data[upgrade.args[0]:])
+                return
+            # Another upgrade may be ignored (RFC 9110 section 7.8), but the
             # parser has stopped: this answer is the last one.
             self._heads[self._stream].keep = False
             self._deaf = True
@@ -2581,9 +2630,10 @@ class Http1Engine(Engine):
         self._in_head = False
         self._stream += 2
         is_last = self._stream >= 2 * self._limits.requests - 1
+        self._tunnels = self._wants_tunnel(version)
         self._heads[self._stream] = _Http1Head(
-            version, parser.should_keep_alive() and not is_last,
-            parser.get_method() == b"HEAD")
+            version, parser.should_keep_alive() and not (
+                is_last or self._tunnels), parser.get_method() == b"HEAD")
         self._waiting.append(self._started())
 
     def _fault(self, version):
@@ -2602,26 +2652,43 @@ class Http1Engine(Engine):
         # RFC 9112 section 3.2: exactly one Host, which 1.0 may leave out.
         return 400 if hosts > 1 or (version == "1.1" and not hosts) else 0
 
+    def _wants_tunnel(self, version):
+        """Whether the request is the handshake of RFC 6455 section 4.1."""
+        if not self._parser.should_upgrade() or version != "1.1":
+            return False
+        fields = dict(self._fields)
+        return (self._parser.get_method() == b"GET"
+                and fields.get(b"upgrade", b"").lower() == b"websocket"
+                and not {b"content-length", b"transfer-encoding"} & {*fields})
+
     def _started(self):
+        method, pseudo = self._parser.get_method(), []
+        if self._tunnels:
+            # As HTTP/2 says it (RFC 8441), for those above.
+            method, pseudo = b"CONNECT", [(b":protocol", b"websocket")]
         authority, target = dict(self._fields).get(b"host", b""), self._target
         if match := _ABSOLUTE_FORM.fullmatch(target):
             # RFC 9112 section 3.2.2: the target's authority wins.
             authority, target = match[1], match[2]
             target = target if target[:1] == b"/" else b"/" + target
         return RequestStarted(self._stream, [
-            (b":method", self._parser.get_method()), (b":scheme", b"https"),
-            (b":authority", authority), (b":path", target),
+            (b":method", method), (b":scheme", b"https"),
+            (b":authority", authority), (b":path", target), *pseudo,
             *(field for field in self._fields if field[0] != b"host")], False)
 
     def on_body(self, piece):
         self._framing -= len(piece)
         self._content += len(piece)
         if not self._deaf:
+            self._take(piece)
+
+    def _take(self, piece):
+        if piece:
             self._unread += len(piece)
             self._waiting.append(BodyReceived(self._stream, piece, len(piece)))
 
     def on_message_complete(self):
-        if self._deaf:
+        if self._deaf or self._tunnels:
             return
         head = self._heads[self._stream]
         head.ended, self._deaf = True, not head.keep
@@ -5903,6 +5970,7 @@ class Question:
     seconds: float | None = None
     #: called with status and fields of each interim response
     inform: typing.Callable = lambda status, fields: None
+    upgrade: str | None = None  #: "websocket" where a tunnel is wanted
     request: Request | None = None  #: the request it is asked for, if any
     is_withdrawn: bool = False
     #: closes what works for it, while something does
@@ -5951,6 +6019,8 @@ class Consultant:
         self.settings, self._tweaks = settings, tweaks
         self._upstreams = collections.deque(map(
             _Upstream, itertools.repeat(settings.name), settings.connect_to))
+        #: longest silence of a tunnel
+        self.tunnel_seconds = tweaks.tunnel_idle_seconds
         self._places = gevent.lock.BoundedSemaphore(settings.max_connections)
         self._context = None
 
@@ -6157,7 +6227,9 @@ def _may_ask_again(question, error):
     """Whether a question that failed may be asked once more."""
     if question.is_withdrawn:
         return False
-    is_safe = question.method in _IDEMPOTENT and question.body is None
+    # Nothing goes into a tunnel before it is open.
+    is_safe = question.method in _IDEMPOTENT and (
+        question.body is None or question.upgrade)
     return not error.progress or (error.progress == "sent" and is_safe)
 
 
@@ -6188,8 +6260,9 @@ _IDLE_SECONDS, _MOST_IDLE = 30, 64
 class HttpWire:
     """A connection to an application that speaks HTTP/1.1 (RFC 9112)."""
 
-    def __init__(self, sock, upstream, _consultant):
+    def __init__(self, sock, upstream, consultant):
         self._socket, self._upstream = sock, upstream
+        self._tunnel_seconds = consultant.tunnel_seconds
 
     def is_fit(self) -> bool:
         """Whether it is quiet: neither its end nor garbage waits there."""
@@ -6218,13 +6291,16 @@ class HttpWire:
                 self._receive()
         except UpstreamFailed as error:
             raise error.after("begun" if answer.size else "sent") from error
+        if answer.is_tunnel:
+            self._open_tunnel(question.body)
         return self._reply(answer)
 
     def _new_answer(self, question):
         return _Answer(question)
 
     def _send(self, question):
-        body = question.body
+        # What is for a tunnel has to wait until that is open.
+        body = None if question.upgrade else question.body
         with self._or_failed():
             self._socket.sendall(self._head(question, body))
         if body is not None:
@@ -6233,6 +6309,9 @@ class HttpWire:
     def _head(self, question, body):
         """The octets that come before the body."""
         head = [*question.fields]
+        if question.upgrade:
+            head += ((b"connection", b"upgrade"),
+                     (b"upgrade", question.upgrade.encode()))
         if body is not None and body.length is None:
             head.append((b"transfer-encoding", b"chunked"))
         elif body is not None or question.method in ("POST", "PUT", "PATCH"):
@@ -6270,6 +6349,35 @@ class HttpWire:
         return b"0\r\n%b\r\n" % b"".join(
             b"%b: %b\r\n" % field for field in body.trailers)
 
+    def _open_tunnel(self, body):
+        """Begins to pass on what the client says."""
+        self._socket.settimeout(self._tunnel_seconds)
+        self._quiet = Deadline(self._tunnel_seconds)
+        self._sender = gevent.spawn(self._send_raw, body)
+
+    def _send_raw(self, body):
+        """Passes on what comes for a tunnel, and then its end."""
+        try:
+            while body is not None and (piece := body.read()):
+                self._socket.sendall(piece)
+                self._quiet = Deadline(self._tunnel_seconds)
+            if not hasattr(self._socket, "unwrap"):
+                self._socket.shutdown(socket.SHUT_WR)
+                return
+            # Python's TLS has no end in one direction.
+            self._answer.is_complete = True
+        except (ClientGone, OSError):
+            # Who reads at the other end hears of it by this.
+            pass
+        self.close()
+
+    def _is_silent(self):
+        """Whether nothing is said either way, for as long as that may be."""
+        if self._answer.is_tunnel:
+            return self._quiet.passed()
+        # As long as we send, it may be silent.
+        return self._sender is None or self._sender.ready()
+
     def _receive(self):
         """Takes what comes next; raises UpstreamFailed."""
         with self._or_failed():
@@ -6278,8 +6386,7 @@ class HttpWire:
                     data = self._socket.recv(_READ_BYTES)
                     break
                 except TimeoutError:
-                    # As long as we send, it may be silent.
-                    if self._sender is None or self._sender.ready():
+                    if self._is_silent():
                         raise
             self._answer.feed(data)
 
@@ -6293,7 +6400,10 @@ class HttpWire:
             raise UpstreamSlow(f"{self._upstream}: silent for {seconds:g} s"
                                ) from error
         except (OSError, httptools.HttpParserError, _Garbled) as error:
-            raise UpstreamFailed(f"{self._upstream}: {error}") from error
+            # A tunnel whose end we made is no failure.
+            answer = self._answer
+            if not (answer.is_tunnel and answer.is_complete):
+                raise UpstreamFailed(f"{self._upstream}: {error}") from error
 
     def _reply(self, answer):
         if answer.is_complete and not answer.trailers:
@@ -6345,6 +6455,9 @@ class _Answer:
         self._parser = httptools.HttpResponseParser(self)
         self._inform = question.inform
         self._is_for_head = question.method == "HEAD"
+        self._may_be_tunnel = question.upgrade is not None
+        #: whether all that comes behind the head is a tunnel's
+        self.is_tunnel = False
         #: set when the application wants the body, or has answered
         self.go_ahead = gevent.event.Event()
         self.status, self.fields, self.trailers = 0, [], []
@@ -6364,10 +6477,13 @@ class _Answer:
             self._take_end()
             return
         self.size += len(data)
+        if self.is_tunnel:
+            self.pieces.append(data)
+            return
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._fault = "changes the protocol, unasked"
+        except httptools.HttpParserUpgrade as upgrade:
+            self._take_upgrade(data[upgrade.args[0]:])
         except httptools.HttpParserError:
             if not self.is_complete:
                 raise
@@ -6376,6 +6492,12 @@ class _Answer:
             self._fault = "the head of the answer does not end"
         if self._fault:
             raise _Garbled(self._fault)
+
+    def _take_upgrade(self, rest):
+        if not self.is_tunnel:
+            self._fault = "changes the protocol, unasked"
+        elif rest:
+            self.pieces.append(rest)
 
     def _take_end(self):
         if not self.has_head or self._is_framed:
@@ -6412,6 +6534,9 @@ class _Answer:
             return
         status = self._parser.get_status_code()
         self.go_ahead.set()
+        if status == 101 and self._may_be_tunnel:
+            self._take_tunnel()
+            return
         if status < 200:
             self._take_interim(status)
             return
@@ -6429,6 +6554,15 @@ class _Answer:
         elif status > 599 or has_odd_field(self.end_to_end_fields()):
             self._fault = f"status {status} or a field that HTTP forbids"
 
+    def _take_tunnel(self):
+        upgrade = dict(self.fields).get(b"upgrade", b"").lower()
+        if not self._parser.should_upgrade() or upgrade != b"websocket":
+            self._fault = "changes the protocol to another"
+        elif has_odd_field(self.end_to_end_fields()):
+            self._fault = "a field that HTTP forbids"
+        self.has_head = self.is_tunnel = True
+        self.status = 101
+
     def _take_interim(self, status):
         fields = self.end_to_end_fields()
         self.fields = []
@@ -6444,7 +6578,7 @@ class _Answer:
             self.pieces.append(piece)
 
     def on_message_complete(self):
-        self.is_complete = self.has_head
+        self.is_complete = self.has_head and not self.is_tunnel
 
 
 _READ_BYTES = 64 * KIB
@@ -6552,6 +6686,9 @@ def _nameless_file():
 
 class _RecordedAnswer:
     """What has come of an answer in records; to a wire, an _Answer."""
+
+    #: FastCGI has none
+    is_tunnel = False
 
     def __init__(self, question, tell):
         """`tell` is called with what the application complains of."""
@@ -6776,6 +6913,64 @@ _PHP = re.compile(r"(/(?:[^/]*/)*?[^/]*\.php)((?:/.*)?)")
 _VARIABLE_NAME = re.compile(rb"[a-z0-9-]+")
 _NO_VARIABLES = (b"content-length", b"expect", b"proxy", b"te")
 _WIRES = {"fastcgi": FastCgiWire, "http": HttpWire, "https": HttpWire}
+
+
+# ---------------------------------------------------------------------------
+# 11d. Tunnels: WebSockets between clients and applications
+#
+#    Offers   open_tunnel
+#    Uses     2 Messages, 4 HTTP
+# ---------------------------------------------------------------------------
+#
+# A client of HTTP/1.1 asks to upgrade (RFC 6455), one of HTTP/2 sends an
+# extended CONNECT (RFC 8441); engines make one kind of request of both.  An
+# application is asked in HTTP/1.1.  When it opens the tunnel, what both sides
+# say passes as a request's body and a response's do, with their windows and
+# their ends, except that nobody counts it.  Frames are not looked into.
+
+
+def open_tunnel(consultant: Consultant, protocol: str, question: Question
+                ) -> Reply:
+    """The reply to a handshake: the tunnel, or what refuses it.
+
+    The one has the status and the fields that `protocol` of the client wants.
+    Raises UpstreamFailed, and UnknownTunnel where there can be none.
+    """
+    if consultant.settings.application_protocol == "fastcgi":
+        raise UnknownTunnel("FastCGI has no tunnels")
+    if protocol != "h2":
+        reply = consultant.ask(question)
+        is_open = reply.status == 101
+        return reply._replace(
+            fields=reply.fields + _SWITCHED) if is_open else reply
+    key = base64.b64encode(secrets.token_bytes(16))
+    question.fields = [field for field in question.fields
+                       if field[0] != b"sec-websocket-key"]
+    question.fields.append((b"sec-websocket-key", key))
+    reply = consultant.ask(question)
+    if (reply.status == 101 and (b"sec-websocket-accept", _accepted(key))
+            in reply.fields):
+        return reply._replace(status=200, fields=[
+            field for field in reply.fields
+            if field[0] != b"sec-websocket-accept"])
+    if reply.status < 300:
+        # RFC 8441 section 5: it would pass for an open tunnel.
+        if isinstance(reply.body, Stream):
+            reply.body.close()
+        error = UpstreamFailed(
+            f"status {reply.status} does not open the tunnel asked for")
+        LOG.say(error.message_code, consultant.settings.name, error)
+        raise error
+    return reply
+
+
+def _accepted(key):
+    """What proves that a handshake was understood (RFC 6455 4.2.2)."""
+    return base64.b64encode(hashlib.sha1(key + _RFC6455).digest())
+
+
+_RFC6455 = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+_SWITCHED = [(b"connection", b"upgrade"), (b"upgrade", b"websocket")]
 
 
 # ---------------------------------------------------------------------------
@@ -8945,7 +9140,8 @@ class Site:
     def ready(self, request: Request) -> Response | None:
         """The response when it takes no waiting, else None."""
         rules = self._rules.get(request.host)
-        if rules is None or request.method not in _READS:
+        if (rules is None or request.method not in _READS
+                or request.upgrade):
             return None
         try:
             rule, target = rewritten(rules, request.target)
@@ -9011,7 +9207,7 @@ class Site:
             return self._ask(request, domain, None, request.target)
         if request.target == "*":
             return _options()
-        if request.path.startswith(RESERVED):
+        if request.path.startswith(RESERVED) and not request.upgrade:
             return self._pages.reserved(request, self._open)
         sound_path(request.path)
         action, target = self._rewrite(
@@ -9037,6 +9233,9 @@ class Site:
 
     def _convention(self, request, path):
         """What the shape of a path asks for."""
+        if request.upgrade:
+            # No file is a tunnel, and no client of one follows a redirect.
+            return Kind.DYNAMIC
         kind = classify(path)
         request.note(
             f"the URL convention takes {path} for {kind.name.lower()}")
@@ -9088,6 +9287,8 @@ class Site:
         if kind is Kind.STATIC:
             path = target.partition("?")[0]
             return self._statics.answer(request, domain, path)
+        if request.upgrade:
+            return self._ask(request, domain, view.consultant, target)
         if kind is Kind.GENERATED:
             return self._generated(request, domain, view, target)
         if not self._is_page(domain, view):
@@ -9140,9 +9341,14 @@ class Site:
             request.method, target, upstream_fields(
                 request, is_trusted(request.client, self._trusted),
                 settings.use_host),
-            request.body, inform=request.inform, request=request)
+            request.body, inform=request.inform, upgrade=request.upgrade,
+            request=request)
         request.withdraw = question.withdraw
-        status, fields, body = consultant.ask(question)
+        ask = consultant.ask
+        if request.upgrade:
+            ask = functools.partial(
+                open_tunnel, consultant, request.protocol)
+        status, fields, body = ask(question)
         is_dated = any(field == b"date" for field, _ in fields)
         return Response(status, tuple(fields), body, "consultant", name,
                         is_dated)
@@ -9454,8 +9660,8 @@ class Statics:
 
 
 def _refuse_writing(request):
-    if request.method not in _READS:
-        reason = f"{request.method} is not for statics"
+    if request.method not in _READS or request.upgrade:
+        reason = f"{request.upgrade or request.method} is not for statics"
         raise NotServed(405, reason, ((b"allow", _ALLOW),))
 
 
@@ -9769,16 +9975,19 @@ class _Incoming:
     """The body of a request, as far as it has come and nobody has read it."""
 
     __slots__ = ("_expects", "_fault", "_filled", "_has_ended", "_pieces",
-                 "_stream", "_talk", "count", "is_wanted", "length",
-                 "trailers")
+                 "_stream", "_talk", "count", "is_tunnel", "is_wanted",
+                 "length", "trailers")
 
-    def __init__(self, talk, stream, headers):
+    def __init__(self, talk, stream, request):
+        headers = request.headers
         field = headers.get(b"content-length", b"")
         self.length = int(field) if field.isdigit() else None
         #: octets so far; fields behind the body
         self.count, self.trailers = 0, []
-        #: whether somebody waits for a piece
+        #: whether somebody waits for a piece that is due
         self.is_wanted = False
+        #: whether it is a tunnel's: of any length, and silent as it likes
+        self.is_tunnel = request.upgrade is not None
         self._talk, self._stream = talk, stream
         # RFC 9110 section 10.1.1: the client may wait until it is asked.
         self._expects = headers.get(b"expect", b"").lower() == b"100-continue"
@@ -9797,7 +10006,8 @@ class _Incoming:
         return piece
 
     def _await_piece(self):
-        expects, self._expects, self.is_wanted = self._expects, False, True
+        expects, self._expects = self._expects, False
+        self.is_wanted = not self.is_tunnel
         self._talk.ask_for_body(self._stream, expects and not self.count)
         self._filled.wait()
         self._filled.clear()
@@ -9998,7 +10208,7 @@ class Conversation:
 
     def _expect_body(self, stream, request):
         body = self._bodies[stream] = request.body = _Incoming(
-            self, stream, request.headers)
+            self, stream, request)
         if (body.length or 0) > self._service.tweaks.max_body_bytes:
             raise NotServed(413, f"a body of {body.length} octets")
 
@@ -10134,7 +10344,8 @@ class Conversation:
             self.engine.reset(stream, ErrorCode.NO_ERROR)
             return
         body.put(event.piece, event.cost)
-        if body.count > self._service.tweaks.max_body_bytes:
+        limit = self._service.tweaks.max_body_bytes
+        if body.count > limit and not body.is_tunnel:
             self._break_off(stream, NotServed(
                 413, f"a body of more than {body.count} octets"))
 
@@ -10144,6 +10355,17 @@ class Conversation:
 
     def _on_reset(self, event):
         self._abandon(event.stream, None)
+
+    def hear_end(self) -> None:
+        """Hears that the client says no more: open bodies never will end.
+
+        Except a tunnel of HTTP/1.1, which ends like this.
+        """
+        for stream, body in tuple(self._bodies.items()):
+            if body.is_tunnel and self.engine.protocol == "http/1.1":
+                self._bodies.pop(stream).end(())
+            elif body.is_tunnel or stream in self._waiting:
+                self._abandon(stream, None)
 
     def break_off_bodies(self) -> None:
         """Ends the requests whose bodies do not come any further."""
@@ -10409,6 +10631,7 @@ class Connection:
             data = self._socket.recv(_RECORD_BYTES)
             if not data:
                 self._stage = self._finish_up
+                talk.hear_end()
                 return
             talk.receive(data)
             if self._clock == "body":

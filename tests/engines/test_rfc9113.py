@@ -1311,10 +1311,22 @@ def test_fields_are_as_section_8_2_says(client, octets, outcome):
         head(1, *c.fields()[:3], (b":PATH", c.target.path))
     ], malformed(1)),
     case("8.3-no-fields-at-all", lambda c: [head(1)], malformed(1)),
-    case("8.3-protocol-was-not-agreed-on", lambda c: [head(
+    case("8441-4-tunnel-to-nobody", lambda c: [head(
         1, (b":method", b"CONNECT"), (b":protocol", b"websocket"),
         *c.fields()[1:],
+    )], accepted(1)),
+    case("8441-4-tunnel-of-another-kind", lambda c: [head(
+        1, (b":method", b"CONNECT"), (b":protocol", b"connect-udp"),
+        *c.fields()[1:],
+    )], accepted(1)),
+    case("8441-4-protocol-without-connect", lambda c: [head(
+        1, (b":protocol", b"websocket"), *c.fields(),
     )], malformed(1)),
+    *(case(f"8441-4-tunnel-without-{name.decode()[1:]}",
+           lambda c, name=name: [head(
+               1, (b":method", b"CONNECT"), (b":protocol", b"websocket"),
+               *changed(c, name)[1:])], malformed(1))
+      for name in (b":scheme", b":path", b":authority")),
     case("8.5-connect-with-scheme-and-path", lambda c: [
         head(1, *c.fields(b"CONNECT"))
     ], malformed(1)),

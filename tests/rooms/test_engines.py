@@ -528,6 +528,71 @@ def test_many_small_requests_in_one_write_pass():
     assert engine.hungry()
 
 
+HANDSHAKE = request(
+    b"GET /a HTTP/1.1", b"Connection: keep-alive, Upgrade",
+    b"Upgrade: WebSocket", b"Sec-WebSocket-Key: x")
+
+
+def test_a_handshake_begins_a_tunnel_that_has_all_that_follows():
+    """RFC 6455 section 4.1, in the words of RFC 8441."""
+    for pieces in ways_to_cut(HANDSHAKE + b"\x81\0GET / HTTP/1.1\r\n\r\n"):
+        engine = http1()
+        started, *rest = events_of(engine, pieces)
+        assert not started.ended
+        fields = dict(started.fields)
+        assert fields[b":method"] == b"CONNECT"
+        assert fields[b":protocol"] == b"websocket"
+        assert fields[b":path"] == b"/a"
+        assert fields[b"sec-websocket-key"] == b"x"
+        assert {type(event) for event in rest} == {BodyReceived}
+        assert b"".join(event.piece for event in rest) == (
+            b"\x81\0GET / HTTP/1.1\r\n\r\n")
+
+
+def test_a_tunnel_is_opened_by_101_and_passes_octets_as_they_are():
+    engine = http1()
+    engine.receive(HANDSHAKE)
+    engine.headers(1, [(b":status", b"101"), (b"upgrade", b"websocket"),
+                       (b"connection", b"upgrade")])
+    assert engine.output() == (
+        b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\n"
+        b"connection: upgrade\r\n\r\n")
+    engine.body(1, b"\x81\0")
+    assert (engine.output(), engine.closing) == (b"\x81\0", False)
+    engine.body(1, b"\x88\0", True)
+    assert (engine.output(), engine.closing) == (b"\x88\0", True)
+
+
+def test_a_tunnel_has_no_more_under_way_than_a_body_may_have():
+    engine = http1(window_bytes=1000)
+    engine.receive(HANDSHAKE)
+    assert engine.hungry()
+    engine.receive(bytes(1000))
+    assert not engine.hungry()
+    engine.consumed(1, 1000)
+    assert engine.hungry()
+
+
+def test_a_tunnel_that_is_refused_was_the_last_request():
+    engine = http1()
+    engine.receive(HANDSHAKE)
+    engine.headers(1, [(b":status", b"403")], True)
+    assert b"connection: close\r\n" in engine.output()
+    assert engine.closing
+
+
+@pytest.mark.parametrize("octets", [
+    HANDSHAKE.replace(b"GET", b"POST"),
+    HANDSHAKE.replace(b"HTTP/1.1", b"HTTP/1.0"),
+    HANDSHAKE.replace(b", Upgrade", b""),
+    HANDSHAKE.replace(b"WebSocket\r", b"websocket, h2c\r"),
+    HANDSHAKE.replace(b"Sec-WebSocket-Key: x", b"Content-Length: 1") + b"x",
+])
+def test_what_is_not_quite_a_handshake_is_a_plain_request(octets):
+    started, *_ = http1().receive(octets)
+    assert b":protocol" not in dict(started.fields)
+
+
 def test_an_upgrade_is_not_taken_and_ends_the_connection():
     engine = http1()
     (event,) = engine.receive(request(
@@ -909,6 +974,33 @@ def test_a_body_unlike_its_length_costs_its_stream_only(
 def test_malformed_trailers_cost_their_stream_only(client, trailers):
     client.send(head(1, POST, end=False))
     assert client.send(head(1, trailers)) == [StreamReset(1, PROTOCOL_ERROR)]
+    assert client.resets() == {1: PROTOCOL_ERROR}
+    assert client.is_alive()
+
+
+TUNNEL = [(b":method", b"CONNECT"), (b":protocol", b"websocket"), *GET[1:]]
+
+
+def test_a_tunnel_is_taken_and_stays_open_both_ways(client):
+    assert client.send(head(1, TUNNEL, end=False)) == [
+        RequestStarted(1, TUNNEL, False)]
+    client.engine.headers(1, [(b":status", b"200")])
+    assert client.send(body(1, b"\x81\0")) == [BodyReceived(1, b"\x81\0", 2)]
+    client.engine.body(1, b"\x81\0")
+    assert client.send(body(1, b"", end=True)) == [RequestEnded(1)]
+    client.engine.body(1, b"\x88\0", True)
+    assert client.is_alive()
+
+
+@pytest.mark.parametrize("fields", [
+    TUNNEL[:2] + TUNNEL[3:], TUNNEL[:3] + TUNNEL[4:], TUNNEL[:4],
+    [TUNNEL[0], (b":protocol", b""), *TUNNEL[2:]],
+    [(b":method", b"GET"), *TUNNEL[1:]], TUNNEL[1:],
+    [*TUNNEL[:2], (b":authority", b"a.example:443")],
+])
+def test_a_tunnel_that_lacks_something_costs_its_stream_only(client, fields):
+    """RFC 8441 section 4."""
+    assert client.send(head(1, fields, end=False)) == []
     assert client.resets() == {1: PROTOCOL_ERROR}
     assert client.is_alive()
 

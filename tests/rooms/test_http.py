@@ -178,6 +178,24 @@ def test_missing_doubled_or_odd_pseudo_fields_are_refused(fields):
         Request.from_fields(fields, "h2", "192.0.2.1")
 
 
+def test_a_tunnel_is_asked_for_by_a_get_that_wants_an_upgrade():
+    tunnel = [*head(method=b"CONNECT"), (b":protocol", b"WebSocket")]
+    request = Request.from_fields(tunnel, "h2", "192.0.2.1")
+    assert (request.method, request.upgrade) == ("GET", "websocket")
+    assert made().upgrade is None
+
+
+@pytest.mark.parametrize(("method", "protocol", "status"), [
+    (b"GET", b"websocket", 400), (b"CONNECT", b"connect-udp", 501),
+    (b"CONNECT", b"", 501),
+])
+def test_tunnels_of_other_kinds_are_refused(method, protocol, status):
+    with pytest.raises(BadRequest) as caught:
+        Request.from_fields([*head(method=method), (b":protocol", protocol)],
+                            "h2", "192.0.2.1")
+    assert caught.value.status == status
+
+
 def test_an_asterisk_is_a_target_of_options_only():
     assert made(method=b"OPTIONS", path=b"*").path == "*"
 

@@ -1,0 +1,428 @@
+"""WebSockets to an application, over HTTP/1.1 and over HTTP/2."""
+
+import base64
+import contextlib
+import hashlib
+import pathlib
+import socket
+import sys
+import threading
+
+import pytest
+import websockets.exceptions
+import websockets.sync.client
+import websockets.sync.server
+import zoo
+from harness import Server, eventually, make_site, trusting_context
+from websockets.frames import Frame, Opcode
+from websockets.http11 import Response
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "engines"))
+
+import frames
+
+DOMAIN, SITE = "api.example.test", "www.example.test"
+LARGE = bytes(range(256)) * 4096
+PATIENCE_SECONDS = 20
+CONFIGURATION = """
+shimmercat-devlove:
+  domains:
+    api.example.test:
+      port: {port}
+    www.example.test:
+      root-dir: www
+      consultant: {{connect-to: {port}}}
+    raw.example.test:
+      port: {raw}
+    files.example.test:
+      root-dir: www
+    php.example.test:
+      root-dir: www
+      consultant: {{connect-to: {raw}, application-protocol: fastcgi}}
+"""
+
+
+class Application:
+    """An echo of WebSockets that does other things when it is told to."""
+
+    def __init__(self):
+        self._server = websockets.sync.server.serve(
+            self._talk, "127.0.0.1", 0, process_request=self._judge,
+            max_size=None, compression=None, ping_interval=None,
+            select_subprotocol=lambda _, offered: [*offered, None][0])
+        self.port = self._server.socket.getsockname()[1]
+        self.requests, self.ends = [], []
+        threading.Thread(target=self._server.serve_forever,
+                         daemon=True).start()
+
+    def close(self):
+        self._server.shutdown()
+
+    def _judge(self, connection, request):
+        self.requests.append(request)
+        if request.path.startswith("/refuse"):
+            return connection.respond(403, "not for you\n")
+        return None
+
+    def _talk(self, connection):
+        try:
+            for message in connection:
+                if message == "close":
+                    connection.close(4321, "as you said")
+                elif message == "many":
+                    for number in range(2000):
+                        connection.send(f"message {number}")
+                else:
+                    connection.send(message)
+        except websockets.exceptions.ConnectionClosedError:
+            # Without a farewell: what some tests want to see.
+            pass
+        self.ends.append(connection.request.path)
+
+
+@pytest.fixture(scope="module")
+def application():
+    """The application that talks through WebSockets."""
+    running = Application()
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def raw():
+    """An application whose animal is set by each test."""
+    with zoo.Origin(zoo.silent) as origin:
+        yield origin
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, configuration_home, application, raw):
+    """The program before both."""
+    folder = make_site(tmp_path_factory.mktemp("site"), tweaks={
+        "body-seconds": "0.5", "max-body-bytes": "64 KiB"})
+    (folder / "devlove.yaml").write_text(CONFIGURATION.format(
+        port=application.port, raw=raw.port))
+    with Server(folder, mode="devlove") as running:
+        yield running
+        assert not running.lines("M60001"), running.explained("a fault")
+
+
+def connect(server, path="/echo", domain=DOMAIN, **options):
+    """A WebSocket over HTTP/1.1."""
+    plain = socket.create_connection(("127.0.0.1", server.port), 20)
+    options.setdefault("compression", None)
+    return websockets.sync.client.connect(
+        f"wss://{domain}{path}", sock=plain, ssl=trusting_context(),
+        max_size=None, proxy=None, open_timeout=PATIENCE_SECONDS,
+        ping_interval=None, **options)
+
+
+class Tunnel(contextlib.AbstractContextManager):
+    """A WebSocket over HTTP/2 (RFC 8441), frame by frame."""
+
+    def __init__(self, server, path=b"/echo", domain=DOMAIN, window=2**20,
+                 pseudo=()):
+        target = frames.Target(
+            "127.0.0.1", server.port, domain.encode(), path, b"")
+        self.client = frames.Client(
+            target, (frames.INITIAL_WINDOW_SIZE, window))
+        self.exchange = self.client.exchanges[1]
+        self._taken = self._sent = 0
+        fields = {b":method": b"CONNECT", b":protocol": b"websocket",
+                  b":scheme": b"https", b":path": path,
+                  b":authority": domain.encode(), **dict(pseudo)}
+        self.client.until(lambda: self.client.settings, "SETTINGS")
+        self.client.send(frames.frame(
+            frames.HEADERS, frames.END_HEADERS, 1, frames.block(
+                *fields.items(), (b"sec-websocket-version", b"13"),
+                (b"sec-websocket-protocol", b"echo"),
+                (b"origin", b"https://a.example"))))
+        self.client.until(lambda: self.exchange.heads or self.is_over(),
+                          "a head")
+
+    def __exit__(self, *failure):
+        self.client.__exit__(*failure)
+
+    def is_over(self):
+        return self.exchange.ended or self.exchange.reset is not None
+
+    def send(self, opcode, octets=b""):
+        """Sends a frame of a WebSocket in frames of HTTP/2."""
+        octets = Frame(opcode, octets).serialize(mask=True)
+        for start in range(0, len(octets), 16384):
+            piece = octets[start:start + 16384]
+            # The window is what the server has given so far.
+            self.client.until(lambda: self._room() >= 16384, "a window")
+            self._sent += len(piece)
+            self.client.send(frames.body(1, piece, end=False))
+
+    def _room(self):
+        window = self.client.settings[frames.INITIAL_WINDOW_SIZE]
+        return min(65535 + self.client.credit[0],
+                   window + self.client.credit[1]) - self._sent
+
+    def take(self, length):
+        """The next octets, which it gives back as window."""
+        self.client.until(lambda: len(self.exchange.body) >= self._taken
+                          + length, f"{length} octets")
+        start = self._taken
+        self._taken += length
+        self.client.send(frames.window_update(1, length))
+        return self.exchange.body[start:self._taken]
+
+
+def framed(opcode, octets):
+    """A frame as a server sends it."""
+    return Frame(opcode, octets).serialize(mask=False)
+
+
+def test_messages_of_http_1_1_come_back(server, application):
+    with connect(server, subprotocols=["echo"]) as wire:
+        assert wire.subprotocol == "echo"
+        wire.send("hello")
+        assert wire.recv(PATIENCE_SECONDS) == "hello"
+        wire.send(LARGE)
+        assert wire.recv(PATIENCE_SECONDS) == LARGE
+        for _ in range(200):
+            assert wire.ping().wait(PATIENCE_SECONDS)
+    assert wire.close_code == 1000
+    request = application.requests[-1]
+    assert request.headers["host"] == DOMAIN
+    assert request.headers["x-forwarded-for"] == "127.0.0.1"
+    assert request.headers["via"] == "1.1 shimmercat"
+
+
+def test_an_extension_is_agreed_on_between_the_ends(server):
+    with connect(server, compression="deflate") as wire:
+        wire.send("hello" * 1000)
+        assert wire.recv(PATIENCE_SECONDS) == "hello" * 1000
+
+
+def test_messages_of_http_2_come_back(server, application):
+    with Tunnel(server) as tunnel:
+        assert tunnel.client.settings[8] == 1
+        assert tunnel.exchange.status == 200
+        fields = tunnel.exchange.fields
+        assert fields[b"sec-websocket-protocol"] == b"echo"
+        assert not {b"sec-websocket-accept", b"connection", b"upgrade"
+                    } & fields.keys()
+        tunnel.send(Opcode.TEXT, b"hello")
+        assert tunnel.take(7) == framed(Opcode.TEXT, b"hello")
+        tunnel.send(Opcode.PING, b"ping")
+        assert tunnel.take(6) == framed(Opcode.PONG, b"ping")
+    request = application.requests[-1]
+    assert request.headers["via"] == "2 shimmercat"
+    assert request.headers["origin"] == "https://a.example"
+
+
+def test_a_message_of_a_megabyte_passes_windows_of_64_kib(server):
+    with Tunnel(server, window=65535) as tunnel:
+        tunnel.send(Opcode.BINARY, LARGE)
+        expected = framed(Opcode.BINARY, LARGE)
+        received = b""
+        while len(received) < len(expected):
+            received += tunnel.take(min(30_000, len(expected) - len(received)))
+        assert received == expected
+
+
+@pytest.mark.parametrize("domain", [SITE, DOMAIN])
+def test_any_path_may_be_a_tunnel(server, application, domain):
+    for path in ("/", "/chat", "/chat/", "/chat.io?a=b"):
+        with connect(server, path, domain) as wire:
+            wire.send("here")
+            assert wire.recv(PATIENCE_SECONDS) == "here"
+        assert application.requests[-1].path == path
+
+
+def test_what_the_application_sends_unasked_arrives(server):
+    with connect(server) as wire:
+        wire.send("many")
+        assert [wire.recv(PATIENCE_SECONDS) for _ in range(2000)] == [
+            f"message {number}" for number in range(2000)]
+
+
+def test_the_application_may_say_goodbye(server):
+    with connect(server) as wire:
+        wire.send("close")
+        with pytest.raises(websockets.exceptions.ConnectionClosed):
+            wire.recv(PATIENCE_SECONDS)
+        assert (wire.close_code, wire.close_reason) == (4321, "as you said")
+    with Tunnel(server) as tunnel:
+        tunnel.send(Opcode.TEXT, b"close")
+        goodbye = framed(Opcode.CLOSE, (4321).to_bytes(2, "big")
+                         + b"as you said")
+        assert tunnel.take(len(goodbye)) == goodbye
+        tunnel.send(Opcode.CLOSE, (4321).to_bytes(2, "big"))
+        tunnel.client.until(tunnel.is_over, "the end of the stream")
+        assert tunnel.exchange.ended
+        tunnel.client.barrier()
+
+
+@pytest.mark.parametrize("end", ["socket", "stream", "reset", "connection"])
+def test_a_client_that_disappears_ends_it_for_the_application(
+        server, application, end):
+    path = f"/gone-{end}"
+    if end == "socket":
+        wire = connect(server, path)
+        wire.socket.shutdown(socket.SHUT_RDWR)
+    else:
+        tunnel = Tunnel(server, path.encode())
+        if end == "stream":
+            tunnel.client.send(frames.body(1))
+        elif end == "reset":
+            tunnel.client.send(frames.reset(1))
+        else:
+            tunnel.client._socket.close()
+    eventually(lambda: path in application.ends)
+
+
+def test_a_refusal_passes_as_it_is(server):
+    with pytest.raises(websockets.exceptions.InvalidStatus) as caught:
+        connect(server, "/refuse")
+    assert isinstance(caught.value.response, Response)
+    assert caught.value.response.status_code == 403
+    assert caught.value.response.body == b"not for you\n"
+    with Tunnel(server, b"/refuse") as tunnel:
+        tunnel.client.until(tunnel.is_over, "the refusal")
+        assert tunnel.exchange.status == 403
+        assert tunnel.exchange.body == b"not for you\n"
+
+
+def test_a_tunnel_through_which_nothing_comes_is_closed(
+        tmp_path, application, raw):
+    folder = make_site(tmp_path, tweaks={"tunnel-idle-seconds": "1"})
+    (folder / "devlove.yaml").write_text(CONFIGURATION.format(
+        port=application.port, raw=raw.port))
+    with Server(folder, mode="devlove") as impatient:
+        with connect(impatient, "/quiet") as wire:
+            with pytest.raises(websockets.exceptions.ConnectionClosed):
+                wire.recv(PATIENCE_SECONDS)
+        eventually(lambda: "/quiet" in application.ends)
+
+
+def test_a_tunnel_outlives_the_seconds_of_bodies(server):
+    with connect(server) as wire, Tunnel(server) as tunnel:
+        # twice as long as a body may keep somebody waiting
+        with pytest.raises(TimeoutError):
+            wire.recv(1)
+        wire.send("still here")
+        assert wire.recv(PATIENCE_SECONDS) == "still here"
+        tunnel.send(Opcode.TEXT, b"hello")
+        assert tunnel.take(7) == framed(Opcode.TEXT, b"hello")
+
+
+def handshake(*lines, domain="raw.example.test", path="/"):
+    return "\r\n".join([
+        f"GET {path} HTTP/1.1", f"Host: {domain}", "Upgrade: websocket",
+        "Connection: Upgrade", "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", *lines, "", ""
+    ]).encode()
+
+
+def accepting(*pieces):
+    """Opens a tunnel as the client's key wants it, and sends pieces."""
+    def answer(asked):
+        key = asked.field("sec-websocket-key").encode()
+        proof = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11")
+        yield zoo.head("101 Switching Protocols", upgrade="WebSocket",
+                       connection="Upgrade", sec_websocket_accept=base64
+                       .b64encode(proof.digest()).decode()) + b"early"
+        yield from pieces
+    return answer
+
+
+@contextlib.contextmanager
+def spoken(server, octets):
+    """A raw connection on which octets were sent, as a stream."""
+    with server.connect(domain="raw.example.test") as tls:
+        tls.sendall(octets)
+        yield tls.makefile("rb")
+
+
+def head_of(stream):
+    """Status and fields of an answer of HTTP/1.1."""
+    status = int(stream.readline().split()[1])
+    lines = iter(stream.readline, b"\r\n")
+    return status, dict(line.decode().strip().lower().split(": ", 1)
+                        for line in lines)
+
+
+def test_what_comes_with_a_handshake_is_kept(server, raw):
+    raw.animal = accepting(b" and late", zoo.CLOSE)
+    # What the client says early reaches nobody before the tunnel is open.
+    with spoken(server, handshake() + b"eager") as stream:
+        status, fields = head_of(stream)
+        assert status == 101
+        assert fields["upgrade"] == "websocket"
+        assert fields["connection"] == "upgrade"
+        assert fields["sec-websocket-accept"] == "s3pplmbitxaq9kygzzhzrbk+xoo="
+        assert stream.read() == b"early and late"
+    with Tunnel(server, domain="raw.example.test") as tunnel:
+        assert tunnel.exchange.status == 200
+        assert tunnel.take(14) == b"early and late"
+
+
+@pytest.mark.parametrize("animal", [
+    # no proof, no upgrade, another one
+    lambda asked: zoo.head("101 Switching Protocols", upgrade="websocket",
+                           connection="Upgrade", sec_websocket_accept="x"),
+    lambda asked: zoo.head("101 Switching Protocols"),
+    lambda asked: zoo.head("101 Switching Protocols", upgrade="h2c",
+                           connection="Upgrade"),
+    # a page, which would pass for a tunnel
+    lambda asked: zoo.answer(b"<h1>Hello</h1>"),
+    zoo.in_chunks(b"<h1>Hello</h1>", 600.0),
+    zoo.closing_early, zoo.garbage,
+])
+def test_what_opens_no_tunnel_is_502_over_http_2(server, raw, animal):
+    raw.animal = animal
+    with Tunnel(server, domain="raw.example.test") as tunnel:
+        tunnel.client.until(tunnel.is_over, "an answer")
+        assert tunnel.exchange.status == 502
+
+
+def test_an_application_may_ignore_an_upgrade_of_http_1_1(server, raw):
+    raw.animal = lambda asked: zoo.answer(b"page\n")
+    with spoken(server, handshake()) as stream:
+        status, fields = head_of(stream)
+        assert (status, fields["connection"]) == (200, "close")
+        assert stream.read() == b"page\n"
+
+
+@pytest.mark.parametrize("line", [
+    "Content-Length: 5", "Transfer-Encoding: chunked"])
+def test_a_handshake_with_a_body_is_a_plain_request(server, raw, line):
+    raw.animal = lambda asked: zoo.answer(b"page\n")
+    body = b"5\r\nhello\r\n0\r\n\r\n"
+    with spoken(server, handshake(line) + body) as stream:
+        assert head_of(stream)[0] == 200
+    assert raw.asked[-1].field("upgrade") is None
+
+
+def test_files_are_no_tunnels(server):
+    for path in (b"/", b"/index.html", b"/.well-known/shimmercat/x"):
+        with Tunnel(server, path, "files.example.test") as tunnel:
+            assert 400 <= tunnel.exchange.status < 500
+    with pytest.raises(websockets.exceptions.InvalidStatus):
+        connect(server, "/", "files.example.test")
+
+
+def test_fastcgi_has_no_tunnels(server):
+    with Tunnel(server, b"/chat", "php.example.test") as tunnel:
+        assert tunnel.exchange.status == 501
+
+
+@pytest.mark.parametrize(("pseudo", "status"), [
+    ({b":protocol": b"connect-udp"}, 501),
+    ({b":protocol": b""}, 0),
+    ({b":method": b"GET"}, 0),
+    ({b":path": b""}, 0),
+    ({b":scheme": b""}, 0),
+    ({b":authority": b""}, 0),
+])
+def test_other_tunnels_are_refused(server, pseudo, status):
+    with Tunnel(server, pseudo=pseudo) as tunnel:
+        tunnel.client.until(tunnel.is_over, "a refusal")
+        assert tunnel.exchange.status == status
+        tunnel.client.barrier()
+        assert not tunnel.client.goaway
