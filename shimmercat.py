@@ -48,6 +48,7 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
    13b  Alternates       what is made of a source, and how it is verified
    13c  Pictures         what a browser shows of an image, how alike two are
    13d  Canvas           the smallest files that look the same
+   13e  Press            makes cheap forms while their first visitors wait
     14  Hints            what a client wants first when it does not say so
     15  Site             from request to response
    15b  Statics          answers from assets
@@ -109,7 +110,7 @@ __all__ = [
     "StoreReader", "read_file", "PICTURE_FORMS",
     "AssetKey", "Kept", "Representation", "Asset", "dictionary",
     "formats_shown",
-    "Repository",
+    "Repository", "quick_form",
     "CHANGELIST_FOLDER", "SLOT_SECONDS", "Change", "slot_path",
     "slots_between", "changes_in", "Verdict", "freshness", "Changes",
     "Lifetime", "Changelist",
@@ -127,6 +128,7 @@ __all__ = [
     "make_alternates",
     "PictureRefused", "similarity",
     "Form", "picture_forms",
+    "PressDoor", "Press", "PressLink",
     "urgency_of",
     "NotServed", "NotAsked", "Site", "RedirectSite", "error_page",
     "RESERVED", "NOT_ASKED",
@@ -3757,10 +3759,12 @@ class ScratchFolder:
         self.cache = self.path / "r-cache"
         self.sni_certificates = self.path / "sni-certs"
         self.redis_socket = self.path / "redis.sock"
+        self.press_socket = self.path / "press.sock"
         if len(os.fsencode(self.redis_socket)) > _SOCKET_PATH_BYTES:
             # The same place each time: the next start finds what is left.
             name = hashlib.sha256(os.fsencode(self.path)).hexdigest()
             self.redis_socket = _user_folder() / f"{name[:16]}.sock"
+            self.press_socket = self.redis_socket.with_suffix(".press")
 
     def occupy(self, tweaks: str = "") -> None:
         """Creates what is missing and keeps other instances out.
@@ -5255,7 +5259,7 @@ _QUALITY = re.compile(rb"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
 # ---------------------------------------------------------------------------
 # 10c. Repository: the assets that a process knows
 #
-#    Offers   Repository
+#    Offers   Repository, quick_form
 #    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 7 Paths
 # ---------------------------------------------------------------------------
 
@@ -5263,9 +5267,14 @@ _QUALITY = re.compile(rb"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
 class Repository:
     """The assets that this process knows, least used forgotten first."""
 
-    def __init__(self, tweaks: Tweaks, store, jobs):
-        """`store` has the artisan's work, `jobs` takes orders for it."""
+    def __init__(self, tweaks: Tweaks, store, jobs, press=None):
+        """`store` has the artisan's work, `jobs` takes orders for it.
+
+        `press(coding, body)` gives a cheap alternate, or None when it is
+        late; without it they are made by a thread of this process.
+        """
         self._tweaks, self._store, self._jobs = tweaks, store, jobs
+        self._press, self._press_rests = press or _press, Deadline(0)
         self._assets = collections.OrderedDict()
         self._keys_of = collections.defaultdict(set)
         self._memory, self._at_work = 0, {}
@@ -5528,13 +5537,18 @@ class Repository:
 
     def _hasten(self, key, asset):
         coding, body = key[1], asset.representations["identity"].body
+        if not self._press_rests.passed():
+            return
         if body is None:
             body = _in_thread(_read_source, asset)
-        asset.untried -= {coding}
-        if body is None or coding in asset.representations:
+        quick = body and self._press(coding, body)
+        if quick is None and body:
+            # A later visitor may find it in time.
+            self._press_rests = Deadline(_REST_SECONDS)
             return
-        quick = _in_thread(_QUICK[coding], body)
-        if len(quick) < len(body):
+        asset.untried -= {coding}
+        if quick and len(quick) < len(body) and (
+                coding not in asset.representations):
             form = self._form(asset, coding, len(quick), "-quick")
             form.body, form.is_cheap = quick, True
             asset.add(form)
@@ -5609,6 +5623,17 @@ class Repository:
             self._dismiss(oldest)
 
 
+def quick_form(coding: str, body: bytes) -> bytes:
+    """A cheap alternate of a body; empty if it decodes to something else."""
+    encode, decode = _QUICK[coding]
+    quick = encode(body)
+    return quick if decode(quick) == body else b""
+
+
+def _press(coding, body):
+    return _in_thread(lambda parts: quick_form(*parts), (coding, body))
+
+
 def _in_thread(work, argument):
     """Runs blocking or CPU-bound work beside the loop."""
     return gevent.get_hub().threadpool.apply(work, (argument,))
@@ -5631,10 +5656,16 @@ def _read_source(asset):
     return body if hashlib.sha256(body).hexdigest() == asset.sha else None
 
 
-#: cheap compressors; mtime 0 gives equal octets on every worker
-_QUICK = {"br": lambda body: brotli.compress(body, quality=4),
-          "zstd": lambda body: zstandard.compress(body, 3),
-          "gzip": lambda body: gzip.compress(body, 4, mtime=0)}
+#: {coding: (how it is made cheaply, how it is undone)}; mtime 0 gives equal
+#: octets each time
+_QUICK = {
+    "br": (lambda body: brotli.compress(body, quality=4),
+           lambda body: brotli.decompress(body)),
+    "zstd": (lambda body: zstandard.compress(body, 3),
+             lambda body: zstandard.decompress(body)),
+    "gzip": (lambda body: gzip.compress(body, 4, mtime=0), gzip.decompress)}
+#: pause after a cheap alternate came too late
+_REST_SECONDS = 1.0
 _HINTED = b"accept, sec-ch-width, sec-ch-dpr"
 #: versions of an asset that clients may have at a time
 _MOST_DELTAS = 16
@@ -9031,6 +9062,119 @@ def _expect(name, found, expected):
 
 
 # ---------------------------------------------------------------------------
+# 13e. Press: makes cheap forms while their first visitors wait
+#
+#    Offers   PressDoor, Press, PressLink
+#    Uses     1 Words, 8 Scratch, 10 Representations
+# ---------------------------------------------------------------------------
+#
+# No worker encodes.  It hands a text that has its first visitor to the press
+# over a Unix socket, a connection for each: the coding, a line feed and the
+# text, then the end.  The answer is a cheap alternate behind its length.  Who
+# finds the queue full, or is not answered in time, sends the text as it is.
+
+#: texts that wait for the press, of all workers
+_MOST_WAITING = 64
+#: in which a visitor must have the cheap form, else the text itself is sent
+_TEXT_WAITS_SECONDS = 1.0
+_LENGTH = struct.Struct(">I")
+
+
+class PressDoor:
+    """The socket where texts wait; it outlives a press that dies."""
+
+    def __init__(self, path: Path):
+        """Takes the place of one that was left; raises ScratchError."""
+        try:
+            path.unlink(missing_ok=True)
+            # Not gevent's, with whom a hub would come into the arbiter.
+            self.socket = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.socket.bind(os.fspath(path))
+            self.socket.listen(_MOST_WAITING)
+        except OSError as error:
+            raise ScratchError(f"{path}: {error}") from error
+        self.close = self.socket.close
+
+
+class Press:
+    """The process that makes cheap alternates, one after the other."""
+
+    def __init__(self, door: PressDoor, line: socket.socket, limit: int):
+        """`line` leads to the parent; texts have at most `limit` octets."""
+        self._door, self._line, self._limit = door.socket, line, limit
+
+    def run(self) -> int:
+        """Presses until the parent is gone; the exit status."""
+        stand_apart(signal.SIGKILL)
+        self._line.setblocking(False)
+        self._door.settimeout(_WAIT_SECONDS)
+        while self._beat():
+            with contextlib.suppress(OSError, KeyError):
+                # Nobody came within a second, or who came left early.
+                fd, _ = self._door._accept()
+                with contextlib.closing(_socket.socket(fileno=fd)) as visitor:
+                    visitor.settimeout(_TEXT_WAITS_SECONDS)
+                    self._answer(visitor)
+        return 0
+
+    def _beat(self):
+        """Tells the parent that all is well; whether there is one."""
+        try:
+            self._line.send(b".")
+        except BlockingIOError:
+            # It has unread beats enough.
+            pass
+        except OSError:
+            return False
+        return True
+
+    def _answer(self, visitor):
+        text = bytearray()
+        while piece := visitor.recv(_AT_ONCE_BYTES):
+            text += piece
+            if len(text) > self._limit + _AT_ONCE_BYTES:
+                return
+        coding, _, body = bytes(text).partition(b"\n")
+        quick = quick_form(coding.decode(), body)
+        visitor.sendall(_LENGTH.pack(len(quick)) + quick)
+
+
+class PressLink:
+    """The way to the press, for greenlets."""
+
+    def __init__(self, path: Path):
+        self._path = os.fspath(path)
+
+    def press(self, coding: str, body: bytes) -> bytes | None:
+        """A cheap alternate; None when there is none in time. Waits."""
+        with (gevent.Timeout(_TEXT_WAITS_SECONDS, False),
+              contextlib.suppress(OSError), self._line() as line):
+            # Refused, full, broken off: it is not to be had.
+            line.sendall(coding.encode() + b"\n" + body)
+            line.shutdown(socket.SHUT_WR)
+            answer = bytearray()
+            while piece := line.recv(_AT_ONCE_BYTES):
+                answer += piece
+            if len(answer) >= _LENGTH.size and (
+                    _LENGTH.unpack_from(answer)[0] + _LENGTH.size
+                    == len(answer)):
+                return bytes(answer[_LENGTH.size:])
+        return None
+
+    def _line(self):
+        """A connection to the press; raises OSError at once."""
+        line = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with contextlib.closing(line):
+            # If the queue is full, gevent's would try without a pause.
+            line.setblocking(False)
+            line.connect(self._path)
+            return gevent.socket.socket(fileno=line.detach())
+
+
+_AT_ONCE_BYTES = 256 * KIB
+
+
+# ---------------------------------------------------------------------------
 # 14. Hints: what a client wants first when it does not say so
 #
 #    Offers   urgency_of
@@ -11338,7 +11482,8 @@ class Worker:
         LOG.configure(worker=self._name, sink=self._tap.append)
         self._spawn(self._tap.run)
         repository = Repository(tweaks, self._store, JobQueue(
-            link, tweaks.artisan_queue_jobs, lease_seconds(tweaks)))
+            link, tweaks.artisan_queue_jobs, lease_seconds(tweaks)),
+            PressLink(self._premises.scratch.press_socket).press)
         self._spawn(Announcements(link).run, repository.refresh)
         return repository, Larder(tweaks, self._store, Notes(link))
 
@@ -11429,7 +11574,7 @@ class LoneWorker(Worker):
         gevent.signal_handler(signal.SIGUSR1, self._premises.console.reopen)
 
     def _join(self):
-        """Stands in for Redis: jobs are done here, in a thread."""
+        """Stands in for Redis and press: all is done for this process."""
         tweaks = self._settings.tweaks
         LOG.configure(worker=self._name)
 
@@ -11549,6 +11694,11 @@ class Arbiter:
             stand_apart(signal.SIGTERM), server.become(path)),
             self._patience, RedisMissing)
         self._artisan = Slot("artisan", self._encode, _ARTISAN_SECONDS)
+        door = PressDoor(self._premises.scratch.press_socket)
+        limit = settings.tweaks.quick_compress_limit_bytes
+        self._press = Slot("press", lambda name, line: Press(
+            door, line.end, limit).run(), self._patience)
+        self._press.doors = [door]
         self._log = LogSubscription(path)
         self._premises.announce()
         LOG.say(10005, *server, path)
@@ -11558,7 +11708,8 @@ class Arbiter:
         gc.freeze()
 
     def _all_slots(self):
-        return [*self._slots, *self._closed, self._artisan, self._redis]
+        return [*self._slots, *self._closed, self._press, self._artisan,
+                self._redis]
 
     def _children(self):
         return [child for slot in self._all_slots()
@@ -11655,7 +11806,7 @@ class Arbiter:
         if not self._redis.is_proven:
             return
         self._empty_closed()
-        for slot in (self._artisan, *self._slots):
+        for slot in (self._press, self._artisan, *self._slots):
             # One replacement at a time, over all slots.
             slot.tend(self._private, all(
                 len(other.children) <= 1 for other in self._all_slots()))
@@ -11686,7 +11837,7 @@ class Arbiter:
         """Ends one after the other: workers, artisan, the log, Redis."""
         if any(slot.children for slot in self._slots + self._closed):
             return
-        for slot in (self._artisan, self._redis):
+        for slot in (self._press, self._artisan, self._redis):
             if slot is self._redis and not self._quiet.passed():
                 return
             slot.retire(PRESS_SECONDS / 4)

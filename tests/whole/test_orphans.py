@@ -17,7 +17,7 @@ def killed(server):
 
 
 def test_all_children_leave_when_the_arbiter_is_killed(server):
-    assert len(server.processes()) == 5
+    assert len(server.processes()) == 6
     killed(server)
     eventually(lambda: not server.processes(), 10)
 

@@ -95,7 +95,7 @@ def test_the_order_is_workers_then_the_log_then_redis(server):
     assert codes[-1] == "M40005"
     left = [line.message.split()[0] for line in server.lines("M30001")]
     assert sorted(left[:2]) == ["w0-1", "w1-1"]
-    assert left[2:] == ["artisan", "redis"]
+    assert left[2:] == ["press-1", "artisan", "redis"]
     assert any("/the-last-request" in line.text
                for line in server.lines("M50001"))
     assert not server.lines("M60002")
