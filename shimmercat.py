@@ -3661,6 +3661,16 @@ def _literal(entry):
     return literal
 
 
+class _TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Members of a JSON object go before methods of dictionaries."""
+
+    def getattr(self, obj, attribute):
+        """`items` of an object that has such a member is the member."""
+        if isinstance(obj, dict) and attribute in obj:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
+
 def _template(sheet, content):
     """The compiled template; None after noting what is wrong with it."""
     try:
@@ -3700,7 +3710,7 @@ _VIEW_KEYS = {
         "", "", "seconds", None, (0, 10 ** 9), "").from_yaml}
 
 #: a missing value is an error: a page with holes tells nobody
-_TEMPLATES = jinja2.sandbox.ImmutableSandboxedEnvironment(
+_TEMPLATES = _TemplateEnvironment(
     autoescape=True, undefined=jinja2.StrictUndefined,
     keep_trailing_newline=True)
 #: what a template's own operations raise
@@ -9435,7 +9445,7 @@ class Site:
             return self._ask(request, domain, view.consultant, target)
         if kind is Kind.GENERATED:
             return self._generated(request, domain, view, target)
-        if not self._is_page(domain, view):
+        if not self._is_page(request, domain, view):
             return self._pages.answer(request, domain, view, target)
         if view.page is None:
             return self._statics.page(request, domain, view)
@@ -9453,12 +9463,13 @@ class Site:
             request.note(f"no view for {path} below {domain.views_dir}")
         return view
 
-    def _is_page(self, domain, view):
+    def _is_page(self, request, domain, view):
         """Whether a view is the page itself, and nobody is asked.
 
         An index.html without instructions among the statics is one of them.
         """
-        if view.consultant or view.content_disposition != "replace":
+        if (view.consultant or view.content_disposition != "replace"
+                or request.upgrade):
             return False
         is_static = (view.page is None and view.place[-1] == "index.html"
                      and domain.views_dir == domain.root_dir)
@@ -9862,6 +9873,9 @@ class Pages:
         def ask(asked):
             return self._ask(asked, domain, view.consultant, target)
 
+        if request.upgrade:
+            # A tunnel has no page.
+            return ask(request)
         show = _DISPOSITIONS[view.content_disposition]
         return show(self, request, view, ask)
 

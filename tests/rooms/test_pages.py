@@ -444,6 +444,20 @@ def test_what_is_no_question_goes_through_a_consulting_view(house):
     assert house.ask("/consult/", method="POST")[2] == b"POST /consult/"
 
 
+@pytest.mark.parametrize("target, host", [
+    ("/consult/", DOMAIN), ("/json/", DOMAIN), ("/snippet/", DOMAIN),
+    ("/", "mixed.example.test"), ("/img/a.css", DOMAIN)])
+def test_a_tunnel_is_the_applications_whatever_the_view_says(
+        house, target, host):
+    house.say(lambda asked: answer(b"no tunnels", "403 Forbidden"))
+    request = house.request(target, host=host)
+    request.upgrade = "websocket"
+    response = house.site.answer(request)
+    assert response.status == 403
+    assert house.asked() == [("GET", target)]
+    assert house.origin.asked[0].field("upgrade") == "websocket"
+
+
 def says_json(what, **named):
     named.setdefault("content_type", "application/json")
     body = what if isinstance(what, bytes) else json.dumps(what).encode()

@@ -296,6 +296,12 @@ def test_a_template_shows_what_the_application_said():
         "<b>K\xf6ln</b>\n1;2;\n")
 
 
+def test_members_of_an_object_hide_what_python_has_under_the_name():
+    assert rendered(b"{{ cart.items | length }} {{ cart['get'] }}"
+                    b" {% for name in cart.keys() %}{{ name }} {% endfor %}",
+                    cart={"items": [1, 2], "get": 5}) == "2 5 items get "
+
+
 def test_values_are_escaped_in_a_template():
     assert rendered(b"<b title='{{ a }}'>", a="<script>'\"&") == (
         "<b title='&lt;script&gt;&#39;&#34;&amp;'>")
