@@ -7193,7 +7193,10 @@ class ConsultantBackend:
                 (b"x-forwarded-proto", b"https"),
                 (b"x-forwarded-host", self._domain), *fields],
             seconds=self._seconds)
-        reply = self._consultant.ask(question)
+        slow = OriginFailed(f"no answer within {self._seconds:g} s")
+        # However often the consultant tries again.
+        with gevent.Timeout(self._seconds, slow):
+            reply = self._consultant.ask(question)
         headers, body = Headers(reply.fields), reply.body
         if isinstance(body, bytes):
             return Fetched(reply.status, headers, len(body), iter((body,)),
@@ -9672,7 +9675,7 @@ class Statics:
         if request.method == "OPTIONS":
             return _options()
         _refuse_writing(request)
-        request.note(f"fetched from {wanted.key.root}, {wanted.key.path}")
+        request.note(f"origin {wanted.key.root}, path {wanted.key.path}")
         for _ in range(_ATTEMPTS):
             # Evicted under our hands: it is fetched again.
             with contextlib.suppress(SourceChanged):
@@ -9694,7 +9697,7 @@ class Statics:
         if found.body:
             return self._relay(request, found)
         if asset is None and found.kept is None:
-            return Response(200, (), b"", "static", NOT_ASKED)
+            return Response(200, (), b"", "origin", NOT_ASKED)
         if asset is None:
             asset = self._repository.find(
                 wanted.key, lambda: self._larder.open(found.kept), found.kept)
@@ -12196,7 +12199,8 @@ def _explain(flags):
     response = site.answer(request)
     print("\n".join(request.trail))
     if response.representation == NOT_ASKED:
-        print("the answer is up to the consultant, which was not asked")
+        print(f"the answer is up to the {response.answered}, which was not"
+              " asked")
         return 0
     print(f"{response.status} {http.HTTPStatus(response.status).phrase}:"
           f" {response.answered}, {response.representation}")

@@ -94,7 +94,7 @@ def origin():
 def server(tmp_path_factory, origin):
     """Three workers in front of the shared origin."""
     with edge(tmp_path_factory.mktemp("edge"), origin.port,
-              static_seconds=2, generated_seconds=2, missing_seconds=1,
+              static_seconds=2, generated_seconds=1, missing_seconds=1,
               fetch_limit_bytes="8 MiB") as running:
         yield running
 
@@ -349,12 +349,12 @@ def test_an_origin_that_is_down_fails_no_request_for_what_is_kept(
             wanted = count[0] + number
             eventually(lambda: count[0] > wanted, 30)
 
-        lasts(100)
+        lasts(50)
         for animal in (None, zoo.failing, zoo.silent, zoo.resetting):
             if animal:
                 origin.animal = animal
                 origin.come()
-            lasts(150)
+            lasts(80)
             origin.go()
         over.set()
         for asker in askers:
