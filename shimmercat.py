@@ -1976,8 +1976,9 @@ def upstream_fields(request: Request, trusted: bool,
     if b"trailers" in _members(get(b"te")):
         fields.append((b"te", b"trailers"))
     fields += forwarded_fields(request, trusted)
-    if has_odd_field(fields):
-        raise BadRequest("a field cannot be passed on as it is")
+    # All at once: engines have looked already, this is for what they miss.
+    if _LINE_END(b"".join([value for _, value in fields])):
+        raise BadRequest("a field's value has more than one line")
     return fields
 
 
@@ -2010,6 +2011,7 @@ _ENDS_HERE = _HOP_BY_HOP | {
     b"x-forwarded-proto"}
 #: what speaks for others beside those made anew
 _SPEAKS = b"x-forwarded-", b"x-real-ip"
+_LINE_END = re.compile(rb"[\0\r\n]").search
 #: Via's word for the protocol of a request
 _RECEIVED = {"h2": b"2"}
 
@@ -2017,6 +2019,8 @@ _RECEIVED = {"h2": b"2"}
 @functools.lru_cache(maxsize=1024)
 def _may_pass(name, trusted):
     """Whether a field of this name is for the application."""
+    if not _PLAIN_NAME.fullmatch(name):
+        raise BadRequest("a field's name is none")
     plain = name.replace(b"_", b"-")
     # httpoxy (CVE-2016-5385): in CGI a field named proxy is HTTP_PROXY
     return not (plain in _ENDS_HERE or plain.startswith(b"proxy-")

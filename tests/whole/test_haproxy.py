@@ -143,3 +143,20 @@ def test_a_health_check_that_only_connects_is_no_news(server):
         socket.create_connection(("127.0.0.1", server.port), 20).close()
     assert b" 200 " in asked(server.port, "/?after")
     assert len(server.lines("M40016")) == before
+
+
+def test_a_socket_of_a_proxy_may_be_a_path(tmp_path):
+    folder = make_site(tmp_path, tweaks={
+        "proxy-protocol": "true", "trusted-proxies": "[unix]"})
+    path = str(tmp_path / "door")
+    with Server(folder, "--listen", f"unix://{path}",
+                mode="devlove") as hidden:
+        plain = socket.socket(socket.AF_UNIX)
+        plain.connect(path)
+        plain.sendall(b"PROXY TCP4 192.0.2.7 192.0.2.1 1 443\r\n")
+        with trusting_context().wrap_socket(
+                plain, server_hostname=DOMAIN) as tls:
+            tls.sendall(f"GET /?path HTTP/1.1\r\nHost: {DOMAIN}\r\n"
+                        "Connection: close\r\n\r\n".encode())
+            assert b" 200 " in tls.makefile("rb").readline()
+        assert client_of(hidden, "/?path") == "192.0.2.7"

@@ -15,7 +15,7 @@ import threading
 
 import h11
 import pytest
-from harness import Server, make_site, trusting_context
+from harness import Server, eventually, make_site, trusting_context
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +37,8 @@ class Recorder:
     def __init__(self):
         #: (number of the connection, request) and what h11 could not read
         self.requests, self.faults = [], []
+        #: how many requests have begun, and were broken off
+        self.begun = self.broken_off = 0
         self._numbers = itertools.count()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port = self._listener.getsockname()[1]
@@ -67,6 +69,7 @@ class Recorder:
                     self.faults.append((error, octets))
                     return
             # A client that leaves cancels what it asked: that is no fault.
+            self.broken_off += peer.their_state is h11.SEND_BODY
 
     def _answer(self, peer, wire, number):
         """Answers each request that is complete."""
@@ -77,6 +80,7 @@ class Recorder:
                     status_code=100, headers=[])))
             if isinstance(event, h11.Request):
                 self._asked = number, event
+                self.begun += 1
             elif isinstance(event, h11.EndOfMessage):
                 self.requests.append(self._asked)
                 wire.sendall(b"".join(map(peer.send, (
@@ -377,6 +381,25 @@ def test_what_is_lawful_is_passed_as_one_request(judge, name):
     statuses, seen = judge(http1, PASSED[name].encode("latin-1"))
     assert statuses[-1] == 200
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("lines, begin", [
+    (["Content-Length: 10"], "hello"),
+    ([CHUNKED], "5\r\nhello\r\n"),
+    ([CHUNKED], "5\r\nhello\r\n0\r\n"),
+])
+def test_a_body_that_is_cut_off_is_no_request(judge, recorder, lines, begin):
+    def leave(server, octets):
+        begun, before = recorder.begun, recorder.broken_off
+        with dial(server) as tls:
+            tls.sendall(octets)
+            eventually(lambda: recorder.begun > begun)
+        # at once, not when the body is given up for lost
+        eventually(lambda: recorder.broken_off > before)
+        return []
+
+    _, seen = judge(leave, post(*lines, body=begin).encode())
+    assert not seen
 
 
 def test_two_requests_at_once_are_two(judge):

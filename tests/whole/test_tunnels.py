@@ -4,7 +4,9 @@ import base64
 import contextlib
 import hashlib
 import pathlib
+import signal
 import socket
+import ssl
 import sys
 import threading
 
@@ -13,7 +15,13 @@ import websockets.exceptions
 import websockets.sync.client
 import websockets.sync.server
 import zoo
-from harness import Server, eventually, make_site, trusting_context
+from harness import (
+    Server,
+    eventually,
+    free_port,
+    make_site,
+    trusting_context,
+)
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Response
 
@@ -36,6 +44,10 @@ shimmercat-devlove:
       port: {raw}
     files.example.test:
       root-dir: www
+    tls.example.test:
+      root-dir: www
+      consultant:
+        {{connect-to: {tls}, application-protocol: https, verify: false}}
     php.example.test:
       root-dir: www
       consultant: {{connect-to: {raw}, application-protocol: fastcgi}}
@@ -45,10 +57,10 @@ shimmercat-devlove:
 class Application:
     """An echo of WebSockets that does other things when it is told to."""
 
-    def __init__(self):
+    def __init__(self, port=0, tls=None):
         self._server = websockets.sync.server.serve(
-            self._talk, "127.0.0.1", 0, process_request=self._judge,
-            max_size=None, compression=None, ping_interval=None,
+            self._talk, "127.0.0.1", port, process_request=self._judge,
+            max_size=None, compression=None, ping_interval=None, ssl=tls,
             select_subprotocol=lambda _, offered: [*offered, None][0])
         self.port = self._server.socket.getsockname()[1]
         self.requests, self.ends = [], []
@@ -95,13 +107,27 @@ def raw():
         yield origin
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, configuration_home, application, raw):
-    """The program before both."""
-    folder = make_site(tmp_path_factory.mktemp("site"), tweaks={
-        "body-seconds": "0.5", "max-body-bytes": "64 KiB"})
+def make_folder(folder, application, raw, tls=1, **tweaks):
+    """A site of which all is said that these tests ask for."""
+    make_site(folder, tweaks={
+        name.replace("_", "-"): value for name, value in tweaks.items()})
     (folder / "devlove.yaml").write_text(CONFIGURATION.format(
-        port=application.port, raw=raw.port))
+        port=application.port, raw=raw.port, tls=tls))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tls_port():
+    """The port of the application that wants TLS."""
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, configuration_home, application, raw, tls_port):
+    """The program before all of them."""
+    folder = make_folder(
+        tmp_path_factory.mktemp("site"), application, raw, tls_port,
+        body_seconds="0.5", max_body_bytes="64 KiB")
     with Server(folder, mode="devlove") as running:
         yield running
         assert not running.lines("M60001"), running.explained("a fault")
@@ -152,11 +178,16 @@ class Tunnel(contextlib.AbstractContextManager):
         for start in range(0, len(octets), 16384):
             piece = octets[start:start + 16384]
             # The window is what the server has given so far.
-            self.client.until(lambda: self._room() >= 16384, "a window")
-            self._sent += len(piece)
-            self.client.send(frames.body(1, piece, end=False))
+            self.client.until(lambda: self.room() >= 16384, "a window")
+            self.push(piece)
 
-    def _room(self):
+    def push(self, piece):
+        """Sends octets of the tunnel in one frame."""
+        self._sent += len(piece)
+        self.client.send(frames.body(1, piece, end=False))
+
+    def room(self):
+        """Octets that the windows allow to be sent."""
         window = self.client.settings[frames.INITIAL_WINDOW_SIZE]
         return min(65535 + self.client.credit[0],
                    window + self.client.credit[1]) - self._sent
@@ -290,14 +321,82 @@ def test_a_refusal_passes_as_it_is(server):
 
 def test_a_tunnel_through_which_nothing_comes_is_closed(
         tmp_path, application, raw):
-    folder = make_site(tmp_path, tweaks={"tunnel-idle-seconds": "1"})
-    (folder / "devlove.yaml").write_text(CONFIGURATION.format(
-        port=application.port, raw=raw.port))
+    folder = make_folder(tmp_path, application, raw, tunnel_idle_seconds="1")
     with Server(folder, mode="devlove") as impatient:
         with connect(impatient, "/quiet") as wire:
             with pytest.raises(websockets.exceptions.ConnectionClosed):
                 wire.recv(PATIENCE_SECONDS)
         eventually(lambda: "/quiet" in application.ends)
+
+
+def test_a_tunnel_keeps_a_worker_that_leaves(tmp_path, application, raw):
+    folder = make_folder(tmp_path, application, raw, graceful_seconds="2")
+    with (Server(folder, "--workers", "1") as leaving,
+          connect(leaving, "/stay") as wire):
+        leaving.signal(signal.SIGTERM)
+        leaving.await_line("M40004")
+        wire.send("still there?")
+        assert wire.recv(PATIENCE_SECONDS) == "still there?"
+        with pytest.raises(websockets.exceptions.ConnectionClosed):
+            wire.recv(PATIENCE_SECONDS)
+        assert leaving.wait(PATIENCE_SECONDS) == 0
+    eventually(lambda: "/stay" in application.ends)
+
+
+def test_an_application_may_want_tls(server, tls_port):
+    scratch = server.folder / ".shimmercat.loves.devs"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(
+        scratch / "cert.pem", scratch / "privkey.unencrypted-pkcs8.pem")
+    secret = Application(tls_port, context)
+    try:
+        with connect(server, "/secret", "tls.example.test") as wire:
+            wire.send(LARGE)
+            assert wire.recv(PATIENCE_SECONDS) == LARGE
+        wire = connect(server, "/gone", "tls.example.test")
+        wire.socket.shutdown(socket.SHUT_RDWR)
+        eventually(lambda: secret.ends == ["/secret", "/gone"])
+    finally:
+        secret.close()
+
+
+def test_an_application_is_no_faster_than_its_client(server, raw):
+    sent = []
+
+    def flood():
+        for _ in range(1024):
+            yield bytes(65536)
+            sent.append(65536)
+
+    raw.animal = accepting(flood)
+    with Tunnel(server, domain="raw.example.test", window=65535) as tunnel:
+        tunnel.take(5)
+        tunnel.client.until(
+            lambda: len(tunnel.exchange.body) >= 65535, "a window of it")
+        # What it could send fills the kernel's buffers, and that is all.
+        eventually(lambda: is_steady(sent), what="an application that waits")
+        assert sum(sent) < 32 << 20
+
+
+def is_steady(sent):
+    """Whether nothing is added for a while."""
+    before = len(sent)
+    try:
+        eventually(lambda: len(sent) > before, 0.3)
+    except AssertionError:
+        return True
+    return False
+
+
+def test_a_client_is_no_faster_than_its_application(server, raw):
+    raw.animal = accepting(600.0)
+    with Tunnel(server, domain="raw.example.test") as tunnel:
+        piece, count = bytes(16384), 0
+        while tunnel.room() >= len(piece) and count < 64 << 20:
+            tunnel.push(piece)
+            count += len(piece)
+            tunnel.client.barrier()
+        assert count < 32 << 20
 
 
 def test_a_tunnel_outlives_the_seconds_of_bodies(server):
@@ -327,7 +426,8 @@ def accepting(*pieces):
         yield zoo.head("101 Switching Protocols", upgrade="WebSocket",
                        connection="Upgrade", sec_websocket_accept=base64
                        .b64encode(proof.digest()).decode()) + b"early"
-        yield from pieces
+        for piece in pieces:
+            yield from piece() if callable(piece) else [piece]
     return answer
 
 
