@@ -6033,12 +6033,14 @@ class Stream:
     Who iterates `pieces` closes the stream, when it broke off too.
     """
 
-    __slots__ = ("_close", "pieces", "trailers")
+    __slots__ = ("_close", "is_framed", "pieces", "trailers")
 
     def __init__(self, pieces: typing.Iterator[bytes],
                  close: typing.Callable = lambda: None):
         """`pieces` may wait, and raise ShimmerCatError when it breaks off."""
         self.pieces, self._close = pieces, close
+        #: whether one that breaks off is told from one that ends
+        self.is_framed = True
         #: fields that come after the last piece (RFC 9110 section 6.5)
         self.trailers: list[tuple[bytes, bytes]] = []
 
@@ -6460,6 +6462,8 @@ class HttpWire:
             return Reply(answer.status, fields, body)
         stream = Stream(self._pieces(), self._drop)
         stream.trailers = answer.trailers
+        stream.is_framed = answer.is_chunked or any(
+            name == b"content-length" for name, _ in answer.fields)
         return Reply(answer.status, answer.end_to_end_fields(), stream)
 
     def _pieces(self):
@@ -7202,13 +7206,17 @@ class ConsultantBackend:
         with gevent.Timeout(self._seconds, slow):
             reply = self._consultant.ask(question)
         headers, body = Headers(reply.fields), reply.body
-        if isinstance(body, bytes):
-            return Fetched(reply.status, headers, len(body), iter((body,)),
-                           lambda: None)
         length = headers.get(b"content-length", b"")
-        return Fetched(reply.status, headers,
-                       int(length) if length.isdigit() else None,
-                       body.pieces, body.close)
+        length = int(length) if length.isdigit() else None
+        if isinstance(body, bytes):
+            # One in chunks has got its length.
+            is_framed = length is not None
+            body = Stream(iter((body,)))
+            body.is_framed = is_framed
+        fetched = Fetched(
+            reply.status, headers, length, body.pieces, body.close)
+        fetched.is_framed = body.is_framed
+        return fetched
 
 
 def _is_below(path, folder):
@@ -7372,6 +7380,7 @@ class _Errand:
         self.grow()
         if self.live and not self.readers:
             self.live.close()
+            self.live = None
 
     def note(self):
         """What other processes need for following."""
@@ -7538,9 +7547,9 @@ class Larder:
         if not self._asks:
             return Found(kept.hit() if kept else b"fwd=uri-miss", kept)
         if kept is None:
-            until, error = self._missing.get(place, (0, None))
+            until, *told = self._missing.get(place, (0,))
             if time.monotonic() < until:
-                raise error
+                raise _missing(*told)
             return self._await(wanted, self._errand(wanted, None), b"uri-miss")
         verdict = self._judge(kept)
         if verdict in (Verdict.FRESH, Verdict.UNLISTED):
@@ -7640,10 +7649,8 @@ class Larder:
         live, errand.live = errand.live, None
         if live:
             return _passing(live)
-        if isinstance(errand.error, AssetMissing):
-            raise errand.error
         if errand.error:
-            raise AssetMissing(str(errand.error)) from errand.error
+            raise _missing(str(errand.error), _is_gone(errand.error))
         return self._pass(wanted)
 
     def _pass(self, wanted):
@@ -7719,15 +7726,12 @@ class Larder:
         seconds = end - time.time()
         if seconds <= 0:
             return
-        error = _missing(reason, is_gone)
-        if not is_missing:
-            error = OriginFailed(reason)
         until = time.monotonic() + seconds
         if kept:
             kept.failed = until
-        _put(self._missing, wanted.key[:2], (
-            until, _missing(reason, is_gone)))
-        raise error
+        _put(self._missing, wanted.key[:2], (until, reason, is_gone))
+        raise (_missing(reason, is_gone) if is_missing
+               else OriginFailed(reason))
 
     def _ask(self, errand, wanted, kept):
         """Asks the origin; raises ShimmerCatError, which all get to know."""
@@ -7736,9 +7740,8 @@ class Larder:
         except ShimmerCatError as error:
             key, seconds = wanted.key, self._tweaks.missing_seconds
             LOG.say(40041, f"{key.root}{key.path}", error)
-            is_missing = isinstance(error, AssetMissing)
-            told = (time.time() + seconds, str(error), is_missing,
-                    is_missing and error.is_gone)
+            told = (time.time() + seconds, str(error),
+                    isinstance(error, AssetMissing), _is_gone(error))
             self.notes.write(f"missing_{key.memo()}",
                              json.dumps(told).encode(), seconds)
             self._heed(wanted, kept, *told)
@@ -7760,6 +7763,7 @@ class Larder:
                 raise _missing(f"the origin answered {reply.status}",
                                reply.status in (404, 410))
             elif reason := self._flaw(reply):
+                self._forget(wanted, kept)
                 self._let_pass(errand, wanted, reply, reason)
             else:
                 self._fill(errand, wanted, reply, begun)
@@ -7853,6 +7857,10 @@ class Larder:
                 # It is not known any more here, at least.
                 _apart(self._store.remember, wanted.key.memo(), {
                     **kept.note(), "gone": time.time()})
+
+
+def _is_gone(error):
+    return isinstance(error, AssetMissing) and error.is_gone
 
 
 def _put(table, place, what):

@@ -41,17 +41,27 @@ shimmercat-devlove:
       views-dir: views
 {keys}
 """
+CONSULTING = """\
+shimmercat-devlove:
+  domains:
+    {domain}:
+      root-dir: {{use-consultant: origin}}
+      consultants: {{origin: {{connect-to: "127.0.0.1:{port}"}}}}
+      views-dir: views
+"""
 
 
 class House:
     """A site whose statics come from an origin, asked without a socket."""
 
-    def __init__(self, folder, animal, root="", keys="", **tweaks):
+    def __init__(self, folder, animal, root="", keys="", consultant=False,
+                 **tweaks):
         self.origin = zoo.Origin(animal)
         self.origin.come()
         self.folder = folder
         (folder / "views").mkdir()
-        (folder / "devlove.yaml").write_text(CONFIGURATION.format(
+        text = CONSULTING if consultant else CONFIGURATION
+        (folder / "devlove.yaml").write_text(text.format(
             domain=DOMAIN, port=self.origin.port, root=root, keys=keys))
         scratch = folder / ".shimmercat.loves.devs"
         scratch.mkdir(mode=0o700)
@@ -205,9 +215,10 @@ def test_a_copy_that_was_damaged_is_fetched_again(house, said):
     zoo.resetting, zoo.closing_in_head, zoo.garbage, zoo.failing,
     lambda asked: zoo.answer(b"", "302 Found", location="/b.css"),
     lambda asked: zoo.head("200 OK", content_length="12junk") + b"x"])
+@pytest.mark.parametrize("consultant", [False, True])
 def test_what_is_not_whole_is_missing_and_nothing_of_it_is_kept(
-        house, said, animal):
-    here = house(animal, missing_seconds=0)
+        house, said, animal, consultant):
+    here = house(animal, missing_seconds=0, consultant=consultant)
     assert here.get("/a.bin").status == 404
     assert not [*here.folder.glob("r-cache/v3/**/*.original.*")]
     assert not [*here.folder.glob("r-cache/v3/**/.draft-*")]
@@ -216,9 +227,13 @@ def test_what_is_not_whole_is_missing_and_nothing_of_it_is_kept(
     assert here.get("/a.bin").body == BIG
 
 
-def test_a_body_that_ends_with_the_connection_is_passed_on_unkept(house):
-    here = house(lambda asked: [zoo.head(connection="close"), CSS, zoo.CLOSE])
-    assert here.get("/a.css").body == here.get("/a.css").body == CSS
+@pytest.mark.parametrize("consultant", [False, True])
+@pytest.mark.parametrize("body", [CSS, BIG])
+def test_a_body_that_ends_with_the_connection_is_passed_on_unkept(
+        house, consultant, body):
+    here = house(lambda asked: [zoo.head(connection="close"), body, zoo.CLOSE],
+                 consultant=consultant)
+    assert here.get("/a.css").body == here.get("/a.css").body == body
     assert not [*here.folder.glob("r-cache/v3/**/*.original.*")]
 
 
@@ -487,3 +502,13 @@ def test_who_only_explains_asks_no_origin(house):
     here.get("/a.css")
     here.site = there
     assert here.get("/a.css").body == CSS
+
+
+def test_a_copy_goes_when_its_origin_wants_it_kept_no_more(house):
+    here = house(fetched_seconds=0, missing_seconds=0.1)
+    here.get("/a.css")
+    here.origin.animal = lambda asked: zoo.answer(
+        b"personal", cache_control="no-store")
+    assert here.get("/a.css").body == b"personal"
+    here.origin.animal = zoo.failing
+    eventually(lambda: here.get("/a.css").status == 404)
