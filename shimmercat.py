@@ -10,6 +10,7 @@ form, restarts that lose nothing, a log that explains itself.
     python shimmercat.py check        says what the configuration means
     python shimmercat.py explain URL  says what would answer, and why
     python shimmercat.py warm         makes smaller forms ahead of time
+    python shimmercat.py purge WHAT   forgets fetched and smaller forms
     python shimmercat.py messages     lists everything the log can say
 
 The file runs alone: copy it beside a ``devlove.yaml`` and start it.  It is
@@ -37,6 +38,7 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
    10b  Assets           everything that can be served again
    10c  Repository       the assets that a process knows
    10d  Freshness        which copies of a remote file are still good
+   10e  Purge            what is to be forgotten, and the forgetting
     11  Consultants      which application answers, and how it is asked
    11b  Wires            a question and its answer in HTTP/1.1
    11c  FastCGI          a question and its answer in records
@@ -114,6 +116,7 @@ __all__ = [
     "CHANGELIST_FOLDER", "SLOT_SECONDS", "Change", "slot_path",
     "slots_between", "changes_in", "Verdict", "freshness", "Changes",
     "Lifetime", "Changelist",
+    "Selection", "purge_store",
     "UpstreamFailed", "UpstreamSlow", "Question", "Stream", "Reply",
     "Consultant", "consultant_of",
     "HttpWire",
@@ -3733,6 +3736,8 @@ _TEMPLATE_FAULTS = (
 
 #: longest path that fits sockaddr_un.sun_path, without its zero byte
 _SOCKET_PATH_BYTES = 107
+#: struct flock of the kernel, for 64 bits
+_LOCK = struct.Struct("hhqqi0q")
 _CERTIFICATE_FILE = "cert.pem"
 _KEY_FILE = "privkey.unencrypted-pkcs8.pem"
 #: P-256: a handshake costs a tenth of what RSA 2048 takes
@@ -3796,6 +3801,17 @@ class ScratchFolder:
         except OSError as error:
             raise ScratchError(
                 f"scratch folder {self.path}: {error}") from error
+
+    def holder(self) -> str:
+        """Id of the process that has the folder, empty when none has."""
+        with (contextlib.suppress(FileNotFoundError),
+              open(self.path / "lock", "rb+") as lock):
+            # Without that file it was never occupied.
+            found, *_ = _LOCK.unpack(fcntl.fcntl(lock, fcntl.F_GETLK, (
+                _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))))
+            text = lock.read(32).decode("ascii", "replace").strip()
+            return "" if found == fcntl.F_UNLCK else text or "unknown"
+        return ""
 
     def _take_lock(self):
         # A POSIX lock, not flock: forks do not inherit it, so workers that
@@ -4105,6 +4121,8 @@ def _from_now(**span):
 
 _LOG_CHANNEL = "sc_log_"  #: and the name of a worker (reference 11.2)
 _NEWS_CHANNEL = "sc_news"
+_ANSWERS = "sc_answers_"  #: and a random word: what was answered to news
+_ANSWERS_SECONDS = 60
 _JOBS = "sc_jobs"
 _LEASE = "sc_lease_"  #: and the hash of a source that is being worked on
 _TICK_SECONDS = 0.05  #: records gather so long, and are published together
@@ -4501,13 +4519,34 @@ class Announcements:
         """Tells all that listen; raises RedisAway."""
         self._link.call("PUBLISH", _NEWS_CHANNEL, text)
 
+    def ask(self, text: str, seconds: float) -> tuple[int, list[bytes]]:
+        """How many listen, and what they answer to a text in time.
+
+        Raises RedisAway.
+        """
+        place, answers = _ANSWERS + secrets.token_hex(8), []
+        count = self._link.call("PUBLISH", _NEWS_CHANNEL, f"{place} {text}")
+        deadline = Deadline(seconds)
+        while len(answers) < count and not deadline.passed():
+            found = self._link.call("BLPOP", place, 1)
+            answers += found[1:] if found else []
+        return count, answers
+
     def run(self, callback: typing.Callable[[str], object]) -> None:
-        """Calls back with every text, for ever; the body of a greenlet."""
+        """Calls back with every text, for ever; the body of a greenlet.
+
+        What is called gives the answer to a text that somebody asks.
+        """
         while True:
             with contextlib.suppress(RedisAway):
                 # It is subscribed to again as soon as Redis is back.
                 for text in self._heard():
-                    callback(text)
+                    place, _, question = text.partition(" ")
+                    if place.startswith(_ANSWERS):
+                        self._link.call("RPUSH", place, callback(question))
+                        self._link.call("EXPIRE", place, _ANSWERS_SECONDS)
+                    else:
+                        callback(text)
             gevent.sleep(_AGAIN_SECONDS)
 
     def _heard(self):
@@ -4842,6 +4881,20 @@ class AlternateStore:
                 # Damaged, and removed by that: as if it were not there.
                 return json.loads(self.load(stored) or b"")
         return {"sha": None, "gone": None}
+
+    def notes(self) -> typing.Iterator[tuple[str, dict]]:
+        """All notes, and the hashes that they are kept under."""
+        for path in self._root.glob(f"??/*.{Mark.NOTE.value}.*"):
+            memo = path.name.partition(".")[0]
+            if self._source_form.fullmatch(memo):
+                yield memo, self.recall(memo)
+
+    def wipe(self, source_sha: str) -> int:
+        """Removes all that there is under a hash; returns bytes freed."""
+        found = self._list(source_sha)
+        for stored in found:
+            _remove(stored.path)
+        return sum(stored.size for stored in found)
 
     def remove(self, stored: StoredFile) -> None:
         """Removes what may have been removed already."""
@@ -5221,8 +5274,9 @@ class Asset:
         """What the artisan is asked for."""
         memo = self.key.memo() if self.is_kept else None
         return {"sha": self.sha, "path": self.path, "memo": memo,
-                "kin": self.kin, "type": self.type.decode(),
-                "wanted": self.wanted, "width": self.key.width}
+                "place": self.key[:2], "kin": self.kin,
+                "type": self.type.decode(), "wanted": self.wanted,
+                "width": self.key.width}
 
 
 def dictionary(headers: Headers) -> str | None:
@@ -5613,6 +5667,24 @@ class Repository:
             del self._assets[asset.key]
             self._dismiss(asset)
 
+    def purge(self, takes: typing.Callable[[str, str, str], bool]
+              ) -> list[tuple[str, str, int]]:
+        """Forgets assets, and wipes the forms of local files.
+
+        `takes(root, path, type)` chooses them.  Gives root, path and bytes
+        freed of each.  Waits.
+        """
+        assets = _in_thread(lambda known: [
+            asset for asset in known
+            if takes(*asset.key[:2], asset.type.decode())],
+            tuple(self._assets.values()))
+        for asset in assets:
+            self.forget(asset)
+        return _in_thread(lambda local: [
+            (*asset.key[:2], self._store.wipe(asset.sha)
+             + self._store.wipe(asset.key.memo())) for asset in local],
+            [asset for asset in assets if asset.kept is None])
+
     def _dismiss(self, asset):
         self._memory -= asset.counted
         keys = self._keys_of[asset.sha]
@@ -5945,6 +6017,110 @@ _MOST_CHANGES = 20_000
 _REREAD_SECONDS = 1.0
 _CLAIM_SECONDS = 10.0
 _LOOK_SECONDS = 0.05
+
+
+# ---------------------------------------------------------------------------
+# 10e. Purge: what is to be forgotten, and the forgetting
+#
+#    Offers   Selection, purge_store
+#    Uses     1 Words, 3 Settings
+# ---------------------------------------------------------------------------
+
+
+class Selection(typing.NamedTuple):
+    """Which assets a purge is about; one must match of each sort given."""
+
+    #: decoded; `*` is anything, and so is what follows a final slash
+    paths: tuple[str, ...] = ()
+    #: beginnings of types, such as `image/`
+    kinds: tuple[str, ...] = ()
+    #: whole types
+    formats: tuple[str, ...] = ()
+    #: roots, or their first words
+    roots: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, words: list[str],
+              domains: typing.Iterable[DomainSettings]) -> "Selection":
+        """What is meant by paths and words; raises ValueError.
+
+        Only assets of `domains` are taken, of all when there are none.
+        """
+        def is_path(word):
+            return word.startswith("/")
+
+        paths = tuple(map(urllib.parse.unquote, filter(is_path, words)))
+        kinds, formats = [], []
+        others = " ".join(itertools.filterfalse(is_path, words)).split()
+        # Nothing at all would mean everything.
+        for word in others or ([] if paths else [""]):
+            if word in _WORDS:
+                kinds.append(_WORDS[word])
+            else:
+                formats.append(_format_of(word))
+        roots = [name for domain in domains for name in (
+            domain.cache_key or domain.name, domain.root_dir) if name]
+        return cls(paths, tuple(kinds), tuple(formats),
+                   tuple(map(str, roots)))
+
+    def takes(self, root: str, path: str, kind: str) -> bool:
+        """Whether an asset is meant; its type may be empty for unknown."""
+        kind = kind or content_type(path.partition("?")[0], b"").decode()
+        essence = kind.partition(";")[0]
+        return ((not self.paths or _is_one_of(path, self.paths))
+                and (not self.kinds or essence.startswith(self.kinds))
+                and (not self.formats or essence in self.formats)
+                and (not self.roots or root in self.roots
+                     or root.partition(" ")[0] in self.roots))
+
+
+def purge_store(store: AlternateStore, selection: Selection
+                ) -> list[tuple[str, str, int]]:
+    """Wipes all that the store has of a selection.
+
+    Gives root, path and bytes freed of each asset.  Of local files only those
+    with a hash in their name are known by a path.
+    """
+    gone = []
+    for memo, note in store.notes():
+        root, path = note.get("root"), note.get("path")
+        if root and path and selection.takes(root, path,
+                                             note.get("type") or ""):
+            hashes = filter(None, (note["sha"], memo))
+            gone.append((root, path, sum(map(store.wipe, hashes))))
+    return gone
+
+
+def _format_of(word):
+    """The type of files with an extension; raises ValueError for none."""
+    kind = content_type(f"x.{word}", b"").decode().partition(";")[0]
+    if not word.isalnum() or kind == "application/octet-stream":
+        known = nearest(word, _WORDS)
+        raise ValueError(
+            f"got {word!r}, expected a path that begins with '/', one of"
+            f" {', '.join(_WORDS)}, or an extension such as jpg"
+            + (f"; nearest: {known}" if known else ""))
+    return kind
+
+
+def _is_one_of(path, patterns):
+    """Whether a path has one of the patterns; a query counts if theirs do."""
+    plain = urllib.parse.unquote(path)
+    bare = urllib.parse.unquote(path.partition("?")[0])
+    return any(_pattern(text).fullmatch(plain if "?" in text else bare)
+               for text in patterns)
+
+
+@functools.lru_cache(64)
+def _pattern(text):
+    text += "*" if text.endswith("/") else ""
+    return re.compile(".*".join(map(re.escape, text.split("*"))), re.DOTALL)
+
+
+_WORDS = {
+    "images": "image/", "fonts": "font/", "scripts": "text/javascript",
+    "styles": "text/css", "pages": "text/html", "videos": "video/",
+    "sounds": "audio/"}
 
 
 # ---------------------------------------------------------------------------
@@ -7354,8 +7530,8 @@ class RemoteStatics:
 class _Errand:
     """A fetch under way."""
 
-    __slots__ = ("done", "error", "fields", "grown", "kept", "live", "path",
-                 "readers", "seen", "size", "status")
+    __slots__ = ("done", "error", "fields", "grown", "is_void", "kept",
+                 "live", "path", "readers", "seen", "size", "status")
 
     def __init__(self):
         self.seen = gevent.event.Event()  #: head known, or done
@@ -7367,6 +7543,8 @@ class _Errand:
         self.kept = self.error = None
         #: an answer that is for one client only
         self.live = None
+        #: whether what it brings was purged before it came
+        self.is_void = False
 
     def grow(self):
         """Wakes those who follow."""
@@ -7567,6 +7745,27 @@ class Larder:
             # Its time of use, for the eviction.
             os.utime(fd)
         return Source.adopt(fd, path, kept)
+
+    def purge(self, takes: typing.Callable[[str, str, str], bool]
+              ) -> list[tuple[str, str, int]]:
+        """Forgets what was fetched; the store is for somebody else to wipe.
+
+        Like that of a Repository.  What is missing may be there again, too;
+        what is under way is not kept.
+        """
+        for place, errand in self._errands.items():
+            errand.is_void = errand.is_void or takes(*place, "")
+        known = {**dict.fromkeys((*self._missing, *self._passed), ""),
+                 **{place: kept.type for place, kept in self._kept.items()}}
+        places = _apart(lambda: [place for place, kind in known.items()
+                                 if takes(*place, kind)])
+        gone = [(*place, 0) for place in places if place in self._kept]
+        for place in places:
+            self._kept.pop(place, None)
+            self._passed.pop(place, None)
+            if self._missing.pop(place, None):
+                self.notes.drop(f"missing_{AssetKey(*place).memo()}")
+        return gone
 
     def _recall(self, wanted):
         """What is kept of an asset, if its octets are there too."""
@@ -7841,11 +8040,14 @@ class Larder:
 
     def _remember(self, errand, wanted, kept):
         """Notes what is kept, in memory and for ever."""
+        kept.failed, errand.kept = -math.inf, kept
+        if errand.is_void:
+            return
         _put(self._kept, wanted.key[:2], kept)
         self._missing.pop(wanted.key[:2], None)
-        kept.failed, errand.kept = -math.inf, kept
         try:
-            _apart(self._store.remember, wanted.key.memo(), kept.note())
+            _apart(self._store.remember, wanted.key.memo(),
+                   _note(wanted.key, kept))
         except StoreFull as error:
             LOG.say(error.message_code, error)
 
@@ -7856,7 +8058,12 @@ class Larder:
             with contextlib.suppress(StoreFull):
                 # It is not known any more here, at least.
                 _apart(self._store.remember, wanted.key.memo(), {
-                    **kept.note(), "gone": time.time()})
+                    **_note(wanted.key, kept), "gone": time.time()})
+
+
+def _note(key, kept):
+    """What the store is to remember; a purge chooses by root and path."""
+    return {**kept.note(), "root": key.root, "path": key.path}
 
 
 def _is_gone(error):
@@ -8391,7 +8598,9 @@ def _keep(source, job, store):
     if job["kin"]:
         store.put(job["sha"], job["kin"], 0, b"", Mark.KIN)
     if job["memo"]:
-        store.remember(job["memo"], {"sha": job["sha"], "gone": None})
+        root, path = job["place"]
+        store.remember(job["memo"], {
+            "sha": job["sha"], "gone": None, "root": root, "path": path})
 
 
 def _delta(source, job, wanted, store, _tweaks):
@@ -11263,6 +11472,8 @@ _PROXY_BYTES = 2048
 _BEAT_SECONDS = 1.0
 #: seconds that connections have after a signal to leave at once
 _QUICK_SECONDS = 1.0
+#: names of purged assets that a worker tells
+_MOST_PURGED = 10_000
 #: seconds of silence beyond the arbiter's limit until the kernel ends us
 _ALARM_SECONDS = 10.0
 #: seconds in which a child must be ready
@@ -11513,8 +11724,20 @@ class Worker:
         repository = Repository(tweaks, self._store, JobQueue(
             link, tweaks.artisan_queue_jobs, lease_seconds(tweaks)),
             PressLink(self._premises.scratch.press_socket).press)
-        self._spawn(Announcements(link).run, repository.refresh)
-        return repository, Larder(tweaks, self._store, Notes(link))
+        larder = Larder(tweaks, self._store, Notes(link))
+        self._spawn(Announcements(link).run, functools.partial(
+            self._hear, repository, larder))
+        return repository, larder
+
+    def _hear(self, repository, larder, text):
+        """Takes over what the artisan made, or forgets what is purged."""
+        if not text.startswith("{"):
+            return repository.refresh(text)
+        selection = Selection(**{name: tuple(words) for name, words
+                                 in json.loads(text).items()})
+        gone = repository.purge(selection.takes) + larder.purge(
+            selection.takes)
+        return json.dumps(gone[:_MOST_PURGED])
 
     def _accept(self, service):
         """Begins to accept connections; the listeners that do."""
@@ -12068,6 +12291,7 @@ def _live(name, live, line, private):
 #             15 Site, 17 Worker, 18 Arbiter
 # ---------------------------------------------------------------------------
 
+_PURGE_SECONDS = 5  #: until workers must have purged
 _LEAST_APOPTOSIS_SECONDS = 900  #: without a flag that is named unsafe
 #: what a browser leaves as it is in a URL's path and query
 _URL_SAFE = "/!$%&'()*+,;=:@?[]"
@@ -12081,6 +12305,12 @@ class _UsageError(ShimmerCatError):
     """A command line that asks for what is not to be had."""
 
     exit_code = 64
+
+
+class _Unreachable(ShimmerCatError):
+    """The instance that runs does not do what it is asked."""
+
+    exit_code = 69
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -12136,6 +12366,8 @@ def _parser():
              "Says what would answer a request, and why"),
             ("warm", flags, _warm,
              "Makes the smaller forms of all files ahead of their visitors"),
+            ("purge", flags, _purge,
+             "Forgets fetched assets and smaller forms, in all workers"),
             ("messages", (), _messages,
              "Lists everything that the log can say")):
         mode = modes.add_parser(name, help=text, description=text,
@@ -12150,6 +12382,12 @@ def _parser():
     modes.choices["warm"].add_argument(
         "--again", action="store_true",
         help="try again what was given up or did not become smaller")
+    modes.choices["purge"].add_argument(
+        "selectors", metavar="SELECTOR", nargs="+",
+        help="/path, /folder/, /a*.css, images, fonts, scripts, styles,"
+        " pages, videos, sounds, or an extension such as jpg")
+    modes.choices["purge"].add_argument(
+        "--domain", metavar="NAME", help="only what this domain serves")
     modes.choices["explain"].add_argument("url", metavar="URL")
     modes.choices["explain"].add_argument(
         "--header", metavar="NAME:VALUE", action="append", default=[],
@@ -12275,6 +12513,59 @@ def _warm(flags):
     if work.broken_off:
         return 128 + work.broken_off
     return 1 if work.failures else 0
+
+
+def _purge(flags):
+    """Forgets a selection, wherever it is kept, and prints what went."""
+    _refuse_late_patching()
+    settings = _settings(flags)
+    selection, scratch = _selection(flags, settings), ScratchFolder(
+        settings.scratch_dir)
+    LOG.configure(enabled=frozenset())
+    store, gone = AlternateStore(scratch.cache), []
+    holder = scratch.holder()
+    # A second time for what was on its way from the store into a worker.
+    for _ in range(2):
+        if holder:
+            gone += _ask_workers(scratch, holder, selection)
+        gone += purge_store(store, selection)
+    freed = collections.Counter()
+    for root, path, size in gone:
+        freed[root, path] += size
+    for (root, path), size in sorted(freed.items()):
+        print(f"{root}{path}: {size} bytes")
+    print(f"{len(freed)} assets purged, {freed.total()} bytes")
+    return 0
+
+
+def _selection(flags, settings):
+    """What is to be purged; raises _UsageError."""
+    domains = []
+    if flags.domain:
+        domain = settings.domains.get(flags.domain)
+        if domain is None:
+            raise _UsageError(f"--domain: got {flags.domain!r}, expected one"
+                              f" of {', '.join(settings.domains)}")
+        domains = [domain]
+    try:
+        return Selection.parse(flags.selectors, domains)
+    except ValueError as error:
+        raise _UsageError(f"SELECTOR: {error}") from error
+
+
+def _ask_workers(scratch, holder, selection):
+    """What all workers have forgotten; raises _Unreachable."""
+    try:
+        count, answers = Announcements(RedisLink(scratch.redis_socket)).ask(
+            json.dumps(selection._asdict()), _PURGE_SECONDS)
+    except RedisAway as error:
+        raise _Unreachable(
+            f"the instance (process {holder}) cannot be told: {error}"
+            " (one in devlove mode never can)") from error
+    if len(answers) < max(1, count):
+        raise _Unreachable(f"{len(answers)} of {count} workers of the instance"
+                           f" (process {holder}) have answered")
+    return [tuple(asset) for answer in answers for asset in json.loads(answer)]
 
 
 def _show_progress(work):
