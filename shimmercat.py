@@ -6629,18 +6629,18 @@ class HttpWire:
                 raise UpstreamFailed(f"{self._upstream}: {error}") from error
 
     def _reply(self, answer):
+        fields = answer.end_to_end_fields()
         if answer.is_complete and not answer.trailers:
             body = b"".join(answer.pieces)
             self._end()
-            fields = answer.end_to_end_fields()
             if answer.is_chunked:
                 fields.append((b"content-length", b"%d" % len(body)))
             return Reply(answer.status, fields, body)
         stream = Stream(self._pieces(), self._drop)
         stream.trailers = answer.trailers
         stream.is_framed = answer.is_chunked or any(
-            name == b"content-length" for name, _ in answer.fields)
-        return Reply(answer.status, answer.end_to_end_fields(), stream)
+            name == b"content-length" for name, _ in fields)
+        return Reply(answer.status, fields, stream)
 
     def _pieces(self):
         """The body as it comes; raises UpstreamFailed when it breaks off."""
