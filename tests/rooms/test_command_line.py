@@ -143,11 +143,13 @@ shimmercat-devlove:
 def test_check_prints_all_tweaks_with_their_effective_values(run, folder):
     scratch = folder / ".shimmercat.loves.devs"
     scratch.mkdir()
-    (scratch / "tweaks.yaml").write_text("max-body-bytes: 2 MiB\n")
+    (scratch / "tweaks.yaml").write_text(
+        "max-body-bytes: 2 MiB\ntrusted-proxies: [10.0.0.0/8, unix]\n")
     tweaks = json.loads(run("check").stdout)["tweaks"]
     assert tweaks == {option.name: option.default for option in OPTIONS
-                      if option.where == "tweak" and option.default != ()} | {
-                          "max-body-bytes": 2 << 20}
+                      if option.where == "tweak"} | {
+                          "max-body-bytes": 2 << 20,
+                          "trusted-proxies": ["10.0.0.0/8", "unix"]}
 
 
 def test_check_makes_nothing(run, folder):

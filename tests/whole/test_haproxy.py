@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from harness import (
     DOMAIN,
+    PROGRAM,
     Server,
     eventually,
     free_port,
@@ -29,6 +30,7 @@ listen first
     server a 127.0.0.1:{server} send-proxy
 listen second
     bind 127.0.0.1:{v2}
+    default-server check check-send-proxy inter 50ms
     server a 127.0.0.1:{server} send-proxy-v2-ssl-cn
 listen third
     bind 127.0.0.1:{plain}
@@ -47,20 +49,32 @@ def server(tmp_path_factory, configuration_home):
 @pytest.fixture(scope="module")
 def proxy(server, tmp_path_factory):
     """Ports of HAProxy by what it sends ahead."""
-    program = shutil.which("haproxy") or shutil.which(
-        "haproxy", path="/usr/sbin")
-    if program is None:
-        pytest.skip("haproxy is not installed")
     ports = {name: free_port() for name in ("v1", "v2", "plain")}
     config = tmp_path_factory.mktemp("proxy") / "haproxy.cfg"
     config.write_text(CONFIGURATION.format(server=server.port, **ports))
-    process = subprocess.Popen([program, "-db", "-f", str(config)])
+    process = subprocess.Popen([
+        haproxy(), "-db", "-f", str(config)])
     try:
         eventually(lambda: is_open(ports["plain"]))
         yield ports
     finally:
         process.terminate()
         process.wait(10)
+
+
+def haproxy():
+    """HAProxy's program."""
+    program = shutil.which("haproxy") or shutil.which(
+        "haproxy", path="/usr/sbin")
+    return program or pytest.skip("haproxy is not installed")
+
+
+def test_the_sample_is_right():
+    sample = PROGRAM.parent / "conf" / "haproxy.cfg"
+    done = subprocess.run([haproxy(), "-c", "-f", str(sample)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
 
 
 def is_open(port):
@@ -137,7 +151,8 @@ def test_a_header_that_does_not_come_has_the_time_of_a_handshake(server):
     server.await_line("M00006", about=f"{PROXY} took too long: handshake")
 
 
-def test_a_health_check_that_only_connects_is_no_news(server):
+def test_a_health_check_is_no_news(server, proxy):
+    # those of HAProxy go on meanwhile
     before = len(server.lines("M40016"))
     for _ in range(3):
         socket.create_connection(("127.0.0.1", server.port), 20).close()
