@@ -46,6 +46,8 @@ EXTRAS_REQUIRE = {
         "h11>=0.14",  # an independent reader of what applications get
         "websockets>=14",  # both ends of tunnels
         "ruff>=0.6",  # the linter that .ci/run asks
+        "flask>=3.0",  # an application to stand in front of
+        "gunicorn>=22",  # and the server that it runs in
     ],
     "bench": [
         "hypercorn>=0.17",  # the peer in pure Python

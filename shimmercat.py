@@ -1546,8 +1546,8 @@ class Request:
         request.body = None
         #: sends an interim response (RFC 9110 section 15.2), if anybody does
         request.inform = lambda status, fields: None
-        #: called when the client leaves before it was answered
-        request.withdraw = lambda: None
+        #: called when the client leaves before it was answered, if anything
+        request.withdraw = None
         return request
 
     def note(self, text: str) -> None:
@@ -6453,7 +6453,8 @@ def _may_ask_again(question, error):
     # Nothing goes into a tunnel before it is open.
     is_safe = question.method in _IDEMPOTENT and (
         question.body is None or question.upgrade)
-    return not error.progress or (error.progress == "sent" and is_safe)
+    has_broken = error.progress == "sent" and error.status != 504
+    return not error.progress or (has_broken and is_safe)
 
 
 _IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")
@@ -10494,8 +10495,8 @@ class Conversation:
     """The exchanges of one connection, without its socket."""
 
     __slots__ = ("_bodies", "_calm", "_client", "_early", "_newest",
-                 "_outgoing", "_scheduler", "_service", "_site", "_waiting",
-                 "_wake", "engine")
+                 "_outgoing", "_parting", "_scheduler", "_service", "_site",
+                 "_waiting", "_wake", "engine")
 
     def __init__(self, service: Service, site: Site, engine: Engine,
                  client: str, wake: typing.Callable[[], None]):
@@ -10508,6 +10509,8 @@ class Conversation:
         self._waiting = {}
         #: bodies that have not ended, by stream
         self._bodies = {}
+        #: {answered stream whose request goes on: when it is reset}
+        self._parting = {}
         #: priorities that came ahead of their request
         self._early = {}
         self._newest = 0
@@ -10706,8 +10709,7 @@ class Conversation:
         request, response = outgoing.request or _Unread, outgoing.response
         _break_off_body(request)
         if self._bodies.pop(stream, None):
-            # RFC 9113 section 8.1: the rest of the request is of no use.
-            self.engine.reset(stream, 0)
+            self._parting[stream] = Deadline(_PARTING_SECONDS)
         spent = max(0, time.monotonic() - request.started) * 1000
         LOG.say(50001, self._client, request.method, request.host,
                 request.target, response.status, outgoing.sent,
@@ -10723,7 +10725,8 @@ class Conversation:
         stream, body = event.stream, self._bodies.get(event.stream)
         if body is None:
             self.engine.consumed(stream, event.cost)
-            self.engine.reset(stream, ErrorCode.NO_ERROR)
+            if stream not in self._parting:
+                self.engine.reset(stream, ErrorCode.NO_ERROR)
             return
         body.put(event.piece, event.cost)
         limit = self._service.tweaks.max_body_bytes
@@ -10732,21 +10735,43 @@ class Conversation:
                 413, f"a body of more than {body.count} octets"))
 
     def _on_ended(self, event):
+        self._parting.pop(event.stream, None)
         if body := self._bodies.pop(event.stream, None):
             body.end(event.trailers)
 
     def _on_reset(self, event):
         self._abandon(event.stream, None)
 
-    def hear_end(self) -> None:
-        """Hears that the client says no more: open bodies never will end.
+    def part_with_answered(self, now: float) -> bool:
+        """Resets streams that were answered and whose request goes on.
 
-        Except a tunnel of HTTP/1.1, which ends like this.
+        RFC 9113 section 8.1 allows it at once, but clients that have not
+        read the answer by then may lose it.  Tells whether it did so.
+        """
+        due = [stream for stream, deadline in self._parting.items()
+               if deadline.moment <= now]
+        for stream in due:
+            del self._parting[stream]
+            self.engine.reset(stream, ErrorCode.NO_ERROR)
+        return bool(due)
+
+    def hear_end(self) -> None:
+        """Hears that the client says no more.
+
+        A tunnel of HTTP/1.1 ends like this, one way.  Else nobody is there
+        for whom an application would work: who waits for its answer does not
+        close, not even one way.
         """
         for stream, body in tuple(self._bodies.items()):
             if body.is_tunnel and self.engine.protocol == "http/1.1":
                 self._bodies.pop(stream).end(())
             elif body.is_tunnel or stream in self._waiting:
+                self._abandon(stream, None)
+        for stream, request in tuple(self._waiting.items()):
+            if request.withdraw:
+                self._abandon(stream, None)
+        for stream, outgoing in tuple(self._outgoing.items()):
+            if isinstance(outgoing, _Relay) and not outgoing.request.upgrade:
                 self._abandon(stream, None)
 
     def break_off_bodies(self) -> None:
@@ -10762,19 +10787,22 @@ class Conversation:
         if request is None:
             self._abandon(stream, ErrorCode.ENHANCE_YOUR_CALM)
         else:
-            request.withdraw()
+            if request.withdraw:
+                request.withdraw()
             self._respond(stream, request, self._site.refuse(error, request))
 
     def _abandon(self, stream, code):
         """Ends an exchange before its answer is complete."""
         if body := self._bodies.pop(stream, None):
             body.break_off("the client left")
+        self._parting.pop(stream, None)
         self._early.pop(stream, None)
         if code is not None:
             self.engine.reset(stream, code)
         outgoing = self._outgoing.pop(stream, None)
         if request := self._waiting.pop(stream, None):
-            request.withdraw()
+            if request.withdraw:
+                request.withdraw()
             outgoing = _Outgoing(request, _NO_RESPONSE)
         if outgoing:
             self._scheduler.remove(stream)
@@ -10880,6 +10908,7 @@ class _CalmMeter:
 _NO_RESPONSE = Response(499, representation="-")
 #: octets of a body from elsewhere that wait to be sent at most, and a piece
 _RELAY_BYTES = 64 * KIB
+_PARTING_SECONDS = 1
 #: what a request costs its sender that cannot be understood
 _REFUSAL_POINTS = 10
 _RETRY = ((b"retry-after", b"2"),)
@@ -11023,7 +11052,7 @@ class Connection:
                 return
 
     def _finish_up(self):
-        """The client will say no more; answers under way are finished."""
+        """The client will say no more; what is ours to send is sent."""
         self._send()
 
     def flush(self) -> None:
@@ -11111,6 +11140,8 @@ class Connection:
         if self._farewell and self._farewell.moment < now:
             self._farewell = None
             self._guard(self._say_last_stream)
+        if self._conversation and self._conversation.part_with_answered(now):
+            self.flush()
         if self._deadline.moment <= now:
             LOG.say(6, self._client, self._clock)
             polite = self._clock in ("head", "body", "idle")
