@@ -10397,12 +10397,14 @@ class _Incoming:
         self.is_wanted = False
 
     def put(self, piece, cost):
+        """Takes a piece; whether anybody may read it still."""
         if self._fault:
             self._talk.engine.consumed(self._stream, cost)
-            return
+            return False
         self.count += len(piece)
         self._pieces.append((piece, cost))
         self._filled.set()
+        return True
 
     def end(self, trailers):
         self._has_ended, self.trailers = True, list(trailers)
@@ -10728,11 +10730,11 @@ class Conversation:
             if stream not in self._parting:
                 self.engine.reset(stream, ErrorCode.NO_ERROR)
             return
-        body.put(event.piece, event.cost)
         limit = self._service.tweaks.max_body_bytes
-        if body.count > limit and not body.is_tunnel:
+        is_kept = body.put(event.piece, event.cost)
+        if is_kept and body.count > limit and not body.is_tunnel:
             self._break_off(stream, NotServed(
-                413, f"a body of more than {body.count} octets"))
+                413, f"a body of more than {limit} octets"))
 
     def _on_ended(self, event):
         self._parting.pop(event.stream, None)

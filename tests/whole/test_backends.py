@@ -363,6 +363,7 @@ def test_a_body_above_the_limit_is_413(server, protocol):
     line, = server.await_line(
         "M50001", about=f"127.0.0.1 POST shop.test{path}")
     assert line.message.split()[3] == "413"
+    assert line.message.split()[-2] == "error"
 
 
 def test_every_request_says_who_answered(server, animal):
