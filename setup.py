@@ -1,10 +1,13 @@
 """Builds and installs shimmercat: one module, and what it can do without."""
 
+import copy
 import re
 import tempfile
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, CompileError, LinkError
 
 HERE = Path(__file__).parent
 
@@ -55,6 +58,45 @@ EXTRAS_REQUIRE = {
 }
 
 
+#: what the native engine is linked with to carry nghttp2 with it.  Debian's
+#: archive is made for programs: all of it may go into a shared object but a
+#: debugging function that nobody calls, whose `stderr` is resolved to
+#: something local.
+EXPORTS = "{ global: PyInit_engine; local: *; };"
+STATIC = ["-Wl,-Bstatic", "-lnghttp2", "-Wl,-Bdynamic",
+          "-Wl,--defsym=stderr=PyInit_engine"]
+
+NATIVE = Extension(
+    "shimmercat_ext.native.engine", ["shimmercat_ext/native/engine.c"],
+    extra_compile_args=["-std=c11", "-Wall", "-Wextra",
+                        "-fno-strict-aliasing"],
+    optional=True)
+
+
+class BuildNative(build_ext):
+    """Builds the native engine where it can, and says in a line how."""
+
+    def build_extension(self, ext):
+        """Link nghttp2 into the engine, else with it, else do without."""
+        exports = Path(self.build_temp) / "exports.map"
+        exports.parent.mkdir(parents=True, exist_ok=True)
+        exports.write_text(EXPORTS)
+        static = [*STATIC, f"-Wl,--version-script={exports}"]
+        for kind, flags in ("static", static), ("shared", ["-lnghttp2"]):
+            trial = copy.copy(ext)
+            trial.extra_link_args = flags
+            try:
+                super().build_extension(trial)
+            except LinkError:
+                continue
+            except (CCompilerError, CompileError):
+                break
+            print(f"native engine: built with nghttp2 ({kind})")
+            return
+        print("native engine: NOT built, HTTP/2 goes through h2; it needs "
+              "gcc, python3-dev and libnghttp2-dev")
+
+
 def version():
     """Return `__version__` of shimmercat.py without importing it."""
     text = (HERE / "shimmercat.py").read_text(encoding="utf-8")
@@ -76,6 +118,8 @@ def install(scratch):
         license="MIT",
         py_modules=["shimmercat"],
         packages=find_packages(include=["shimmercat_ext*"]),
+        ext_modules=[NATIVE],
+        cmdclass={"build_ext": BuildNative},
         python_requires=">=3.11",
         install_requires=INSTALL_REQUIRES,
         extras_require=EXTRAS_REQUIRE,

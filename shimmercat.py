@@ -95,7 +95,8 @@ __all__ = [
     "StreamReset", "PriorityChanged", "PeerLeaving", "ProtocolFault",
     "StreamGone", "ErrorCode", "EngineLimits", "Engine",
     "Http2Engine",
-    "Http1Engine", "NATIVE_ENGINE", "make_engine",
+    "EngineMissing", "Http1Engine", "NATIVE_ENGINE", "http2_engine",
+    "make_engine",
     "Urgency", "Scheduler",
     "ForbiddenPath", "RuleError", "Kind", "classify", "sound_path",
     "plain_path", "url_path", "family", "asked_width", "RewriteRule",
@@ -580,6 +581,8 @@ MESSAGES = {
     10005: Message("Redis is {} (from {}), socket {}", "keeps queue and log"),
     10006: Message("development CA file {}", "import it into browsers"),
     10007: Message("{} workers, scratch folder {}", "each will say ready"),
+    10008: Message("HTTP/2 through {}", "nghttp2 is the native engine, h2 the"
+                   " one in Python; option --engine"),
     20001: Message("{} started as process {}", "it is not ready yet"),
     20002: Message("{} is ready", "a worker accepts connections"),
     20004: Message("{} made from {}: {} bytes instead of {}, {}",
@@ -1000,6 +1003,8 @@ class Option(typing.NamedTuple):
 
 #: sorted by where and name; --help, tweaks.yaml and README.rst follow it
 OPTIONS = (
+    Option("engine", "flag", "choice", "auto", ("auto", "python", "native"),
+           "who speaks HTTP/2; auto takes native, in C, where it is built"),
     Option("listen", "flag", "address", "0.0.0.0:4043", (),
            "address for HTTPS; a port alone means 127.0.0.1"),
     Option("log-codes", "flag", "codes", "default", (),
@@ -1245,6 +1250,7 @@ class Settings:
     listen: NetworkAddress
     redirect: NetworkAddress | None
     workers: int
+    engine: str
     log_codes: frozenset[int]
     log_format: str
     log_file: Path | None
@@ -2126,6 +2132,8 @@ class Engine:
 
     #: its name in ALPN
     protocol = ""
+    #: the library below it, for the log
+    library = ""
     #: sum of the points (`_POINTS`) of what the peer sent
     nuisance = 0
     #: whether the connection is to be closed once `output` is written
@@ -2189,6 +2197,7 @@ class Http2Engine(Engine):
     """RFC 9113 through the h2 library."""
 
     protocol = "h2"
+    library = f"h2 {h2.__version__}"
 
     def __init__(self, limits: EngineLimits):
         self._limits, self._h2 = limits, _H2(_H2_CONFIG)
@@ -2197,7 +2206,7 @@ class Http2Engine(Engine):
         self._settled = False
         #: octets and frames of the header block that is coming, if any
         self._block = None
-        self._extra = b""  #: frames of our own, beside those of h2
+        self._extra = b""  #: frames of our own, and those of h2 before them
         self._last = 2**31 - 1
         #: streams that we reset, newest last
         self._reset = collections.OrderedDict()
@@ -2225,6 +2234,8 @@ class Http2Engine(Engine):
 
     def receive(self, data):
         events, at = [], 0
+        if self.closing:
+            return events
         data = self._rest + data if self._rest else data
         try:
             if self._preface:
@@ -2289,6 +2300,9 @@ class Http2Engine(Engine):
                 # RFC 9113 section 3.4
                 raise h2.exceptions.ProtocolError("no SETTINGS to begin with")
             self._settled = True
+        if kind in (_PUSH_PROMISE, _CONTINUATION):
+            # RFC 9113 sections 8.4 and 6.10
+            raise h2.exceptions.ProtocolError("no such frame is due")
         size = 0 if kind == _SETTINGS and flags & _ACK else _SIZES.get(kind)
         if size is not None and length != size:
             raise h2.exceptions.FrameDataMissingError("a frame's length")
@@ -2312,8 +2326,8 @@ class Http2Engine(Engine):
         if kind != _DATA or stream not in self._reset:
             return False
         if length:
-            self._extra += hyperframe.frame.WindowUpdateFrame(
-                0, window_increment=length).serialize()
+            self._put(hyperframe.frame.WindowUpdateFrame(
+                0, window_increment=length))
         return True
 
     def _take_priority(self, stream, payload, events):
@@ -2462,28 +2476,34 @@ class Http2Engine(Engine):
             self.nuisance -= 2
         try:
             self._h2.send_data(stream, piece, end)
-        except h2.exceptions.ProtocolError as error:
+        except (h2.exceptions.ProtocolError, KeyError) as error:
             raise StreamGone(str(error)) from error
 
     def reset(self, stream, code):
         self._owed.pop(stream, None)
+        known = self._h2.streams.get(stream)
+        if known is None or known.closed:
+            return
         self._reset[stream] = None
         if len(self._reset) > _H2.MAX_CLOSED_STREAMS:
             self._reset.popitem(last=False)
-        # Closed, or refused before it was open: nothing is left to give up.
+        # After a ProtocolFault nothing is left to give up.
         with contextlib.suppress(h2.exceptions.ProtocolError):
             self._h2.reset_stream(stream, code)
 
     def goodbye(self, code=0, last=None):
         self._last = min(self._last, self._highest() if last is None else last)
-        self._extra += hyperframe.frame.GoAwayFrame(
-            0, last_stream_id=self._last, error_code=code).serialize()
+        self._put(hyperframe.frame.GoAwayFrame(
+            0, last_stream_id=self._last, error_code=code))
+
+    def _put(self, frame):
+        self._extra += self._h2.data_to_send() + frame.serialize()
 
     def consumed(self, stream, count):
         self._h2.acknowledge_received_data(count, stream)
 
     def output(self):
-        written, self._extra = self._h2.data_to_send() + self._extra, b""
+        written, self._extra = self._extra + self._h2.data_to_send(), b""
         return written
 
 
@@ -2494,6 +2514,7 @@ class _H2(h2.connection.H2Connection):
 
 
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS = 0x0, 0x1, 0x3, 0x4
+_PUSH_PROMISE = 0x5
 _WINDOW_UPDATE, _CONTINUATION = 0x8, 0x9
 _END_STREAM, _ACK, _END_HEADERS, _PADDED = 0x1, 0x1, 0x4, 0x8
 _PREFACE_BYTES, _FRAME_BYTES = 24, 16384
@@ -2527,17 +2548,25 @@ _UNDECODABLE = hpack.HPACKError, IndexError, TypeError, UnicodeDecodeError
 # ---------------------------------------------------------------------------
 # 5c. Older engine: the same events from HTTP/1.1
 #
-#    Offers   Http1Engine, NATIVE_ENGINE, make_engine
+#    Offers   EngineMissing, Http1Engine, NATIVE_ENGINE, http2_engine,
+#             make_engine
 #    Uses     1 Words, 4 HTTP
 # ---------------------------------------------------------------------------
 #
 # Requests are streams 1, 3, 5 ... of which one at a time is being answered.
 
 
+class EngineMissing(ShimmerCatError):
+    """The native engine is asked for and not built."""
+
+    exit_code = 69
+
+
 class Http1Engine(Engine):
     """RFC 9112 through httptools (llhttp); flow control is left to TCP."""
 
     protocol = "http/1.1"
+    library = f"httptools {httptools.__version__}"
 
     def __init__(self, limits: EngineLimits):
         self._limits = limits
@@ -2823,16 +2852,37 @@ class _Http1Head:
 _PHRASES = {x.value: x.phrase.encode() for x in http.HTTPStatus}
 _ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?#]*)(.*)", re.DOTALL)
 
+#: what shimmercat_ext/native/engine.c must have been written for
+_ABI = 1
+
 try:
-    from shimmercat_ext.native import Http2Engine as NATIVE_ENGINE
+    from shimmercat_ext import native as _native
 except ImportError:
-    NATIVE_ENGINE = None
+    _native = None
+
+#: Http2Engine's likeness in C over nghttp2, None when it is not built
+NATIVE_ENGINE = None
+if _native is not None and _native.ABI == _ABI:
+    NATIVE_ENGINE = _native.Http2Engine
+    _native.bind((RequestStarted, RequestRefused, BodyReceived, RequestEnded,
+                  StreamReset, PriorityChanged, PeerLeaving, ProtocolFault),
+                 StreamGone)
 
 
-def make_engine(protocol: str, limits: EngineLimits) -> Engine:
+def http2_engine(choice: str = "auto") -> type:
+    """The engine that option --engine names; raises EngineMissing."""
+    if choice == "native" and NATIVE_ENGINE is None:
+        raise EngineMissing(
+            "--engine native: it is not built here; install gcc, python3-dev"
+            " and libnghttp2-dev, and then shimmercat again")
+    return Http2Engine if choice == "python" else NATIVE_ENGINE or Http2Engine
+
+
+def make_engine(protocol: str, limits: EngineLimits,
+                choice: str = "auto") -> Engine:
     """The engine for what ALPN agreed on, `h2` or `http/1.1`."""
     if protocol == "h2":
-        return (NATIVE_ENGINE or Http2Engine)(limits)
+        return http2_engine(choice)(limits)
     return Http1Engine(limits)
 
 
@@ -11008,7 +11058,8 @@ class Connection:
         except ssl.SSLWantWriteError:
             return self._watch(_WRITE)
         protocol = self._socket.selected_alpn_protocol()
-        engine = make_engine(protocol or "http/1.1", self._service.limits)
+        engine = make_engine(protocol or "http/1.1", self._service.limits,
+                             self._service.settings.engine)
         self._begin(engine, self._service.site)
 
     def _explain(self):
@@ -11496,9 +11547,9 @@ _PROXY_BYTES = 2048
 #
 #    Offers   PRESS_SECONDS, CannotWriteLog, WorkerLine, Child,
 #             Doors, Premises, Worker, LoneWorker
-#    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 9 Redis,
-#             10 Representations, 12 Fetch backends, 13 Artisan, 15 Site,
-#             16 Connections
+#    Uses     1 Words, 2 Messages, 3 Settings, 5 Engines, 8 Scratch,
+#             9 Redis, 10 Representations, 12 Fetch backends, 13 Artisan,
+#             15 Site, 16 Connections
 # ---------------------------------------------------------------------------
 
 #: seconds between two signs of life
@@ -11653,7 +11704,7 @@ class Premises:
     def __init__(self, settings: Settings):
         """Makes what is missing; raises ShimmerCatError when it cannot."""
         _hold_standard_streams()
-        self.settings = settings
+        self.settings, self._engine = settings, http2_engine(settings.engine)
         try:
             self.console = Console(1, settings.log_format, wants_colour(1),
                                    settings.log_file)
@@ -11674,6 +11725,7 @@ class Premises:
         LOG.say(10001, __version__, settings.mode, settings.working_dir,
                 os.getpid())
         LOG.say(10002, settings.listen)
+        LOG.say(10008, self._engine.library)
         if settings.redirect:
             LOG.say(10003, settings.redirect)
         port = settings.listen.port

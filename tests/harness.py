@@ -28,6 +28,8 @@ DOMAIN = "www.example.test"
 #: name of the variable by which a server's processes are known in /proc,
 #: whatever becomes of their parents
 _MARK = "SHIMMERCAT_TEST_MARK"
+#: what all servers get for --engine, where a test does not say it
+_ENGINE = os.environ.get("SHIMMERCAT_TEST_ENGINE")
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
 
@@ -125,6 +127,8 @@ class Server:
         self._command = [*through, sys.executable, str(program), mode, *flags]
         if not any(flag.startswith("--listen") for flag in flags):
             self._command += ["--listen", f"127.0.0.1:{self.port}"]
+        if _ENGINE and "--engine" not in flags:
+            self._command += ["--engine", _ENGINE]
 
     def __enter__(self):
         self.start()

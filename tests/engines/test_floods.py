@@ -153,7 +153,8 @@ def blocks(stream, fields):
 
 @pytest.mark.parametrize("fields", [
     pytest.param([(b"x", b"y" * 15000)] * 5, id="6.5.2-octets"),
-    pytest.param([(b"x", b"y" * 70000)], id="6.5.2-one-long-field"),
+    # nghttp2 decodes no field that is longer than 64 KiB.
+    pytest.param([(b"x", b"y" * 65500)], id="6.5.2-one-long-field"),
     pytest.param([(b"x", b"")] * 2500, id="6.5.2-overhead-of-fields"),
     pytest.param([(b"x-%d" % n, b"y") for n in range(400)], id="10.5.1-count"),
 ])

@@ -1,0 +1,123 @@
+"""Drives a build of the native engine, alone: drive.py MODULE ROUNDS [few].
+
+Run with a module that was compiled with sanitizers, by test_native.py.  With
+`few`, an allocation fails in each conversation, another one each time.
+"""
+
+import collections
+import importlib.util
+import random
+import sys
+import typing
+
+import frames as fr
+
+NAMES = (
+    "RequestStarted stream fields ended", "RequestRefused stream status",
+    "BodyReceived stream piece cost", "RequestEnded stream trailers",
+    "StreamReset stream code", "PriorityChanged stream field",
+    "PeerLeaving code", "ProtocolFault code reason",
+)
+GET = [(b":method", b"GET"), (b":scheme", b"https"),
+       (b":authority", b"a.example"), (b":path", b"/")]
+OK = [(b":status", b"200"), (b"server", b"x" * 40)]
+
+
+class Limits(typing.NamedTuple):
+    """EngineLimits, small ones."""
+
+    header_bytes: int = 1024
+    header_count: int = 12
+    streams: int = 4
+    window_bytes: int = 30_000
+
+
+class Gone(Exception):
+    """Room 5's StreamGone."""
+
+
+def load(path):
+    """The extension from a file, with words of our own."""
+    spec = importlib.util.spec_from_file_location("engine", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    events = tuple(collections.namedtuple(*name.split(" ", 1))
+                   for name in NAMES)
+    module.bind(events, Gone)
+    return module.Http2Engine
+
+
+def some_frames(dice):
+    """Octets of a client that is wrong at times."""
+    stream = dice.choice([1, 1, 3, 5, 7, 9, 2])
+    fields = GET + dice.choice([[], [(b"x", b"y" * dice.randrange(900))],
+                                [(b"te", b"x")], [(b"content-length", b"5")],
+                                [(b"x", b"y" * 5000)]])
+    data = fr.frame(fr.DATA, dice.choice([0, 1]), stream,
+                    bytes(dice.choice([0, 5, 5000])))
+    padded = fr.frame(fr.DATA, 8, stream, b"\x05abcde\0\0\0\0\0")
+    return dice.choice([
+        fr.head(stream, *fields), fr.head(stream, *fields),
+        fr.frame(fr.HEADERS, fr.END_HEADERS, stream, fr.block(*fields)),
+        fr.frame(fr.HEADERS, 0, stream, fr.block(*fields)),
+        fr.frame(fr.CONTINUATION, 4, stream, b""),
+        data, data, padded, fr.reset(stream), fr.settings((4, 9), (1, 0)),
+        fr.window_update(dice.choice([0, stream]), dice.choice([5, 2**30])),
+        fr.frame(fr.PING, 0, 0, bytes(8)), fr.frame(7, 0, 0, bytes(8)),
+        fr.frame(16, 0, 0, stream.to_bytes(4, "big") + b"u=1"),
+        dice.randbytes(dice.randrange(30)),
+    ])
+
+
+def converse(engine_class, dice):
+    """A conversation of an engine's whole life, with all of its methods."""
+    engine = engine_class(Limits())
+    engine.receive(fr.PREFACE + fr.settings())
+    for _ in range(dice.randrange(25)):
+        octets, stream = some_frames(dice), dice.choice([1, 3, 5])
+        at = dice.randrange(len(octets) + 1)
+        engine.receive(octets[:at])
+        engine.receive(memoryview(octets)[at:])
+        try:
+            engine.headers(stream, OK, dice.random() < 0.2)
+            while (room := engine.sendable(stream)) > 9000:
+                engine.body(stream, bytes(room))
+            engine.body(stream, b"end", end=True)
+        except Gone:
+            engine.consumed(stream, 500)
+        if dice.random() < 0.1:
+            engine.reset(stream, 8)
+            engine.goodbye(0, 2**31 - 1)
+        if dice.random() < 0.5:
+            engine.output()
+        engine.midway(), engine.hungry(), engine.nuisance, engine.closing
+    engine.time_out()
+    return engine.output()
+
+
+def starve(engine_class, dice, patience):
+    """A conversation in which an allocation fails, which is no crash."""
+    import _testcapi
+
+    _testcapi.set_nomemory(patience, patience + 1)
+    try:
+        converse(engine_class, dice)
+    except (MemoryError, RuntimeError):
+        return
+    finally:
+        _testcapi.remove_mem_hooks()
+
+
+def main(path, rounds, few=False):
+    """Exits with 0 when nothing broke."""
+    engine_class = load(path)
+    for seed in range(int(rounds)):
+        dice = random.Random(seed)
+        if few:
+            starve(engine_class, dice, seed % 997)
+        else:
+            converse(engine_class, dice)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

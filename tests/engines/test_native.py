@@ -1,0 +1,157 @@
+"""The engine in C: its memory, its references, its errors of use."""
+
+import gc
+import importlib
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tracemalloc
+
+import drive
+import frames as fr
+import pytest
+
+import shimmercat
+from shimmercat import NATIVE_ENGINE, EngineLimits
+
+HERE = pathlib.Path(__file__).parent
+SOURCE = HERE.parent.parent / "shimmercat_ext" / "native" / "engine.c"
+
+needs_native = pytest.mark.skipif(
+    NATIVE_ENGINE is None, reason="the native engine is not built")
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """The engine compiled with sanitizers, and how to run Python with it."""
+    if NATIVE_ENGINE is None or not shutil.which("gcc"):
+        pytest.skip("no compiler or no nghttp2")
+    module = tmp_path_factory.mktemp("sanitized") / "engine.so"
+    include = sysconfig.get_paths()["include"]
+    subprocess.run(
+        ["gcc", "-std=c11", "-g", "-O1", "-Wall", "-Wextra", "-Werror",
+         "-fno-strict-aliasing", "-fsanitize=address,undefined",
+         "-fno-sanitize-recover=undefined", "-fPIC", "-shared",
+         f"-I{include}", str(SOURCE), "-o", str(module), "-lnghttp2"],
+        check=True, timeout=120)
+    libraries = [subprocess.check_output(
+        ["gcc", f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libubsan.so")]
+    # pymalloc would hide from the sanitizer where a block ends.
+    return module, {
+        **os.environ, "LD_PRELOAD": " ".join(libraries),
+        "PYTHONMALLOC": "malloc", "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+@pytest.mark.parametrize("arguments", [["300"], ["600", "few"]],
+                         ids=["memory", "no memory"])
+def test_no_conversation_breaks_a_rule_of_c(sanitized, arguments):
+    if arguments[-1] == "few":
+        pytest.importorskip("_testcapi")
+    module, environment = sanitized
+    run = subprocess.run(
+        [sys.executable, str(HERE / "drive.py"), str(module), *arguments],
+        env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.fixture
+def driven():
+    """The built engine with the words of drive.py, given back at the end."""
+    native = importlib.import_module("shimmercat_ext.native")
+    yield drive.load(native.engine.__file__)
+
+
+@needs_native
+def test_conversations_leave_nothing_behind(driven):
+    def converse(seeds):
+        for seed in seeds:
+            drive.converse(driven, random.Random(seed))
+        gc.collect()
+
+    tracemalloc.start()
+    converse(range(50))
+    before, types = tracemalloc.get_traced_memory()[0], sys.getrefcount(driven)
+    converse(range(150))
+    after = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    # An engine is 30 KB: not one of 150 is left, nor a stream of each.
+    assert after - before < 10_000
+    assert sys.getrefcount(driven) == types
+
+
+@needs_native
+def test_what_is_given_to_an_engine_is_let_go_of(driven):
+    engine = driven(drive.Limits())
+    engine.receive(fr.PREFACE + fr.settings() + fr.head(1, *drive.GET))
+    piece, name, value = bytes(5000), b"x-name" * 3, b"value" * 30
+    fields = [(b":status", b"200"), (name, value)]
+    given = piece, name, value, fields
+    before = [sys.getrefcount(x) for x in given]
+    engine.headers(1, fields)
+    engine.body(1, piece)
+    engine.headers(1, fields[1:], True)
+    with pytest.raises(drive.Gone):
+        engine.headers(1, fields)
+    assert [sys.getrefcount(x) for x in given] == before
+
+
+@needs_native
+@pytest.mark.parametrize("call", [
+    lambda engine: engine.headers(1, [(":status", "200")]),
+    lambda engine: engine.headers(1, [b":status"]),
+    lambda engine: engine.headers(1, None),
+    lambda engine: engine.headers(1, [], last=True),
+    lambda engine: engine.headers(1),
+    lambda engine: engine.body(1, "text"),
+    lambda engine: engine.body(1, b"", True, False),
+    lambda engine: engine.receive("text"),
+    lambda engine: engine.reset(1),
+    lambda engine: engine.sendable("1"),
+])
+def test_a_wrong_call_is_a_type_error_and_breaks_nothing(call):
+    engine = NATIVE_ENGINE(EngineLimits())
+    engine.receive(fr.PREFACE + fr.settings() + fr.head(1, *drive.GET))
+    with pytest.raises(TypeError):
+        call(engine)
+    engine.headers(1, [(b":status", b"200")], True)
+
+
+@needs_native
+def test_numbers_that_are_none_of_streams_are_refused():
+    engine = NATIVE_ENGINE(EngineLimits())
+    for stream in (-1, 2**31):
+        with pytest.raises(ValueError):
+            engine.sendable(stream)
+    with pytest.raises(OverflowError):
+        engine.reset(1, -1)
+    with pytest.raises(ValueError):
+        NATIVE_ENGINE(EngineLimits(window_bytes=2**31))
+
+
+@needs_native
+def test_an_empty_end_needs_no_window():
+    """nghttp2 waits for one; section 6.9.1 has it sent at once."""
+    engine = NATIVE_ENGINE(EngineLimits())
+    engine.receive(fr.PREFACE + fr.settings((4, 5))
+                   + fr.head(1, *drive.GET))
+    engine.headers(1, [(b":status", b"200")])
+    engine.body(1, b"12345")
+    engine.output()
+    assert engine.sendable(1) == 0
+    engine.body(1, b"", True)
+    assert engine.output() == fr.frame(
+        fr.HEADERS, fr.END_HEADERS | fr.END_STREAM, 1)
+
+
+@needs_native
+def test_the_words_of_another_program_are_refused():
+    native = importlib.import_module("shimmercat_ext.native")
+    with pytest.raises(TypeError):
+        native.bind((shimmercat.RequestEnded,) * 8, shimmercat.StreamGone)
+    with pytest.raises(TypeError):
+        native.bind((), shimmercat.StreamGone)
