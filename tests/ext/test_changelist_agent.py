@@ -1,6 +1,8 @@
 """The changelist agent, as a process beside somebody who changes files."""
 
 import contextlib
+import functools
+import http.server
 import os
 import random
 import shutil
@@ -305,6 +307,43 @@ def test_thousands_of_files_are_told_each_once(folder):
         wanted = [("c", f"css/{n}.css") for n in range(3000)]
         new = await_change(folder, *wanted, after=before)
     assert sorted(new) == sorted(wanted)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder and says nothing."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_words):
+        """Says nothing."""
+
+
+def test_a_shimmercat_elsewhere_shows_what_the_agent_tells_of(
+        folder, tmp_path):
+    origin = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+    threading.Thread(target=origin.serve_forever, daemon=True).start()
+    edge = tmp_path / "edge"
+    (edge / "views").mkdir(parents=True)
+    (edge / "devlove.yaml").write_text(f"""
+shimmercat-devlove:
+  domains:
+    {harness.DOMAIN}:
+      root-dir: {{fetch-backend: http, http-port: {origin.server_port}}}
+      views-dir: views
+      changelist-settings: {{tOld: 600, tNew: 1}}
+""")
+    with Agent(folder), harness.Server(edge, "--workers", "2") as server:
+        def shown():
+            return server.fetch("/css/a.css").text
+        assert shown() == "one"
+        (folder / "css/a.css").write_text("two")
+        harness.eventually(lambda: shown() == "two")
+        (folder / "css/a.css").unlink()
+        harness.eventually(
+            lambda: server.fetch("/css/a.css").status_code == 404)
+    origin.shutdown()
+    origin.server_close()
 
 
 def test_a_line_broken_off_by_a_crash_spoils_no_other(folder):

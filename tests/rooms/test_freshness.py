@@ -202,6 +202,17 @@ def test_too_many_changes_count_as_if_all_had_changed(clock, monkeypatch):
     assert known.judge(kept("a.css", NOW, known), NOW + 19) is FRESH
 
 
+def test_a_list_that_is_too_long_counts_as_if_all_had_changed(clock):
+    def get(path):
+        raise shimmercat.TooManyChanges(path)
+
+    known = shimmercat.Changelist(
+        "site", (7200, 20), get, shimmercat.LocalNotes())
+    known.update()
+    assert known.judge(kept("a.css", NOW - 100, known), NOW) is EXPIRED
+    assert known.judge(kept("b.css", NOW, known), NOW) is FRESH
+
+
 def test_very_long_times_are_not_read_whole(clock):
     origin = Origin()
     known = changelist(origin, limits=(10 ** 9, 20))
