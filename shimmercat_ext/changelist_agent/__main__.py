@@ -27,11 +27,8 @@ from .record import CannotRecord, Changelist, Database, Known
 
 LOG = logging.getLogger("sc_changelist_agent")
 
-#: a file is looked at when it was left alone for so long
-_SETTLE_SECONDS = 0.2
-#: a file that is never left alone is looked at so often
-_RESTLESS_SECONDS = 2.0
-_TICK_SECONDS = 0.1
+#: a file is looked at when it was left alone for so long, or is never left
+_SETTLE_SECONDS, _RESTLESS_SECONDS, _TICK_SECONDS = 0.2, 2.0, 0.1
 #: until a full disk is tried again
 _AGAIN_SECONDS = 10.0
 #: paths that wait to be looked at; with more, everything is
@@ -90,11 +87,9 @@ def _parents(path):
 class Agent:
     """Keeps the changelist of a folder."""
 
-    def __init__(self, folder: Folder, database: Database,
-                 changelist: Changelist):
-        self._folder, self._database = folder, database
-        self._changelist = changelist
-        self.ended = threading.Event()
+    def __init__(self, root: str, database: Database):
+        self._folder, self._changelist = Folder(root), Changelist(root)
+        self._database, self.ended = database, threading.Event()
 
     def compare(self, paths: list[bytes]) -> int:
         """Tells of what has changed there and below; how much that was."""
@@ -117,15 +112,15 @@ class Agent:
         unsettled = Unsettled(self._folder)
         place, due, watch = None, 0.0, None
         while not self.ended.wait(_TICK_SECONDS):
-            if self._folder.place() != place or not _is_alive(watch):
+            if self._folder.place() != place or watch and not all(
+                    thread.is_alive() for thread in watch.emitters):
                 if watch:
                     watch.stop()
-                place = self._folder.place()
-                watch = self._watch(unsettled) if place else None
-                due = 0.0
-            if place is None:
-                continue
+                place, due = self._folder.place(), 0.0
+                watch = place and self._watch(unsettled)
             try:
+                if place is None:
+                    continue
                 if time.monotonic() >= due:
                     due = time.monotonic() + refresh_seconds
                     LOG.info("compared: %d changes", self.compare([b""]))
@@ -164,10 +159,10 @@ class Agent:
 
 def _paired(found, known):
     """(path, identity or None, Known or None) of two sorted streams."""
-    both = heapq.merge(((path, identity, None) for path, identity in found),
-                       ((row.path, None, row) for row in known),
-                       key=operator.itemgetter(0))
-    for path, rows in itertools.groupby(both, operator.itemgetter(0)):
+    first = operator.itemgetter(0)
+    both = heapq.merge(((*row, None) for row in found),
+                       ((row.path, None, row) for row in known), key=first)
+    for path, rows in itertools.groupby(both, first):
         _, identities, knowns = zip(*rows, strict=True)
         yield path, next(filter(None, identities), None), next(
             filter(None, knowns), None)
@@ -179,27 +174,20 @@ def _event(known, state):
     return None if known.content == state.content else "m"
 
 
-def _is_alive(watch):
-    return watch is None or (watch.is_alive() and all(
-        emitter.is_alive() for emitter in watch.emitters))
-
-
 def _arguments():
     parser = argparse.ArgumentParser(
         prog="sc_changelist_agent",
         description="Writes down which files below DIR change, in "
         f"DIR/{CHANGELIST_FOLDER}, for a shimmercat on another host.")
     parser.add_argument("dir", metavar="DIR", help="root of the files")
-    parser.add_argument(
-        "--database", metavar="FILE", type=Path,
-        help="keeps what is known of the files, outside of what is served"
-        " (DIR/.sc_changelist_agent/files.sqlite3)")
-    parser.add_argument(
-        "--refresh-seconds", metavar="N", type=_positive, default=300.0,
-        help="time between two comparisons of everything (300)")
-    parser.add_argument(
-        "--keep-days", metavar="N", type=_positive, default=7.0,
-        help="age of the oldest changes that are kept; more than tOld (7)")
+    for name, kind, default, text in (
+            ("database", Path, None, "where the last state of the files is"
+             " kept (DIR/.sc_changelist_agent/files.sqlite3)"),
+            ("refresh-seconds", _positive, 300.0, "time between two"
+             " comparisons of everything (300)"),
+            ("keep-days", _positive, 7.0, "age of the oldest changes that are"
+             " kept; more than tOld (7)")):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     return parser.parse_args()
 
 
@@ -223,7 +211,7 @@ def main() -> int:
     try:
         with contextlib.closing(Database(options.database or Path(
                 root, ".sc_changelist_agent", "files.sqlite3"))) as database:
-            agent = Agent(Folder(root), database, Changelist(root))
+            agent = Agent(root, database)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: agent.ended.set())
             agent.run(options.refresh_seconds, options.keep_days * 86_400)

@@ -67,9 +67,9 @@ class Database:
             with rows:
                 rows.execute("delete from files where path = x''")
             check = rows.execute("pragma quick_check(1)").fetchone()
-        except sqlite3.OperationalError:
-            raise
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise
             return None
         return rows if check == ("ok",) else None
 
@@ -78,12 +78,10 @@ class Database:
 
         What has been given may be saved anew meanwhile.
         """
-        if not path:
-            yield from self._between(b"", b"\xff" * 4096)
-        else:
-            yield from self._between(path, path + b"\0")
-            # "0" is the octet after the slash.
-            yield from self._between(path + b"/", path + b"0")
+        # "0" is the octet after the slash.
+        yield from self._between(path, path + b"\0")
+        yield from self._between(path and path + b"/",
+                                 path + b"0" if path else b"\xff" * 4096)
 
     def _between(self, low, high):
         """The files of a half-open interval, read a page at a time."""
@@ -166,8 +164,8 @@ def _or_cannot(path):
 
 def _slot_of(path):
     """First moment of the slot that a path is the file of, or None."""
-    try:
+    with contextlib.suppress(ValueError):
+        # Somebody else's file.
         slot = int("".join(path.parts[1:]) + "00", 16)
-    except ValueError:
-        return None
-    return slot if slot_path(slot) == str(path) else None
+        return slot if slot_path(slot) == str(path) else None
+    return None
