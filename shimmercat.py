@@ -12368,8 +12368,11 @@ def _fork(name, live, private):
 def _live(name, live, line, private):
     """The life of a child; its exit status."""
     if gevent.hub._get_hub() is not None:
-        # Some modules make one when they are imported.
+        # Some modules make one when they are imported: urllib3 does.
         gevent.get_hub().destroy(destroy_loop=True)
+        # The second loop takes SIGCHLD, and would reap jobs before we do.
+        gevent.get_hub()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     LOG.configure(worker=name, sink=Console(2).write)
     for source in private:
         source.close()

@@ -325,11 +325,11 @@ def test_head_has_the_fields_of_get(gallery, name, accept):
 
 
 def test_all_workers_switch_within_a_second_of_the_last_form(tmp_path):
-    source = photograph(1, (200, 150))
+    source = photograph(1)
     make_site(tmp_path, {"photo.jpg": source})
     with Server(tmp_path, "--workers", "2") as server:
         assert ask(server, "photo.jpg").content == source
-        for _ in range(16):
+        for _ in range(8):
             # Each worker comes to know the original.
             assert_right(ask(server, "photo.jpg"), source)
         server.await_line("M20004", about="avif made", seconds=60)
@@ -337,7 +337,7 @@ def test_all_workers_switch_within_a_second_of_the_last_form(tmp_path):
         while time.monotonic() < time_is_up:
             assert_right(ask(server, "photo.jpg"), source)
         kinds = {ask(server, "photo.jpg").headers["content-type"]
-                 for _ in range(40)}
+                 for _ in range(20)}
         assert kinds == {"image/avif"}
 
 
@@ -352,7 +352,7 @@ def seconds_of(*pids, with_children=False):
 
 
 def test_no_worker_ever_encodes(tmp_path):
-    photos = album(20, size=(80, 60))
+    photos = album(12, size=(64, 48))
     make_site(tmp_path, photos)
     with Server(tmp_path, "--workers", "2") as server:
         def spent():
@@ -388,12 +388,12 @@ def assert_whole(folder, photos):
 
 
 def test_nothing_in_the_store_is_half_after_fifty_kills(tmp_path):
-    photos, chance = album(40), random.Random(50)
+    photos, chance = album(24, size=(64, 48)), random.Random(50)
     make_site(tmp_path, photos, {"artisan-job-seconds": 1})
     with Server(tmp_path, "--workers", "2") as server:
         for n in range(50):
             server.await_line("M20002", n + 1, about="artisan", seconds=20)
-            moment = time.monotonic() + chance.uniform(0, 0.3)
+            moment = time.monotonic() + chance.uniform(0, 0.2)
             # More at first, that there is work; then some of them again.
             names = list(photos) if n % 10 == 0 else chance.sample(
                 list(photos), 4)
@@ -422,7 +422,7 @@ def clear(folder):
 
 
 def test_the_store_may_be_cleared_while_it_is_served_from(tmp_path):
-    files = {**album(6), "style.css": TEXT}
+    files = {**album(4, size=(64, 48)), "style.css": TEXT}
     # Whatever is served is read from its file each time.
     make_site(tmp_path, files, {"small-file-bytes": 0})
     with (Server(tmp_path, "--workers", "2") as server,
@@ -432,7 +432,7 @@ def test_the_store_may_be_cleared_while_it_is_served_from(tmp_path):
         def is_small():
             return all(answer.num_bytes_downloaded < len(files[name]) / 1.2
                        for name, answer in visit(server, files).items())
-        for n in range(10):
+        for n in range(7):
             if n % 3 == 0:
                 eventually(is_small, 20)
             visits = [pool.submit(visit, server, [*files] * 5)

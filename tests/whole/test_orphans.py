@@ -1,6 +1,8 @@
 """The first process is killed: nobody stays, nothing in flight is lost."""
 
 import os
+import pathlib
+import re
 import signal
 
 from harness import DOMAIN, Server, eventually, make_site
@@ -14,6 +16,16 @@ def killed(server):
     server.process.wait(10)
     # It was the test that ended it, and no fault of the program.
     server.status = 0
+
+
+def test_nothing_but_the_artisan_itself_reaps_its_jobs(server):
+    """A handler of SIGCHLD, as libev installs one, would be faster."""
+    for name, pid in server.started():
+        if name == "redis":
+            continue
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+        caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
+        assert not caught >> (signal.SIGCHLD - 1) & 1, name
 
 
 def test_all_children_leave_when_the_arbiter_is_killed(server):
