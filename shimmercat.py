@@ -5171,9 +5171,6 @@ class Kept:
         self.type = note["type"]
         #: when its octets are known to have been the origin's, POSIX time
         self.verified = note["verified"] + 0.0
-        if self.verified > time.time():
-            # A clock was set back: nothing is known.
-            self.verified = 0.0
         self.modified = parse_http_date(self.last_modified or "")
         if self.modified is None:
             self.modified = self.verified
@@ -5954,6 +5951,7 @@ class Lifetime:
 
     def judge(self, kept: Kept, now: float) -> Verdict:
         """What is known of an asset; two lifetimes are not very long."""
+        _mistrust(kept, now)
         if kept.verified + self._seconds > now:
             return Verdict.FRESH
         is_aged = kept.verified + 2 * self._seconds > now
@@ -5987,13 +5985,16 @@ class Changelist(Lifetime):
         self._site, self._name = name, f"changes_{name}"
         self._get, self._notes = get, notes
         self._old, self._new = limits
-        self._changes = Changes(math.inf, -math.inf, {})
+        self._changes = _UNREAD
         self._running = None
         #: until when the origin is left alone, since it failed
         self._pause, self._has_failed = Deadline(0), False
 
     def judge(self, kept: Kept, now: float) -> Verdict:
         """What is known of an asset; notes it when that is verified anew."""
+        _mistrust(kept, now)
+        if self._changes.until > now + _SLACK_SECONDS:
+            self._changes = _UNREAD
         changes, newest = self._changes, now - self._new
         oldest, listed = now - self._old, None
         if changes.until > newest:
@@ -6035,7 +6036,8 @@ class Changelist(Lifetime):
         with contextlib.suppress(ValueError, TypeError):
             # No note, or one of another version of us: it is read again.
             note = Changes(*json.loads(self._notes.read(self._name) or b""))
-            if note.until > self._changes.until:
+            latest = time.time() + _SLACK_SECONDS
+            if self._changes.until < note.until <= latest:
                 self._changes = note
         return self._changes.until > time.time() - self._new
 
@@ -6068,8 +6070,15 @@ class Changelist(Lifetime):
         return self._changes.followed_by(start, now, found, now - self._old)
 
 
+def _mistrust(kept, now):
+    """Forgets a verification to come: the clock was set back."""
+    if kept.verified > now + _SLACK_SECONDS:
+        kept.verified = 0.0
+
+
 #: which lines may come late, or the origin's clock be wrong
 _SLACK_SECONDS = 2
+_UNREAD = Changes(math.inf, -math.inf, {})
 #: read at most; assets verified before are verified alone
 _MOST_SLOTS = 64
 _MOST_CHANGES = 20_000
@@ -7950,11 +7959,13 @@ class Larder:
 
     def _accompany(self, errand, lease):
         """Follows what another process fetches until that ends."""
+        pause = _FOLLOW_SECONDS
         while (note := self.notes.read(lease)) is not None:
             if not errand.path:
                 errand.take(note)
             errand.grow()
-            gevent.sleep(_FOLLOW_SECONDS)
+            gevent.sleep(pause)
+            pause = min(1.2 * pause, _LONGEST_FOLLOW_SECONDS)
 
     def _hold(self, lease, errand):
         """Keeps the lease while this process lives; tells how to follow."""
@@ -8049,9 +8060,13 @@ class Larder:
     def _let_pass(self, errand, wanted, reply, reason):
         key = wanted.key
         LOG.say(40042, f"{key.root}{key.path}", reason)
-        _put(self._passed, key[:2],
-             time.monotonic() + self._tweaks.missing_seconds)
+        self._pass_for_a_while(wanted)
         errand.live = reply
+
+    def _pass_for_a_while(self, wanted):
+        """Keeps nothing of an asset: there is no use in trying."""
+        _put(self._passed, wanted.key[:2],
+             time.monotonic() + self._tweaks.missing_seconds)
 
     def _fill(self, errand, wanted, reply, begun):
         """Stores a body while others follow it; raises ShimmerCatError."""
@@ -8082,15 +8097,16 @@ class Larder:
         digest, limit = hashlib.sha256(), self._tweaks.fetch_limit_bytes
         for piece in reply.pieces:
             digest.update(piece)
-            try:
-                os.write(fd, piece)
-            except OSError as error:
-                raise StoreFull(str(error)) from error
             errand.size += len(piece)
+            try:
+                while piece := piece[os.write(fd, piece):]:
+                    continue
+            except OSError as error:
+                self._pass_for_a_while(wanted)
+                raise StoreFull(str(error)) from error
             errand.grow()
             if errand.size > limit:
-                _put(self._passed, wanted.key[:2],
-                     time.monotonic() + self._tweaks.missing_seconds)
+                self._pass_for_a_while(wanted)
                 raise OriginFailed(f"more than {limit} bytes"
                                    " (fetch-limit-bytes), length unknown")
         if reply.length not in (None, errand.size):
@@ -8157,7 +8173,8 @@ _PATIENCE_SECONDS = 0.5
 _WHOLE_SECONDS = 0.2
 #: after which the lease of a dead process ends
 _HELD_SECONDS = 3.0
-_FOLLOW_SECONDS = 0.05  #: until a file of another process is looked at again
+#: until a file of another process is looked at again; at first, and later
+_FOLLOW_SECONDS, _LONGEST_FOLLOW_SECONDS = 0.05, 0.5
 _MOST_ERRANDS = 1000
 #: assets of which something is known without asking the store
 _MOST_KNOWN = 50_000
@@ -9809,8 +9826,11 @@ class Site:
         if seconds is None:
             seconds = tweaks.fetched_seconds
         root = f"{domain.cache_key or domain.name} generated"
+        images, width = domain.images or tweaks.images, 0
+        if images == "scale":
+            width = asked_width(request.query, request.headers)
         return self._statics.fetched(request, Wanted(
-            AssetKey(root, request.target, domain.images or tweaks.images),
+            AssetKey(root, request.target, images, width),
             functools.partial(backend.get, target), Lifetime(seconds),
             is_generated=True))
 
@@ -12020,6 +12040,7 @@ class Arbiter:
 
         Raises ShimmerCatError when the start fails; nothing is left then.
         """
+        _leave_hub()
         LOG.configure(worker="arbiter")
         self._premises = Premises(self._settings)
         self._open()
@@ -12367,16 +12388,20 @@ def _fork(name, live, private):
 
 def _live(name, live, line, private):
     """The life of a child; its exit status."""
-    if gevent.hub._get_hub() is not None:
-        # Some modules make one when they are imported: urllib3 does.
-        gevent.get_hub().destroy(destroy_loop=True)
-        # The second loop takes SIGCHLD, and would reap jobs before we do.
-        gevent.get_hub()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _leave_hub()
+    # The second loop takes SIGCHLD, and would reap jobs before we do.
+    gevent.get_hub()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     LOG.configure(worker=name, sink=Console(2).write)
     for source in private:
         source.close()
     return live(name, line)
+
+
+def _leave_hub():
+    """Ends gevent's loop in this process; urllib3's import makes one."""
+    if gevent.hub._get_hub() is not None:
+        gevent.get_hub().destroy(destroy_loop=True)
 
 
 # ---------------------------------------------------------------------------

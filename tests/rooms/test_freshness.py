@@ -273,3 +273,19 @@ def test_an_origin_that_cannot_be_read_is_said_once(clock, said):
     origin.fails = False
     known.update()
     assert known.judge(kept("a.css", NOW - 100, known), NOW) is UNLISTED
+
+
+def test_a_clock_that_is_set_back_leaves_nothing_fresh_for_long(clock):
+    origin = Origin()
+    known, lifetime = changelist(origin), shimmercat.Lifetime(60)
+    known.update()
+    by_list, by_age = (kept("a.css", NOW - 1, how)
+                       for how in (known, lifetime))
+    assert known.is_fresh(by_list) and lifetime.is_fresh(by_age)
+    clock[0] -= 3600
+    assert not known.is_fresh(by_list) and not lifetime.is_fresh(by_age)
+    count = len(origin.asked)
+    known.update()
+    assert len(origin.asked) > count
+    by_list.verified = clock[0] - 100
+    assert known.judge(by_list, clock[0]) is UNLISTED
