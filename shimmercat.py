@@ -6707,8 +6707,7 @@ class HttpWire:
             return Reply(answer.status, fields, body)
         stream = Stream(self._pieces(), self._drop)
         stream.trailers = answer.trailers
-        stream.is_framed = answer.is_chunked or any(
-            name == b"content-length" for name, _ in fields)
+        stream.is_framed = answer.is_framed
         return Reply(answer.status, fields, stream)
 
     def _pieces(self):
@@ -6761,7 +6760,9 @@ class _Answer:
         self.has_head = self.is_complete = False
         #: whether the connection can be used again
         self.is_clean = False
-        self.is_chunked = self._is_framed = False
+        self.is_chunked = False
+        #: whether a body that breaks off is told from one that ends
+        self.is_framed = False
         self._fault = ""
 
     def feed(self, data):
@@ -6794,7 +6795,7 @@ class _Answer:
             self.pieces.append(rest)
 
     def _take_end(self):
-        if not self.has_head or self._is_framed:
+        if not self.has_head or self.is_framed:
             raise _Garbled("closed the connection "
                            + ("before its answer was complete" if self.size
                               else "without an answer"))
@@ -6839,7 +6840,7 @@ class _Answer:
         codings = [v.lower() for n, v in self.fields
                    if n == b"transfer-encoding"]
         self.is_chunked = codings == [b"chunked"]
-        self._is_framed = self.is_chunked or any(
+        self.is_framed = self.is_chunked or any(
             name == b"content-length" for name, _ in self.fields)
         # These have no body, whatever their fields say.
         self.is_complete = self._is_for_head or status in (204, 304)
@@ -6981,8 +6982,8 @@ def _nameless_file():
 class _RecordedAnswer:
     """What has come of an answer in records; to a wire, an _Answer."""
 
-    #: FastCGI has none
-    is_tunnel = False
+    #: FastCGI has no tunnels, and a record at the end
+    is_tunnel, is_framed = False, True
 
     def __init__(self, question, tell):
         """`tell` is called with what the application complains of."""

@@ -96,6 +96,10 @@ class Origin:
                    and method in (None, asked.method)
                    for asked in tuple(self.asked))
 
+    def has_open(self):
+        """Return whether a connection has not been closed yet."""
+        return bool(self._open)
+
     def _accept(self, listener):
         while True:
             try:
@@ -119,11 +123,11 @@ class Origin:
             # The other side has left; that is its right.
             pass
         finally:
-            with self._lock:
-                self._open.discard(wire)
             with contextlib.suppress(OSError):
                 wire.shutdown(socket.SHUT_RDWR)
             wire.close()
+            with self._lock:
+                self._open.discard(wire)
 
     def _send(self, wire, pieces):
         """Send the pieces of an answer; return whether to go on."""

@@ -167,6 +167,7 @@ def test_a_connection_that_was_closed_while_idle_is_not_a_failure(said):
         app = consultant(origin)
         for _ in range(3):
             assert body_of(app.ask(question("POST"))) == b"hello"
+            eventually(lambda: not origin.has_open())
     assert codes(said) == []
 
 

@@ -15,6 +15,7 @@ from shimmercat import (
     ForbiddenPath,
     NetworkAddress,
     Question,
+    Stream,
     Tweaks,
     UpstreamFailed,
 )
@@ -257,6 +258,14 @@ def test_an_answer_may_come_in_any_pieces(cuts, padding):
         at += cut
     reply, body = ask([*pieces, sent[at:]])
     assert (reply.status, body) == (200, b"hello")
+
+
+def test_a_long_answer_of_unknown_length_has_a_sure_end():
+    with Application(output(b"A: b\r\n\r\n") + 3 * output(b"x" * 60_000)
+                     + ending()) as app:
+        reply = app.consultant().ask(question())
+        assert isinstance(reply.body, Stream) and reply.body.is_framed
+        assert body_of(reply) == b"x" * 180_000
 
 
 def test_a_head_request_has_no_body_whatever_is_sent():
