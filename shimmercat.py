@@ -109,7 +109,8 @@ __all__ = [
     "LogSubscription", "JobQueue", "LocalJobQueue", "Announcements",
     "Notes", "LocalNotes",
     "QUIET_SECONDS", "SURE_SECONDS", "Source", "content_type",
-    "is_compressible", "StoreFull", "Mark", "StoredFile", "AlternateStore",
+    "true_type", "is_compressible", "StoreFull", "Mark", "StoredFile",
+    "AlternateStore",
     "StoreReader", "read_file", "PICTURE_FORMS",
     "AssetKey", "Kept", "Representation", "Asset", "dictionary",
     "formats_shown",
@@ -4695,7 +4696,7 @@ class Notes(LocalNotes):
 # 10. Representations: sources, their types, the store of alternates
 #
 #    Offers   QUIET_SECONDS, SURE_SECONDS, Source, content_type,
-#             is_compressible, StoreFull, Mark, StoredFile,
+#             true_type, is_compressible, StoreFull, Mark, StoredFile,
 #             AlternateStore, StoreReader, read_file, PICTURE_FORMS
 #    Uses     1 Words, 2 Messages, 8 Scratch
 # ---------------------------------------------------------------------------
@@ -4756,23 +4757,25 @@ class Source(typing.NamedTuple):
 
 
 def content_type(path: str, sample: bytes) -> bytes:
-    """Content-Type of a file by its name; charset when it is UTF-8.
-
-    An image that begins as one of another format is what it begins as:
-    browsers think so too, and its forms are made of its content.
-    """
+    """Content-Type of a file by its name; charset when it is UTF-8."""
     kind = _TYPES.get(os.path.splitext(path)[1].lower())
     if kind is None:
         kind, packing = _MIME.guess_type(path)
         if packing:
             kind = _PACKINGS.get(packing)
         kind = kind or "application/octet-stream"
-    if kind.encode() in PICTURE_FORMS and (
-            match := _PICTURE_HEAD.match(sample)):
-        return b"image/" + match.lastgroup.encode()
     if kind.startswith("text/") and _is_utf8(sample):
         kind += "; charset=utf-8"
-    return kind.encode()
+    return true_type(kind.encode(), sample)
+
+
+def true_type(kind: bytes, sample: bytes) -> bytes:
+    """The type itself, or for an image that of the format it begins in.
+
+    Browsers think so too, and forms of images are made of the content.
+    """
+    match = kind in PICTURE_FORMS and _PICTURE_HEAD.match(sample)
+    return b"image/" + match.lastgroup.encode() if match else kind
 
 
 def _is_utf8(sample):
@@ -5157,8 +5160,8 @@ class AssetKey(typing.NamedTuple):
 class Kept:
     """What is known of a fetched asset; the store has its octets."""
 
-    __slots__ = ("etag", "failed", "freshness", "last_modified", "length",
-                 "modified", "name", "sha", "type", "verified")
+    __slots__ = ("etag", "failed", "freshness", "is_fixed", "last_modified",
+                 "length", "modified", "name", "sha", "type", "verified")
 
     def __init__(self, note: dict, name: str, freshness: object):
         """`note` is what was remembered of it; part 10d judges it.
@@ -5169,6 +5172,8 @@ class Kept:
         #: the origin's validators and type, texts or None
         self.etag, self.last_modified = note["etag"], note["last_modified"]
         self.type = note["type"]
+        #: whether the origin wants no other forms of it (no-transform)
+        self.is_fixed = note.get("is_fixed", False)
         #: when its octets are known to have been the origin's, POSIX time
         self.verified = note["verified"] + 0.0
         self.modified = parse_http_date(self.last_modified or "")
@@ -5185,7 +5190,8 @@ class Kept:
         """What is to be remembered of it."""
         return {"sha": self.sha, "gone": None, "length": self.length,
                 "etag": self.etag, "last_modified": self.last_modified,
-                "type": self.type, "verified": self.verified}
+                "type": self.type, "is_fixed": self.is_fixed,
+                "verified": self.verified}
 
     def is_fresh(self) -> bool:
         """Whether it can be served without asking anybody."""
@@ -5466,8 +5472,9 @@ class Repository:
             body, sample = None, os.pread(source.fd, _SAMPLE_BYTES, 0)
             sha = kept.sha if kept else _in_thread(_file_digest, source.fd)
         asset = Asset(key, source, sha)
-        asset.type = kept and kept.type.encode() or content_type(
+        named = kept and kept.type.encode() or content_type(
             key.path if key.is_removed or kept else source.path, sample)
+        asset.type = true_type(named, sample)
         asset.wanted = self._recipes(asset, source.length)
         identity = self._form(asset, "identity", source.length)
         identity.body, identity.path = body, source.path
@@ -5493,7 +5500,9 @@ class Repository:
         if not _LEAST <= length <= tweaks.compress_limit_bytes:
             return ()
         forms = []
-        if b"no-transform" not in self._lifetime(asset):
+        is_fixed = (asset.kept and asset.kept.is_fixed
+                    or b"no-transform" in self._lifetime(asset))
+        if not is_fixed:
             if is_compressible(asset.type):
                 forms = [(coding, _BEST[coding]) for coding in _CODINGS]
                 if tweaks.dictionaries and zstandard and length >= KIB:
@@ -7709,6 +7718,8 @@ def _new_kept(wanted, reply, sha, size, begun):
     note = {"sha": sha, "length": size, "etag": text(b"etag"),
             "last_modified": text(b"last-modified"),
             "type": kind if kind and kind.isascii() else "",
+            "is_fixed": b"no-transform" in _words(
+                reply.headers.get(b"cache-control")),
             "verified": begun}
     return Kept(note, wanted.name, wanted.freshness)
 

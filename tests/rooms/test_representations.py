@@ -28,6 +28,7 @@ from shimmercat import (
     content_type,
     formats_shown,
     is_compressible,
+    true_type,
 )
 
 CSS = b"".join(b"p.c%d { margin: %dpx; }\n" % (n, n * n % 97)
@@ -578,6 +579,14 @@ def test_a_file_that_never_holds_still_is_given_up(tmp_path):
 ])
 def test_a_name_tells_the_type_and_utf8_the_charset(name, sample, expected):
     assert content_type(name, sample) == expected
+
+
+@pytest.mark.parametrize("kind, sample, expected", [
+    (b"image/png", b"\xff\xd8\xff\xe0", b"image/jpeg"),
+    (b"image/png", b"nothing", b"image/png"), (b"text/css", b"GIF89a",
+                                               b"text/css")])
+def test_a_type_from_elsewhere_is_put_right_too(kind, sample, expected):
+    assert true_type(kind, sample) == expected
 
 
 @pytest.mark.parametrize("name", [

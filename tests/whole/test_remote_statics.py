@@ -128,6 +128,16 @@ def test_its_best_form_is_made_as_of_local_files(server, origin):
     assert server.fetch("/a.css").content == CSS
 
 
+def test_what_an_origin_wants_as_it_is_comes_as_it_is(server, origin):
+    body = CSS + b"p.fixed {}"
+    origin.animal.special["/fixed.css"] = lambda asked: zoo.answer(
+        body, cache_control="max-age=60, No-Transform")
+    for _ in range(2):
+        answer = server.fetch("/fixed.css", headers={"accept-encoding": "br"})
+        assert answer.content == body
+        assert "content-encoding" not in answer.headers
+
+
 def test_visitors_of_all_workers_get_the_first_bytes_while_it_comes(
         server, origin):
     go_on = threading.Event()
