@@ -31,7 +31,6 @@ shimmercat-devlove:
         fetch-backend: http
         http-port: "127.0.0.1:{port}"
       views-dir: views
-      {keys}
     lasting.example.test:
       root-dir:
         fetch-backend: http
@@ -54,20 +53,22 @@ LASTING, CONSULTING, GENERATING = (
 
 
 @contextlib.contextmanager
-def edge(folder, port, workers=3, keys="", **tweaks):
-    """Run the program in front of an origin."""
+def edge(folder, port, workers=3, **tweaks):
+    """Run the program in front of an origin, in devlove mode with none."""
     (folder / "views").mkdir(parents=True)
     (folder / "views" / "__index.html").write_bytes(
         b"<!-- shimmercat:\n  cache-seconds: 100\n-->\n")
     (folder / "devlove.yaml").write_text(
-        ROOT.format(domain=DOMAIN, port=port, keys=keys))
+        ROOT.format(domain=DOMAIN, port=port))
     scratch = folder / ".shimmercat.loves.devs"
     scratch.mkdir(mode=0o700)
     tweaks = {"cache_status": "true", **tweaks}
     (scratch / "tweaks.yaml").write_text("".join(
         f"{key.replace('_', '-')}: {value}\n"
         for key, value in tweaks.items()))
-    with Server(folder, "--workers", str(workers)) as server:
+    flags = ("--workers", str(workers)) if workers else ()
+    mode = "internet" if workers else "devlove"
+    with Server(folder, *flags, mode=mode) as server:
         yield server
 
 
@@ -328,6 +329,20 @@ def test_a_generated_asset_that_takes_too_long_is_404(server, origin):
     assert server.fetch(
         "/made/slow", domain=GENERATING).status_code == 404
     assert server.await_line("M40041", about=f"{GENERATING} generated/made/sl")
+
+
+def test_devlove_mode_tells_developers_why_an_asset_is_missing(tmp_path):
+    files = Files({"/a.css": CSS})
+    files.special["/slow.bin"] = zoo.in_chunks(BIG[:1000], 0.5, BIG[1000:])
+    files.special["/bad.css"] = zoo.garbage
+    with (zoo.Origin(files) as origin,
+          edge(tmp_path, origin.port, workers=0) as server):
+        assert server.fetch("/a.css").content == CSS
+        assert server.fetch("/slow.bin").content == BIG
+        answer = server.fetch("/bad.css")
+        assert answer.status_code == 404
+        assert f"http 127.0.0.1:{origin.port}" in answer.text
+        assert "this is not HTTP" in answer.text
 
 
 def test_an_origin_that_is_down_fails_no_request_for_what_is_kept(
