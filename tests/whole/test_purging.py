@@ -117,10 +117,10 @@ def test_smaller_forms_of_local_files_are_made_anew(server):
 
 
 def test_wrong_words_are_refused(server):
-    for words in (("image",), ("/", "--domain", "nosuch.test"), ()):
+    for words in (("image",), ("/", "--domain", "nosuch.test")):
         done = purge(server.folder, *words)
         assert done.returncode == 64, done
-        assert "expected" in done.stderr or "required" in done.stderr
+        assert "expected" in done.stderr
 
 
 def test_the_store_is_purged_when_no_instance_runs(tmp_path, origin):
@@ -145,13 +145,12 @@ def test_an_instance_that_cannot_be_told_is_an_error(tmp_path):
         assert f"process {server.pid}" in done.stderr
 
 
-def test_a_worker_that_does_not_answer_is_an_error(site):
-    with harness.Server(site, "--workers", "2") as server:
-        stopped = min(server.workers().values())
-        os.kill(stopped, signal.SIGSTOP)
-        try:
-            done = purge(site, "/")
-        finally:
-            os.kill(stopped, signal.SIGCONT)
-        assert done.returncode == 69
-        assert "1 of 2 workers" in done.stderr
+def test_a_worker_that_does_not_answer_is_an_error(server):
+    stopped = min(server.workers().values())
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        done = purge(server.folder, "/nothing")
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    assert done.returncode == 69
+    assert "1 of 2 workers" in done.stderr
