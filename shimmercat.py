@@ -6711,7 +6711,7 @@ class HttpWire:
         if answer.is_complete and not answer.trailers:
             body = b"".join(answer.pieces)
             self._end()
-            if answer.is_chunked:
+            if answer.is_chunked and not answer.is_bodiless:
                 fields.append((b"content-length", b"%d" % len(body)))
             return Reply(answer.status, fields, body)
         stream = Stream(self._pieces(), self._drop)
@@ -6769,7 +6769,7 @@ class _Answer:
         self.has_head = self.is_complete = False
         #: whether the connection can be used again
         self.is_clean = False
-        self.is_chunked = False
+        self.is_chunked = self.is_bodiless = False
         #: whether a body that breaks off is told from one that ends
         self.is_framed = False
         self._fault = ""
@@ -6852,7 +6852,8 @@ class _Answer:
         self.is_framed = self.is_chunked or any(
             name == b"content-length" for name, _ in self.fields)
         # These have no body, whatever their fields say.
-        self.is_complete = self._is_for_head or status in (204, 304)
+        self.is_bodiless = self._is_for_head or status in (204, 304)
+        self.is_complete = self.is_bodiless
         if codings and not self.is_chunked:
             self._fault = f"transfer coding {codings[0].decode('latin-1')}"
         elif status > 599 or has_odd_field(self.end_to_end_fields()):
@@ -10276,7 +10277,7 @@ def _unconditional(request, method=None, codings=None, accept=None):
     fields += [field for field in replaced.items() if field[1]]
     asked = copy.copy(request)
     asked.method, asked.headers = method or request.method, Headers(fields)
-    request.withdraw = lambda: asked.withdraw()
+    request.withdraw = lambda: asked.withdraw and asked.withdraw()
     return asked
 
 

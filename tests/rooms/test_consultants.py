@@ -143,6 +143,7 @@ def test_an_answer_without_body_ends_with_its_head(animal):
         for _ in range(3):
             reply = app.ask(question("HEAD"))
             assert reply.body == b""
+            assert (b"content-length", b"0") not in reply.fields
         assert origin.accepted == 1
 
 
