@@ -6994,6 +6994,8 @@ class _RecordedAnswer:
 
     #: FastCGI has no tunnels, and a record at the end
     is_tunnel, is_framed = False, True
+    #: whether it has a body is told by `is_chunked`
+    is_bodiless = False
 
     def __init__(self, question, tell):
         """`tell` is called with what the application complains of."""
