@@ -582,8 +582,7 @@ MESSAGES = {
     10005: Message("Redis is {} (from {}), socket {}", "keeps queue and log"),
     10006: Message("development CA file {}", "import it into browsers"),
     10007: Message("{} workers, scratch folder {}", "each will say ready"),
-    10008: Message("HTTP/2 through {}", "nghttp2 is the native engine, h2 the"
-                   " one in Python; option --engine"),
+    10008: Message("HTTP/2 through {}", "nghttp2 or h2; option --engine"),
     20001: Message("{} started as process {}", "it is not ready yet"),
     20002: Message("{} is ready", "a worker accepts connections"),
     20004: Message("{} made from {}: {} bytes instead of {}, {}",
@@ -2133,8 +2132,7 @@ class Engine:
 
     #: its name in ALPN
     protocol = ""
-    #: the library below it, for the log
-    library = ""
+    library = ""  #: below it, for the log
     #: sum of the points (`_POINTS`) of what the peer sent
     nuisance = 0
     #: whether the connection is to be closed once `output` is written
@@ -2272,6 +2270,8 @@ class Http2Engine(Engine):
             self._check_frame(kind, flags, length, stream)
             if kind == _DATA:
                 self._weigh(frame, flags, stream, events)
+            elif kind == _HEADERS and flags & _PRIORITY:
+                self._check_dependence(frame, flags, stream)
             if own := _OWN_FRAMES.get(kind):
                 own(self, stream, frame[9:], events)
                 return
@@ -2312,11 +2312,23 @@ class Http2Engine(Engine):
             # RFC 9113 section 6.4
             raise h2.exceptions.ProtocolError("RST_STREAM when idle")
 
+    def _check_dependence(self, frame, flags, stream):
+        """RFC 7540 section 5.3.1; h2 looks at open streams only."""
+        at = 10 if flags & _PADDED else 9
+        on = int.from_bytes(frame[at:at + 4], "big") & 0x7FFFFFFF
+        if on == stream and len(frame) > at + 4:
+            raise h2.exceptions.ProtocolError("it depends on itself")
+
     def _weigh(self, frame, flags, stream, events):
         """Resets a stream whose body is not as long as it said."""
-        padding = 1 + frame[9] if flags & _PADDED and len(frame) > 9 else 0
+        if flags & _PADDED and len(frame) == 9:
+            raise h2.exceptions.FrameDataMissingError("no length of padding")
+        padding = 1 + frame[9] if flags & _PADDED else 0
         content, ended = len(frame) - 9 - padding, flags & _END_STREAM
-        self.nuisance += content <= 0 and not ended
+        if content < 0:
+            # RFC 9113 section 6.1; h2 does not see what comes too late
+            raise h2.exceptions.ProtocolError("padding beyond its frame")
+        self.nuisance += not (content or ended)
         if stream in self._owed:
             self._owed[stream] -= content
             if self._owed[stream] < 0 or (self._owed[stream] and ended):
@@ -2517,7 +2529,7 @@ class _H2(h2.connection.H2Connection):
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS = 0x0, 0x1, 0x3, 0x4
 _PUSH_PROMISE = 0x5
 _WINDOW_UPDATE, _CONTINUATION = 0x8, 0x9
-_END_STREAM, _ACK, _END_HEADERS, _PADDED = 0x1, 0x1, 0x4, 0x8
+_END_STREAM, _ACK, _END_HEADERS, _PADDED, _PRIORITY = 1, 1, 4, 8, 32
 _PREFACE_BYTES, _FRAME_BYTES = 24, 16384
 _WINDOWS = 4  #: the connection's window in those of streams
 #: payload octets of the frames that have a fixed size
@@ -2567,7 +2579,6 @@ class Http1Engine(Engine):
     """RFC 9112 through httptools (llhttp); flow control is left to TCP."""
 
     protocol = "http/1.1"
-    library = f"httptools {httptools.__version__}"
 
     def __init__(self, limits: EngineLimits):
         self._limits = limits
@@ -2853,29 +2864,22 @@ class _Http1Head:
 _PHRASES = {x.value: x.phrase.encode() for x in http.HTTPStatus}
 _ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?#]*)(.*)", re.DOTALL)
 
-#: what shimmercat_ext/native/engine.c must have been written for
-_ABI = 1
-
 try:
-    from shimmercat_ext import native as _native
+    from shimmercat_ext.native import bind as _bind
 except ImportError:
-    _native = None
-
-#: Http2Engine's likeness in C over nghttp2, None when it is not built
-NATIVE_ENGINE = None
-if _native is not None and _native.ABI == _ABI:
-    NATIVE_ENGINE = _native.Http2Engine
-    _native.bind((RequestStarted, RequestRefused, BodyReceived, RequestEnded,
-                  StreamReset, PriorityChanged, PeerLeaving, ProtocolFault),
-                 StreamGone)
+    NATIVE_ENGINE = None
+else:
+    # None as well when it was built for other words (engine.c, ABI).
+    NATIVE_ENGINE = _bind(1, (
+        RequestStarted, RequestRefused, BodyReceived, RequestEnded,
+        StreamReset, PriorityChanged, PeerLeaving, ProtocolFault), StreamGone)
 
 
 def http2_engine(choice: str = "auto") -> type:
     """The engine that option --engine names; raises EngineMissing."""
     if choice == "native" and NATIVE_ENGINE is None:
-        raise EngineMissing(
-            "--engine native: it is not built here; install gcc, python3-dev"
-            " and libnghttp2-dev, and then shimmercat again")
+        raise EngineMissing("--engine native is not built: install gcc,"
+                            " python3-dev, libnghttp2-dev, then shimmercat")
     return Http2Engine if choice == "python" else NATIVE_ENGINE or Http2Engine
 
 

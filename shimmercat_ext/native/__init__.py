@@ -6,6 +6,6 @@ import pkgutil
 # built in place.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
-from .engine import ABI, Http2Engine, bind
+from .engine import ABI, bind
 
-__all__ = ["ABI", "Http2Engine", "bind"]
+__all__ = ["ABI", "bind"]

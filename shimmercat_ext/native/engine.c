@@ -155,6 +155,7 @@ typedef struct {
 
 /* -------------------------------------------------- small helpers, no peer */
 
+/* Numbers are big-endian; RFC 9113 section 1.3. */
 static uint32_t read_u32(const uint8_t *octets)
 {
     return (uint32_t)octets[0] << 24 | (uint32_t)octets[1] << 16 |
@@ -214,6 +215,7 @@ static outcome extend(buffer *to, const uint8_t *octets, size_t count)
     return GOOD;
 }
 
+/* An idle connection keeps no buffer: it is made anew when needed. */
 static void release(buffer *it)
 {
     PyMem_Free(it->octets);
@@ -238,6 +240,7 @@ static outcome reserve_output(engine *self, size_t count)
     return self->out ? GOOD : BROKEN;
 }
 
+/* Appends octets to the output. */
 static outcome write_octets(engine *self, const uint8_t *octets, size_t count)
 {
     if (reserve_output(self, count) != GOOD)
@@ -259,6 +262,7 @@ static outcome write_frame(engine *self, uint8_t kind, int32_t id,
     return write_octets(self, payload, length);
 }
 
+/* RST_STREAM for a stream that nghttp2 has forgotten. */
 static outcome write_reset(engine *self, int32_t id, uint32_t code)
 {
     uint8_t payload[4];
@@ -268,6 +272,7 @@ static outcome write_reset(engine *self, int32_t id, uint32_t code)
 
 /* --------------------------------------------------------------- streams */
 
+/* The open stream of a number, NULL when there is none; borrowed. */
 static stream *find(engine *self, int32_t id)
 {
     return nghttp2_session_get_stream_user_data(self->session, id);
@@ -276,12 +281,6 @@ static stream *find(engine *self, int32_t id)
 /* Remembers how a stream was closed, of a bounded number. */
 static outcome bury(engine *self, int32_t id, fate how)
 {
-    for (size_t n = 0; n < self->closed_count; n++) {
-        if (self->closed[n].id == id) {
-            self->closed[n].fate = how;
-            return GOOD;
-        }
-    }
     size_t count = self->closed_count;
     if (count < MOST_CLOSED && (count & (count - 1)) == 0) {
         size_t room = count ? 2 * count : 1;
@@ -300,6 +299,7 @@ static outcome bury(engine *self, int32_t id, fate how)
     return GOOD;
 }
 
+/* How a stream that is not open was closed. */
 static fate fate_of(engine *self, int32_t id)
 {
     for (size_t n = 0; n < self->closed_count; n++)
@@ -308,6 +308,7 @@ static fate fate_of(engine *self, int32_t id)
     return FORGOTTEN;
 }
 
+/* Whether a client's stream was not opened so far; RFC 9113 5.1.1. */
 static bool is_idle(engine *self, int32_t id)
 {
     return id > self->highest || id % 2 == 0;
@@ -333,6 +334,7 @@ static stream *accompany(engine *self, int32_t id, bool complete)
     return it;
 }
 
+/* Frees a companion; nghttp2 lets its stream go at the same time. */
 static void part_from(engine *self, stream *it)
 {
     if (it->before)
@@ -347,6 +349,7 @@ static void part_from(engine *self, stream *it)
 
 /* ------------------------------------------------- what nghttp2 calls back */
 
+/* One more field of the block; its octets are ours to keep. */
 static int on_header(nghttp2_session *session, const nghttp2_frame *frame,
                      const uint8_t *name, size_t name_length,
                      const uint8_t *value, size_t value_length, uint8_t flags,
@@ -423,6 +426,7 @@ static int before_frame(nghttp2_session *session, const nghttp2_frame *frame,
     return 0;
 }
 
+/* A stream ended, by whatever frame, sent or received. */
 static int on_close(nghttp2_session *session, int32_t id, uint32_t code,
                     void *user)
 {
@@ -468,6 +472,7 @@ static int write_piece(nghttp2_session *session, nghttp2_frame *frame,
 
 /* ------------------------------------------------ between nghttp2 and us */
 
+/* Lets go of the fields of the last block. */
 static void drop_fields(engine *self)
 {
     for (size_t n = 0; n < 2 * self->field_count; n++)
@@ -542,6 +547,7 @@ static outcome report(engine *self, PyObject *events, int name, int count,
     return failed ? BROKEN : GOOD;
 }
 
+/* The event of a stream and a number. */
 static outcome report_numbers(engine *self, PyObject *events, int name,
                               int32_t id, uint32_t number)
 {
@@ -577,20 +583,25 @@ static outcome report_end(engine *self, PyObject *events, int32_t id,
 
 /* --------------------------------------------------- giving streams up */
 
-static outcome reset_stream(engine *self, int32_t id, uint32_t code)
+/* Sends RST_STREAM; `how` is what later frames on the stream meet. */
+static outcome cut_off(engine *self, stream *it, uint32_t code, fate how)
 {
-    stream *it = find(self, id);
-    if (it == NULL)
-        return GOOD;
-    it->fate = OURS;
+    it->fate = how;
     int result = nghttp2_submit_rst_stream(self->session, NGHTTP2_FLAG_NONE,
-                                           id, code);
+                                           it->id, code);
     if (result)
         return give_up(result);
     self->resetting = true;
     outcome sent = pump(self);
     self->resetting = false;
     return sent;
+}
+
+/* Gives a stream up; one that is closed is left alone. */
+static outcome reset_stream(engine *self, int32_t id, uint32_t code)
+{
+    stream *it = find(self, id);
+    return it ? cut_off(self, it, code, OURS) : GOOD;
 }
 
 /* Resets a stream, at the cost of who made us (CVE-2025-8671). */
@@ -600,6 +611,7 @@ static outcome refuse(engine *self, int32_t id, uint32_t code)
     return reset_stream(self, id, code);
 }
 
+/* As refuse, for a stream that our caller knows. */
 static outcome refuse_aloud(engine *self, PyObject *events, int32_t id,
                             uint32_t code)
 {
@@ -613,11 +625,9 @@ static outcome refuse_aloud(engine *self, PyObject *events, int32_t id,
 static outcome strike_complete(engine *self, PyObject *events, stream *it)
 {
     int32_t id = it->id;
-    outcome result = reset_stream(self, id, NGHTTP2_STREAM_CLOSED);
+    outcome result = cut_off(self, it, NGHTTP2_STREAM_CLOSED, TOLD);
     if (result != GOOD)
         return result;
-    if (bury(self, id, TOLD) != GOOD)
-        return BROKEN;
     return report_numbers(self, events, STREAM_RESET, id,
                           NGHTTP2_STREAM_CLOSED);
 }
@@ -632,6 +642,7 @@ static bool is_name_octet(uint8_t octet)
     return octet && strchr("!#$%&'*+-.^_`|~", octet) != NULL;
 }
 
+/* 8.2.1: no control octets, no white space at the ends. */
 static bool is_odd_value(PyObject *value)
 {
     const char *octets = PyBytes_AS_STRING(value);
@@ -645,6 +656,7 @@ static bool is_odd_value(PyObject *value)
     return first == ' ' || first == '\t' || last == ' ' || last == '\t';
 }
 
+/* Whether a name or value is this text. */
 static bool is_text(PyObject *bytes, const char *text)
 {
     size_t length = strlen(text);
@@ -672,6 +684,7 @@ static bool is_connection_field(PyObject *name)
     return false;
 }
 
+/* Whether one field breaks section 8.2. */
 static bool is_odd_field(PyObject *name, PyObject *value)
 {
     const uint8_t *octets = (const uint8_t *)PyBytes_AS_STRING(name);
@@ -686,6 +699,7 @@ static bool is_odd_field(PyObject *name, PyObject *value)
     return is_text(name, "te") && !is_same_text("trailers", 8, value);
 }
 
+/* Whether one of the fields from `from` on does. */
 static bool has_odd_field(engine *self, size_t from)
 {
     for (size_t n = from; n < self->field_count; n++)
@@ -730,6 +744,7 @@ static bool contradicts(engine *self, int from, PyObject *authority)
     return false;
 }
 
+/* Whether a pseudo-field is missing or says nothing. */
 static bool is_blank(PyObject *value)
 {
     return value == NULL || PyBytes_GET_SIZE(value) == 0;
@@ -789,6 +804,7 @@ static bool owes(engine *self, stream *it)
 
 /* --------------------------------------------- frames, one by one: heads */
 
+/* A new stream: looks at what it asks for, in room 5's order. */
 static outcome take_request(engine *self, PyObject *events, int32_t id,
                             bool complete)
 {
@@ -810,6 +826,7 @@ static outcome take_request(engine *self, PyObject *events, int32_t id,
     return report(self, events, REQUEST_STARTED, 3, values);
 }
 
+/* A second block on a stream: it ends the request. */
 static outcome take_trailers(engine *self, PyObject *events, int32_t id,
                              bool ended, int64_t owed)
 {
@@ -884,11 +901,23 @@ static outcome continue_block(engine *self, PyObject *events,
     return result;
 }
 
+/* Whether HEADERS name their own stream as the one that they depend on. */
+static bool depends_on_itself(const uint8_t *frame, int32_t id)
+{
+    size_t at = HEAD_BYTES + (frame[4] & NGHTTP2_FLAG_PADDED ? 1 : 0);
+    return frame[4] & NGHTTP2_FLAG_PRIORITY &&
+           (int32_t)(read_u32(frame + at) & HIGHEST_STREAM) == id;
+}
+
+/* HEADERS are fed when their block is complete, as one. */
 static outcome take_headers(engine *self, PyObject *events,
                             const uint8_t *frame, const frame_head *head)
 {
     if (!head->stream)
         return fail(self, NGHTTP2_PROTOCOL_ERROR, "HEADERS without a stream");
+    if (depends_on_itself(frame, head->stream))
+        /* RFC 7540 section 5.3.1 */
+        return fail(self, NGHTTP2_PROTOCOL_ERROR, "it depends on itself");
     if (head->flags & NGHTTP2_FLAG_END_HEADERS)
         return take_block(self, events, frame, HEAD_BYTES + head->length);
     self->fragments = 1;
@@ -911,6 +940,7 @@ static outcome weigh(engine *self, PyObject *events, stream *it,
     return refuse_aloud(self, events, it->id, NGHTTP2_PROTOCOL_ERROR);
 }
 
+/* `cost` is what the frame took of the windows, padding included. */
 static outcome report_body(engine *self, PyObject *events,
                            const frame_head *head, const uint8_t *content,
                            size_t length)
@@ -946,6 +976,7 @@ static outcome take_content(engine *self, PyObject *events,
     return report_end(self, events, head->stream, PyList_New(0));
 }
 
+/* DATA in any state of its stream. */
 static outcome take_data(engine *self, PyObject *events, const uint8_t *frame,
                          const frame_head *head)
 {
@@ -973,6 +1004,7 @@ static outcome take_data(engine *self, PyObject *events, const uint8_t *frame,
     return result;
 }
 
+/* RST_STREAM: the peer gave a stream up. */
 static outcome take_reset(engine *self, PyObject *events, const uint8_t *frame,
                           const frame_head *head)
 {
@@ -988,6 +1020,7 @@ static outcome take_reset(engine *self, PyObject *events, const uint8_t *frame,
                           read_u32(frame + HEAD_BYTES));
 }
 
+/* WINDOW_UPDATE: one that overflows costs its stream, or all. */
 static outcome take_window(engine *self, PyObject *events,
                            const uint8_t *frame, const frame_head *head)
 {
@@ -1032,6 +1065,7 @@ static outcome begin_session(engine *self, const uint8_t *frame, size_t count)
     return result;
 }
 
+/* SETTINGS: the first begins all, an ACK is no news. */
 static outcome take_settings(engine *self, PyObject *events,
                              const uint8_t *frame, const frame_head *head)
 {
@@ -1153,6 +1187,7 @@ static bool is_cut_short(const frame_head *head)
     return head->length < least;
 }
 
+/* One whole frame: counted, looked at, and passed to its function. */
 static outcome take_frame(engine *self, PyObject *events, const uint8_t *frame,
                           const frame_head *head)
 {
@@ -1288,6 +1323,7 @@ static PyObject *leave(engine *self, outcome result, PyObject *value)
     return NULL;
 }
 
+/* GOAWAY; `last` never rises again (section 6.8). */
 static outcome say_goodbye(engine *self, uint32_t code, int32_t last)
 {
     uint8_t payload[8];
@@ -1367,6 +1403,7 @@ static int fill_field(nghttp2_nv *field, PyObject *pair)
     return 0;
 }
 
+/* Whether fields are those of a 1xx response. */
 static bool is_interim(const nghttp2_nv *field, size_t count)
 {
     return count && field->namelen == 7 &&
@@ -1431,6 +1468,7 @@ static outcome send_piece(engine *self, int32_t id, bool end,
     return sent;
 }
 
+/* None, or NULL with StreamGone. */
 static PyObject *none_or_gone(engine *self, const char *gone)
 {
     if (gone == NULL)
@@ -1690,6 +1728,7 @@ static PyObject *engine_output(engine *self, PyObject *nothing)
 
 /* ------------------------------------------------------ life of an engine */
 
+/* nghttp2 takes its memory where Python does: tracemalloc sees it. */
 static void *take_memory(size_t size, void *nothing)
 {
     (void)nothing;
@@ -1714,6 +1753,7 @@ static void *resize_memory(void *it, size_t size, void *nothing)
     return PyMem_Realloc(it, size);
 }
 
+/* Rules that are ours are lifted from nghttp2. */
 static void set_options(nghttp2_option *option)
 {
     const uint64_t never = UINT32_MAX;
@@ -1825,6 +1865,7 @@ static int64_t read_limit(PyObject *limits, const char *name)
     return -1;
 }
 
+/* Reads the limits and opens the session. */
 static outcome begin(engine *self, PyObject *limits)
 {
     int64_t window = 0;
@@ -1843,6 +1884,7 @@ static outcome begin(engine *self, PyObject *limits)
     return announce(self, (uint32_t)window);
 }
 
+/* Http2Engine(limits): `limits` is an EngineLimits of room 5. */
 static PyObject *engine_new(PyTypeObject *type, PyObject *args,
                             PyObject *keywords)
 {
@@ -1866,6 +1908,7 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args,
     return (PyObject *)self;
 }
 
+/* Nothing here refers to a container, so there is no GC support. */
 static void engine_dealloc(engine *self)
 {
     PyTypeObject *type = Py_TYPE(self);
@@ -1927,17 +1970,20 @@ static PyType_Spec engine_spec = {
     .slots = engine_slots};
 
 PyDoc_STRVAR(bind_doc,
-             "bind(events, gone): tells the words of room 5.\n\n"
+             "bind(abi, events, gone): the engine in the words of room 5.\n\n"
              "`events` are its named tuples in their order, `gone` is its "
-             "StreamGone.");
+             "StreamGone.\nNone when it was built for another ABI.");
 
 static PyObject *module_bind(PyObject *module, PyObject *args)
 {
     static const Py_ssize_t sizes[EVENTS] = {3, 2, 3, 2, 2, 2, 1, 2};
     words *state = PyModule_GetState(module);
     PyObject *events, *gone;
-    if (!PyArg_ParseTuple(args, "O!O", &PyTuple_Type, &events, &gone))
+    int abi;
+    if (!PyArg_ParseTuple(args, "iO!O", &abi, &PyTuple_Type, &events, &gone))
         return NULL;
+    if (abi != ABI)
+        Py_RETURN_NONE;
     bool is_right = PyTuple_GET_SIZE(events) == EVENTS &&
                     PyExceptionClass_Check(gone);
     for (int n = 0; is_right && n < EVENTS; n++) {
@@ -1955,7 +2001,7 @@ static PyObject *module_bind(PyObject *module, PyObject *args)
     for (int n = 0; n < EVENTS; n++)
         Py_XSETREF(state->events[n], Py_NewRef(PyTuple_GET_ITEM(events, n)));
     Py_XSETREF(state->gone, Py_NewRef(gone));
-    Py_RETURN_NONE;
+    return Py_NewRef(state->type);
 }
 
 /* Sets a class attribute; steals the text, which may be NULL. */
@@ -1979,7 +2025,7 @@ static int module_exec(PyObject *module)
     failed |= describe(state->type, "library", library);
     if (failed || PyModule_AddIntConstant(module, "ABI", ABI) < 0)
         return -1;
-    return PyModule_AddObjectRef(module, "Http2Engine", state->type);
+    return 0;
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)

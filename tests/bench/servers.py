@@ -136,9 +136,10 @@ class Server:
 
 
 class Shimmercat(Server):
-    """The pure engine: arbiter, Redis, artisan and one worker."""
+    """Arbiter, Redis, artisan and one worker; the native engine if built."""
 
     name = "shimmercat"
+    engine = "auto"
 
     @classmethod
     def program(cls):
@@ -172,7 +173,15 @@ class Shimmercat(Server):
         return [sys.executable, self.program(), "internet",
                 "--working-dir", self.folder,
                 "--listen", f"127.0.0.1:{self.port}",
-                "--workers", "1", "--log-file", self.log]
+                "--workers", "1", "--log-file", self.log,
+                "--engine", self.engine]
+
+
+class ShimmercatPython(Shimmercat):
+    """The same with the engine in Python."""
+
+    name = "shimmercat-python"
+    engine = "python"
 
 
 class Nginx(Server):
@@ -346,4 +355,4 @@ def first_line(*words):
 
 
 #: in the order of the tables' columns
-SERVERS = (Shimmercat, Nginx, H2o, Caddy, Hypercorn)
+SERVERS = (Shimmercat, ShimmercatPython, Nginx, H2o, Caddy, Hypercorn)

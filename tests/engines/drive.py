@@ -43,8 +43,7 @@ def load(path):
     spec.loader.exec_module(module)
     events = tuple(collections.namedtuple(*name.split(" ", 1))
                    for name in NAMES)
-    module.bind(events, Gone)
-    return module.Http2Engine
+    return module.bind(module.ABI, events, Gone)
 
 
 def some_frames(dice):

@@ -152,6 +152,55 @@ def test_an_empty_end_needs_no_window():
 def test_the_words_of_another_program_are_refused():
     native = importlib.import_module("shimmercat_ext.native")
     with pytest.raises(TypeError):
-        native.bind((shimmercat.RequestEnded,) * 8, shimmercat.StreamGone)
+        native.bind(
+            native.ABI, (shimmercat.RequestEnded,) * 8, shimmercat.StreamGone)
     with pytest.raises(TypeError):
-        native.bind((), shimmercat.StreamGone)
+        native.bind(native.ABI, (), shimmercat.StreamGone)
+    assert native.bind(native.ABI + 1, (), shimmercat.StreamGone) is None
+
+
+@needs_native
+def test_who_calls_amid_a_call_is_refused():
+    """A collection may run anything; it finds the engine in use."""
+    engine, seen = NATIVE_ENGINE(EngineLimits()), set()
+
+    def meddle(phase, info):
+        try:
+            engine.output()
+        except RuntimeError as error:
+            seen.add(str(error))
+
+    octets = fr.PREFACE + fr.settings() + b"".join(
+        fr.head(stream, *drive.GET) for stream in range(1, 100, 2))
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(meddle)
+    gc.set_threshold(1)
+    try:
+        events = engine.receive(octets)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(meddle)
+    assert [event.stream for event in events] == [*range(1, 100, 2)]
+    # From Python 3.12 on a collection waits for the end of the call.
+    assert seen <= {"the engine is in use"}
+
+
+@needs_native
+def test_an_engine_without_memory_fails_and_says_so_ever_after():
+    testing = pytest.importorskip("_testcapi")
+    octets = fr.PREFACE + fr.settings() + fr.head(1, *drive.GET)
+    failures = 0
+    for patience in range(60):
+        engine = NATIVE_ENGINE(EngineLimits())
+        testing.set_nomemory(patience, patience + 1)
+        try:
+            engine.receive(octets)
+        except MemoryError:
+            failures += 1
+        else:
+            continue
+        finally:
+            testing.remove_mem_hooks()
+        with pytest.raises(RuntimeError, match="has failed before"):
+            engine.output()
+    assert failures > 10

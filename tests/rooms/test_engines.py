@@ -1101,6 +1101,28 @@ def test_a_client_that_overruns_its_window_is_stopped(engine_class):
             if isinstance(event, ProtocolFault)] == [3]
 
 
+@pytest.mark.parametrize("pad", [0, 200])
+def test_a_long_upload_is_neither_starved_nor_given_too_much(
+        engine_class, pad):
+    client = Client(engine_class, window_bytes=65535)
+    client.send(head(1, POST, end=False))
+    whole = 65535 + sum(frame.window_increment for frame in client.greeting
+                        if isinstance(frame, hf.WindowUpdateFrame))
+    sent, credit = 0, {0: whole, 1: 65535}
+    while sent < 2_000_000:
+        frame = body(1, b"x" * 1000, pad=pad)
+        cost = len(frame.serialize()) - 9
+        assert min(credit.values()) >= cost, "starved"
+        events = client.send(frame)
+        assert events == [BodyReceived(1, b"x" * 1000, cost)]
+        client.engine.consumed(1, cost)
+        sent += cost
+        for answer in client.read():
+            credit[answer.stream_id] += answer.window_increment
+        credit = {stream: room - cost for stream, room in credit.items()}
+        assert credit[0] <= whole and credit[1] <= 65535
+
+
 def test_the_window_of_padding_alone_comes_back_by_itself(client):
     client.send(head(1, POST, end=False))
     for _ in range(1000):
