@@ -1,5 +1,6 @@
 """WebSockets to an application, over HTTP/1.1 and over HTTP/2."""
 
+import asyncio
 import base64
 import contextlib
 import hashlib
@@ -11,9 +12,9 @@ import sys
 import threading
 
 import pytest
+import websockets.asyncio.client
+import websockets.asyncio.server
 import websockets.exceptions
-import websockets.sync.client
-import websockets.sync.server
 import zoo
 from harness import (
     Server,
@@ -58,17 +59,33 @@ class Application:
     """An echo of WebSockets that does other things when it is told to."""
 
     def __init__(self, port=0, tls=None):
-        self._server = websockets.sync.server.serve(
+        self.requests, self.ends = [], []
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._server = self._run(self._listen(port, tls))
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    def _run(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(
+            coroutine, self._loop).result(PATIENCE_SECONDS)
+
+    async def _listen(self, port, tls):
+        return await websockets.asyncio.server.serve(
             self._talk, "127.0.0.1", port, process_request=self._judge,
             max_size=None, compression=None, ping_interval=None, ssl=tls,
             select_subprotocol=lambda _, offered: [*offered, None][0])
-        self.port = self._server.socket.getsockname()[1]
-        self.requests, self.ends = [], []
-        threading.Thread(target=self._server.serve_forever,
-                         daemon=True).start()
+
+    async def _leave(self):
+        self._server.close()
+        await self._server.wait_closed()
 
     def close(self):
-        self._server.shutdown()
+        self._run(self._leave())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def _judge(self, connection, request):
         self.requests.append(request)
@@ -76,20 +93,73 @@ class Application:
             return connection.respond(403, "not for you\n")
         return None
 
-    def _talk(self, connection):
+    async def _talk(self, connection):
         try:
-            for message in connection:
+            async for message in connection:
                 if message == "close":
-                    connection.close(4321, "as you said")
+                    await connection.close(4321, "as you said")
                 elif message == "many":
                     for number in range(2000):
-                        connection.send(f"message {number}")
+                        await connection.send(f"message {number}")
                 else:
-                    connection.send(message)
+                    await connection.send(message)
         except websockets.exceptions.ConnectionClosedError:
             # Without a farewell: what some tests want to see.
             pass
         self.ends.append(connection.request.path)
+
+
+class Wire:
+    """A WebSocket over HTTP/1.1 to the end of a block.
+
+    It has a loop of its own.  The package's client without a loop reads and
+    writes TLS in two threads, which loses a handshake now and then.
+    """
+
+    def __init__(self, server, path="/echo", domain=DOMAIN, **options):
+        self._loop = asyncio.new_event_loop()
+        options.setdefault("compression", None)
+        plain = socket.create_connection(("127.0.0.1", server.port), 20)
+        plain.setblocking(False)
+
+        async def connect():
+            return await websockets.asyncio.client.connect(
+                f"wss://{domain}{path}", sock=plain, ssl=trusting_context(),
+                max_size=None, proxy=None, open_timeout=PATIENCE_SECONDS,
+                ping_interval=None, **options)
+
+        try:
+            self.itself = self._run(connect())
+        except BaseException:
+            self._loop.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *failure):
+        self._run(self.itself.close())
+        self._loop.close()
+
+    def _run(self, awaitable, seconds=PATIENCE_SECONDS):
+        return self._loop.run_until_complete(
+            asyncio.wait_for(awaitable, seconds))
+
+    def send(self, message):
+        self._run(self.itself.send(message))
+
+    def recv(self, seconds=PATIENCE_SECONDS):
+        return self._run(self.itself.recv(), seconds)
+
+    def ping(self):
+        """Sends a ping and waits until it came back."""
+        self._run(self._run(self.itself.ping()))
+
+    def vanish(self):
+        """Leaves without a word."""
+        self.itself.transport.abort()
+        self._run(self.itself.wait_closed())
+        self._loop.close()
 
 
 @pytest.fixture(scope="module")
@@ -131,16 +201,6 @@ def server(tmp_path_factory, configuration_home, application, raw, tls_port):
     with Server(folder, mode="devlove") as running:
         yield running
         assert not running.lines("M60001"), running.explained("a fault")
-
-
-def connect(server, path="/echo", domain=DOMAIN, **options):
-    """A WebSocket over HTTP/1.1."""
-    plain = socket.create_connection(("127.0.0.1", server.port), 20)
-    options.setdefault("compression", None)
-    return websockets.sync.client.connect(
-        f"wss://{domain}{path}", sock=plain, ssl=trusting_context(),
-        max_size=None, proxy=None, open_timeout=PATIENCE_SECONDS,
-        ping_interval=None, **options)
 
 
 class Tunnel(contextlib.AbstractContextManager):
@@ -208,15 +268,15 @@ def framed(opcode, octets):
 
 
 def test_messages_of_http_1_1_come_back(server, application):
-    with connect(server, subprotocols=["echo"]) as wire:
-        assert wire.subprotocol == "echo"
+    with Wire(server, subprotocols=["echo"]) as wire:
+        assert wire.itself.subprotocol == "echo"
         wire.send("hello")
-        assert wire.recv(PATIENCE_SECONDS) == "hello"
+        assert wire.recv() == "hello"
         wire.send(LARGE)
-        assert wire.recv(PATIENCE_SECONDS) == LARGE
+        assert wire.recv() == LARGE
         for _ in range(200):
-            assert wire.ping().wait(PATIENCE_SECONDS)
-    assert wire.close_code == 1000
+            wire.ping()
+    assert wire.itself.close_code == 1000
     request = application.requests[-1]
     assert request.headers["host"] == DOMAIN
     assert request.headers["x-forwarded-for"] == "127.0.0.1"
@@ -224,9 +284,9 @@ def test_messages_of_http_1_1_come_back(server, application):
 
 
 def test_an_extension_is_agreed_on_between_the_ends(server):
-    with connect(server, compression="deflate") as wire:
+    with Wire(server, compression="deflate") as wire:
         wire.send("hello" * 1000)
-        assert wire.recv(PATIENCE_SECONDS) == "hello" * 1000
+        assert wire.recv() == "hello" * 1000
 
 
 def test_messages_of_http_2_come_back(server, application):
@@ -259,25 +319,26 @@ def test_a_message_of_a_megabyte_passes_windows_of_64_kib(server):
 @pytest.mark.parametrize("domain", [SITE, DOMAIN])
 def test_any_path_may_be_a_tunnel(server, application, domain):
     for path in ("/", "/chat", "/chat/", "/chat.io?a=b"):
-        with connect(server, path, domain) as wire:
+        with Wire(server, path, domain) as wire:
             wire.send("here")
-            assert wire.recv(PATIENCE_SECONDS) == "here"
+            assert wire.recv() == "here"
         assert application.requests[-1].path == path
 
 
 def test_what_the_application_sends_unasked_arrives(server):
-    with connect(server) as wire:
+    with Wire(server) as wire:
         wire.send("many")
-        assert [wire.recv(PATIENCE_SECONDS) for _ in range(2000)] == [
+        assert [wire.recv() for _ in range(2000)] == [
             f"message {number}" for number in range(2000)]
 
 
 def test_the_application_may_say_goodbye(server):
-    with connect(server) as wire:
+    with Wire(server) as wire:
         wire.send("close")
         with pytest.raises(websockets.exceptions.ConnectionClosed):
-            wire.recv(PATIENCE_SECONDS)
-        assert (wire.close_code, wire.close_reason) == (4321, "as you said")
+            wire.recv()
+        assert (wire.itself.close_code, wire.itself.close_reason) == (
+            4321, "as you said")
     with Tunnel(server) as tunnel:
         tunnel.send(Opcode.TEXT, b"close")
         goodbye = framed(Opcode.CLOSE, (4321).to_bytes(2, "big")
@@ -294,8 +355,7 @@ def test_a_client_that_disappears_ends_it_for_the_application(
         server, application, end):
     path = f"/gone-{end}"
     if end == "socket":
-        wire = connect(server, path)
-        wire.socket.shutdown(socket.SHUT_RDWR)
+        Wire(server, path).vanish()
     else:
         tunnel = Tunnel(server, path.encode())
         if end == "stream":
@@ -309,7 +369,7 @@ def test_a_client_that_disappears_ends_it_for_the_application(
 
 def test_a_refusal_passes_as_it_is(server):
     with pytest.raises(websockets.exceptions.InvalidStatus) as caught:
-        connect(server, "/refuse")
+        Wire(server, "/refuse")
     assert isinstance(caught.value.response, Response)
     assert caught.value.response.status_code == 403
     assert caught.value.response.body == b"not for you\n"
@@ -323,22 +383,22 @@ def test_a_tunnel_through_which_nothing_comes_is_closed(
         tmp_path, application, raw):
     folder = make_folder(tmp_path, application, raw, tunnel_idle_seconds="1")
     with Server(folder, mode="devlove") as impatient:
-        with connect(impatient, "/quiet") as wire:
+        with Wire(impatient, "/quiet") as wire:
             with pytest.raises(websockets.exceptions.ConnectionClosed):
-                wire.recv(PATIENCE_SECONDS)
+                wire.recv()
         eventually(lambda: "/quiet" in application.ends)
 
 
 def test_a_tunnel_keeps_a_worker_that_leaves(tmp_path, application, raw):
     folder = make_folder(tmp_path, application, raw, graceful_seconds="2")
     with (Server(folder, "--workers", "1") as leaving,
-          connect(leaving, "/stay") as wire):
+          Wire(leaving, "/stay") as wire):
         leaving.signal(signal.SIGTERM)
         leaving.await_line("M40004")
         wire.send("still there?")
-        assert wire.recv(PATIENCE_SECONDS) == "still there?"
+        assert wire.recv() == "still there?"
         with pytest.raises(websockets.exceptions.ConnectionClosed):
-            wire.recv(PATIENCE_SECONDS)
+            wire.recv()
         assert leaving.wait(PATIENCE_SECONDS) == 0
     eventually(lambda: "/stay" in application.ends)
 
@@ -350,11 +410,10 @@ def test_an_application_may_want_tls(server, tls_port):
         scratch / "cert.pem", scratch / "privkey.unencrypted-pkcs8.pem")
     secret = Application(tls_port, context)
     try:
-        with connect(server, "/secret", "tls.example.test") as wire:
+        with Wire(server, "/secret", "tls.example.test") as wire:
             wire.send(LARGE)
-            assert wire.recv(PATIENCE_SECONDS) == LARGE
-        wire = connect(server, "/gone", "tls.example.test")
-        wire.socket.shutdown(socket.SHUT_RDWR)
+            assert wire.recv() == LARGE
+        Wire(server, "/gone", "tls.example.test").vanish()
         eventually(lambda: secret.ends == ["/secret", "/gone"])
     finally:
         secret.close()
@@ -400,12 +459,12 @@ def test_a_client_is_no_faster_than_its_application(server, raw):
 
 
 def test_a_tunnel_outlives_the_seconds_of_bodies(server):
-    with connect(server) as wire, Tunnel(server) as tunnel:
+    with Wire(server) as wire, Tunnel(server) as tunnel:
         # twice as long as a body may keep somebody waiting
         with pytest.raises(TimeoutError):
             wire.recv(1)
         wire.send("still here")
-        assert wire.recv(PATIENCE_SECONDS) == "still here"
+        assert wire.recv() == "still here"
         tunnel.send(Opcode.TEXT, b"hello")
         assert tunnel.take(7) == framed(Opcode.TEXT, b"hello")
 
@@ -504,7 +563,7 @@ def test_files_are_no_tunnels(server):
         with Tunnel(server, path, "files.example.test") as tunnel:
             assert 400 <= tunnel.exchange.status < 500
     with pytest.raises(websockets.exceptions.InvalidStatus):
-        connect(server, "/", "files.example.test")
+        Wire(server, "/", "files.example.test")
 
 
 def test_fastcgi_has_no_tunnels(server):
