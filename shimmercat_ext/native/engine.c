@@ -932,7 +932,7 @@ static outcome give_window(engine *self, int32_t id, uint64_t count);
 static outcome weigh(engine *self, PyObject *events, stream *it,
                      int64_t content, bool ended)
 {
-    if (it == NULL || it->owed < 0)
+    if (it == NULL || it->complete || it->owed < 0)
         return GOOD;
     it->owed -= content;
     if (it->owed >= 0 && !(it->owed && ended))
