@@ -7423,7 +7423,7 @@ class HttpFetchBackend:
                 and answer.version == 11 and "close" not in answer.headers.get(
                     "connection", "").lower()):
             # Most likely the head broke off; http.client takes that for one.
-            answer.close()
+            _give_back(answer)
             raise OriginFailed("the head does not say where the body ends")
         return fetched
 
@@ -7512,12 +7512,13 @@ def _body_length(headers, answer):
 
 def _give_back(answer):
     """Ends an answer; its connection is used again if little is unread."""
-    left = answer.length_remaining
-    if left is not None and left <= _PIECE_OCTETS:
+    if answer.length_remaining in range(_PIECE_OCTETS):
         with contextlib.suppress(urllib3.exceptions.HTTPError):
             # It is of no more use then, and closed below.
             answer.read(decode_content=False)
     answer.close()
+    # urllib3 takes no connection back by itself that was closed unread.
+    answer.release_conn()
 
 
 def _pieces(answer):

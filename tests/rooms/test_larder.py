@@ -1,6 +1,7 @@
 """Rooms 12b and 12c: what is fetched from origins, and how long it is kept."""
 
 import argparse
+import contextlib
 import hashlib
 import random
 import time
@@ -470,6 +471,26 @@ def test_connections_are_used_again_and_one_that_was_closed_is_renewed(house):
     here.origin.come()
     here.origin.animal.files["/a.css"] = b"new"
     assert here.get("/a.css").body == b"new"
+
+
+@pytest.mark.parametrize("animal", [
+    lambda asked: zoo.answer(BIG), lambda asked: zoo.answer(BIG, "404 None"),
+    lambda asked: zoo.head(), zoo.in_chunks(b"x", 600),
+    zoo.truncating(BIG)], ids=[
+        "large", "missing", "headless", "endless", "broken"])
+def test_an_answer_that_is_given_up_takes_no_connection_along(house, animal):
+    here = house(animal, fetch_connections=1, static_seconds=5)
+    backend = HttpFetchBackend(
+        here.settings.domains[DOMAIN].remote_root, DOMAIN,
+        here.settings.tweaks)
+    for _ in range(3):
+        with contextlib.suppress(OriginFailed):
+            answer = backend.get("/a.css")
+            next(answer.pieces)
+            answer.close()
+    here.origin.animal = zoo.Files(FILES)
+    answer = backend.get("/a.css")
+    assert b"".join(answer.pieces) == CSS
 
 
 @pytest.mark.parametrize("value", ["a\r\n b", "x\x00y"])
