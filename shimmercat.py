@@ -6636,7 +6636,7 @@ class HttpWire:
             self._socket.sendall(self._ending(body))
         except ClientGone:
             # Whoever waits for the answer hears of it by this.
-            self.close()
+            self._question.withdraw()
             return False
         except OSError:
             # It wants no more; why, its answer may tell.
@@ -6718,7 +6718,7 @@ class HttpWire:
             if answer.is_chunked and not answer.is_bodiless:
                 fields.append((b"content-length", b"%d" % len(body)))
             return Reply(answer.status, fields, body)
-        stream = Stream(self._pieces(), self._drop)
+        stream = Stream(self._pieces(), lambda: self._drop(answer))
         stream.trailers = answer.trailers
         stream.is_framed = answer.is_framed
         return Reply(answer.status, fields, stream)
@@ -6739,9 +6739,11 @@ class HttpWire:
         is_sent = self._sender is None or self._sender.value
         self._leave(self._answer.is_clean and bool(is_sent))
 
-    def _drop(self):
+    def _drop(self, answer):
         """Ends an answer that nobody reads any further."""
-        self._leave(False)
+        # Once it was read whole, the wire may be at another one.
+        if answer is self._answer:
+            self._leave(False)
 
     def _leave(self, is_reusable):
         finish, self._finish = self._finish, None
@@ -6977,7 +6979,7 @@ class _SpooledBody:
 
     def __init__(self, body):
         """Waits for all of it; raises ClientGone."""
-        self._file = _nameless_file()
+        self._file = tempfile.TemporaryFile()
         while piece := body.read():
             self._file.write(piece)
         self.length, self.trailers = self._file.tell(), []
@@ -6986,11 +6988,6 @@ class _SpooledBody:
     def read(self):
         """The next piece, as of any body."""
         return self._file.read(_READ_BYTES)
-
-
-def _nameless_file():
-    """A file that is gone as soon as nobody has it."""
-    return tempfile.TemporaryFile()
 
 
 class _RecordedAnswer:
@@ -7663,16 +7660,16 @@ class _Errand:
 
     def followed(self, origin):
         """What is under way, for a reader; raises FileNotFoundError."""
-        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        file = open(self.path, "rb", 0)
         return Found(origin, None, tuple(self.fields), Stream(
-            self._follow(fd), functools.partial(os.close, fd)))
+            self._follow(file), file.close))
 
-    def _follow(self, fd):
+    def _follow(self, file):
         """The octets as they come; raises SourceChanged if that breaks."""
         at = 0
         while True:
             is_last, grown = self.done.is_set(), self.grown
-            while piece := os.pread(fd, _PIECE_OCTETS, at):
+            while piece := not file.closed and file.read(_PIECE_OCTETS):
                 at += len(piece)
                 yield piece
             if is_last:
@@ -10723,6 +10720,9 @@ class Conversation:
         """Greenlet for an answer that may have to wait."""
         request.inform = functools.partial(self._inform, stream)
         try:
+            if self._waiting.get(stream) is not request:
+                # The octets that asked for it withdrew it as well.
+                return
             response = self._site.answer(request)
         except Exception:
             # Top of a greenlet: the client is owed an answer all the same.

@@ -10,6 +10,7 @@ import h2.settings
 from harness import DOMAIN
 
 _GOAWAY = 7
+_CANCEL = 8
 
 
 class H2Client:
@@ -53,6 +54,15 @@ class H2Client:
         self.open.add(stream)
         self._send()
         return stream
+
+    def get_and_reset(self, path):
+        """Ask for a path and withdraw that, in the same octets."""
+        stream = self._connection.get_next_available_stream_id()
+        self._connection.send_headers(stream, [
+            (":method", "GET"), (":scheme", "https"), (":path", path),
+            (":authority", self._authority)], end_stream=True)
+        self._connection.reset_stream(stream, _CANCEL)
+        self._send()
 
     def turn(self):
         """Take what has come; return whether the connection still stands."""

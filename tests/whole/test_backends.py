@@ -283,6 +283,17 @@ def test_a_client_that_leaves_ends_what_it_asked_for(
     assert line.message.split()[-2] == "cut"
 
 
+def test_nobody_is_asked_for_what_is_withdrawn_at_once(server, animal):
+    animal.animal = lambda _: answer(b"here")
+    with H2Client(server, "zoo.test") as hasty:
+        for _ in range(50):
+            hasty.get_and_reset("/hasty/")
+        last = hasty.get("/patient/")
+        while last not in hasty.heads:
+            hasty.turn()
+    assert not animal.count("/hasty/")
+
+
 @pytest.mark.parametrize("domain, kind, status, cause", [
     ("nobody", None, 502, "refused"),
     ("zoo", zoo.closing_early, 502, "without an answer"),
