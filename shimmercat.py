@@ -6740,8 +6740,7 @@ class HttpWire:
         self._leave(self._answer.is_clean and bool(is_sent))
 
     def _drop(self, answer):
-        """Ends an answer that nobody reads any further."""
-        # Once it was read whole, the wire may be at another one.
+        """Ends an answer that nobody reads on, not one that came later."""
         if answer is self._answer:
             self._leave(False)
 
@@ -6979,7 +6978,7 @@ class _SpooledBody:
 
     def __init__(self, body):
         """Waits for all of it; raises ClientGone."""
-        self._file = tempfile.TemporaryFile()
+        self._file = _nameless_file()
         while piece := body.read():
             self._file.write(piece)
         self.length, self.trailers = self._file.tell(), []
@@ -7215,6 +7214,7 @@ _PART_BYTES = 65_528  #: a multiple of eight, as the specification likes it
 #: octets of STDERR that an answer may bring to the log
 _MOST_COMPLAINTS = 4096
 _LULL_SECONDS, _LIFE_SECONDS = 0.05, 1.0
+_nameless_file = tempfile.TemporaryFile  #: gone when nobody has it
 _HEAD_END = re.compile(rb"(?:^|\r?\n)\r?\n")
 _STATUS = re.compile(rb"[2-5][0-9]{2}(?![^ ])")
 _PHP = re.compile(r"(/(?:[^/]*/)*?[^/]*\.php)((?:/.*)?)")
@@ -7660,7 +7660,7 @@ class _Errand:
 
     def followed(self, origin):
         """What is under way, for a reader; raises FileNotFoundError."""
-        file = open(self.path, "rb", 0)
+        file = io.FileIO(self.path)
         return Found(origin, None, tuple(self.fields), Stream(
             self._follow(file), file.close))
 
