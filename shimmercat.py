@@ -3947,7 +3947,9 @@ class CertificateStore:
             if name and name.lower() in others:
                 connection.context = others[name.lower()]
 
-        context.set_servername_callback(choose)
+        # gevent's own setter expects gevent's sockets, but wires (room 16)
+        # move the octets themselves.
+        _plain("ssl", "SSLContext").sni_callback.__set__(context, choose)
         return context
 
     def _folder_of(self, domain):
@@ -11029,17 +11031,17 @@ class Connection:
 
     __slots__ = ("_client", "_clock", "_conversation", "_deadline", "_events",
                  "_farewell", "_has_parted", "_has_room", "_service",
-                 "_socket", "_stage", "_unsent", "_watcher")
+                 "_socket", "_stage", "_watcher", "_wire")
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext,
                  service: Service, client: str):
         """Takes an accepted socket over; raises OSError."""
         self._service, self._client = service, client
-        self._conversation = self._unsent = None
+        self._conversation, self._socket = None, sock
         #: when the client must have heard that we leave; whether it has
         self._farewell, self._has_parted = None, False
-        self._socket, self._stage = self._open(sock, context)
-        self._socket.setblocking(False)
+        sock.setblocking(False)
+        self._stage = self._open(sock, context)
         self._events = _READ
         self._watcher = service.loop.io(self._socket.fileno(), _READ)
         self._watcher.start(self._turn, pass_events=True)
@@ -11049,17 +11051,18 @@ class Connection:
         LOG.say(1, client)
 
     def _open(self, sock, context):
-        """The socket to speak through, and what comes first."""
+        """What comes first; makes the wire to speak through."""
         self._clock = "handshake"
         tweaks = self._service.tweaks
         self._deadline = Deadline(tweaks.handshake_seconds)
+        self._wire = _TlsWire(sock, context)
         if tweaks.proxy_protocol:
             header = ProxyHeader(is_trusted(
                 self._client, tweaks.trusted_proxies))
-            return sock, lambda: self._hear_proxy(header, context)
-        return _with_tls(sock, context), self._handshake
+            return lambda: self._hear_proxy(header)
+        return self._handshake
 
-    def _hear_proxy(self, header, context):
+    def _hear_proxy(self, header):
         """Learns from what comes ahead of TLS whose connection this is."""
         try:
             client = header.read(self._socket)
@@ -11073,7 +11076,6 @@ class Connection:
         if client:
             LOG.say(7, self._client, client)
             self._client = client
-        self._socket = _with_tls(self._socket, context)
         self._stage = self._handshake
         self._handshake()
 
@@ -11100,23 +11102,22 @@ class Connection:
             self.close()
 
     def _handshake(self):
-        try:
-            self._socket.do_handshake()
-        except ssl.SSLWantReadError:
-            return self._watch(_READ)
-        except ssl.SSLWantWriteError:
-            return self._watch(_WRITE)
-        protocol = self._socket.selected_alpn_protocol()
-        engine = make_engine(protocol or "http/1.1", self._service.limits,
-                             self._service.settings.engine)
-        self._begin(engine, self._service.site)
+        is_done = self._wire.shake_hands()
+        if not self._write():
+            self._watch(_READ | _WRITE)
+        elif is_done:
+            engine = make_engine(
+                self._wire.protocol(), self._service.limits,
+                self._service.settings.engine)
+            self._begin(engine, self._service.site)
+        else:
+            self._watch(_READ)
 
     def _explain(self):
         """Tells a client that forgot the s of https."""
-        self._socket = _plain("socket", "socket")(
-            fileno=self._socket.detach())
-        self._socket.setblocking(False)
-        self._socket.send(_WRONG_SCHEME)
+        self._wire = _PlainWire(self._socket)
+        self._wire.put(_WRONG_SCHEME)
+        self._write()
         self._part()
 
     def _begin(self, engine, site):
@@ -11130,21 +11131,22 @@ class Connection:
     def _converse(self):
         """Reads what came, answers, writes what fits."""
         if self._write():
-            # Nothing there after all, or not enough for a TLS record.
-            with contextlib.suppress(*_WOULD_WAIT):
+            try:
                 self._read()
+            except BlockingIOError:
+                # Nothing there after all, or not enough for a TLS record.
+                pass
         self._send()
 
     def _read(self):
-        """Takes a TLS record, or all that wait while bodies are under way."""
+        """Takes what came, or all that comes while bodies are under way."""
         talk = self._conversation
-        for _ in range(_RECORDS_A_TURN):
+        for _ in range(_READS_A_TURN):
             if not talk.engine.hungry():
                 return
-            data = self._socket.recv(_RECORD_BYTES)
+            data = self._wire.take()
             if not data:
-                self._stage = self._finish_up
-                talk.hear_end()
+                self._hear_end()
                 return
             talk.receive(data)
             if self._clock == "body":
@@ -11152,6 +11154,10 @@ class Connection:
             # What is most urgent may be the last that came.
             if not talk.is_sending():
                 return
+
+    def _hear_end(self):
+        self._stage = self._finish_up
+        self._conversation.hear_end()
 
     def _finish_up(self):
         """The client will say no more; what is ours to send is sent."""
@@ -11171,10 +11177,12 @@ class Connection:
             chunk = 0 if waits else self._service.tweaks.send_chunk_bytes
             self._has_room = False
             if data := talk.output(chunk):
-                self._unsent = memoryview(data)
+                self._wire.put(data)
                 if self._write() and not talk.is_sending():
                     continue
                 break
+            if self._wire.has_ended and engine.hungry():
+                self._hear_end()
             if engine.closing or self._is_over():
                 self._part()
                 return
@@ -11191,29 +11199,25 @@ class Connection:
 
     def _write(self):
         """Whether all that was to be written is written."""
-        while self._unsent:
-            count = 0
-            # A full socket, for which gevent's TLS returns 0.
-            with contextlib.suppress(*_WOULD_WAIT):
-                count = self._socket.send(self._unsent)
-            if not count:
+        wire = self._wire
+        while wire.pending:
+            if not wire.push():
                 return False
-            self._unsent = self._unsent[count:]
             # Progress: the clock for stalled clients starts anew.
             self._clock = None
-        self._unsent = None
         return True
 
     def _settle(self):
         """Says to the loop and to the clock what is waited for."""
         talk, tweaks = self._conversation, self._service.tweaks
-        reading = (self._stage == self._converse and not self._unsent
+        unsent = bool(self._wire.pending)
+        reading = (self._stage == self._converse and not unsent
                    and talk.engine.hungry())
         # After a chunk the next one waits for the kernel to have sent it;
         # while a window is shut only the client can help.
-        writing = self._unsent or (talk.is_sending() and talk.can_send())
+        writing = unsent or (talk.is_sending() and talk.can_send())
         self._watch((_READ if reading else 0) | (_WRITE if writing else 0))
-        if self._unsent or talk.is_sending():
+        if unsent or talk.is_sending():
             self._set_clock("send", tweaks.send_seconds)
         elif talk.is_expecting():
             self._set_clock("body", tweaks.body_seconds)
@@ -11285,10 +11289,7 @@ class Connection:
         """Ends the conversation so that the client gets the last octets."""
         if self._conversation:
             self._conversation.abandon_all()
-        if isinstance(self._socket, ssl.SSLSocket):
-            # Nothing that comes instead of a close_notify matters now.
-            with contextlib.suppress(ssl.SSLError):
-                self._socket.unwrap()
+        self._wire.part()
         self._socket.shutdown(socket.SHUT_WR)
         self._stage = self._linger
         self._set_clock("linger", _LINGER_SECONDS)
@@ -11320,29 +11321,144 @@ class _PlainConnection(Connection):
 
     def _open(self, sock, site):
         self._clock, self._deadline = "redirect", Deadline(_REDIRECT_SECONDS)
+        self._wire = _PlainWire(sock)
         engine = Http1Engine(_REDIRECT_LIMITS)
-        return sock, lambda: self._begin(engine, site)
+        return lambda: self._begin(engine, site)
 
     def _set_clock(self, clock, seconds):
         """Does nothing: the time is set once for all."""
 
 
-def _with_tls(sock, context):
-    """The socket with TLS on it, whose handshake is yet to come."""
-    return context.wrap_socket(
-        sock, server_side=True, do_handshake_on_connect=False)
+class _PlainWire:
+    """Octets of a conversation as they are on a non-blocking socket."""
+
+    __slots__ = "_socket", "has_ended", "pending"
+
+    def __init__(self, sock):
+        self._socket = sock
+        #: octets that the socket has not taken yet
+        self.pending = b""
+        #: whether nothing comes behind what was taken, which no event tells
+        self.has_ended = False
+
+    def take(self):
+        """What came, nothing at the end; raises BlockingIOError."""
+        return self._socket.recv(_SEALED_BYTES)
+
+    def put(self, data):
+        """Has octets sent; those before were taken by the socket."""
+        self.pending = memoryview(data)
+
+    def push(self):
+        """Whether the socket took something of what is pending."""
+        try:
+            count = self._socket.send(self.pending)
+        except BlockingIOError:
+            return False
+        self.pending = self.pending[count:]
+        return True
+
+    def part(self):
+        """Says the last words of the protocol, if it has any."""
 
 
+class _TlsWire(_PlainWire):
+    """The same through TLS.
+
+    OpenSSL gets and gives its records in two buffers, so that one system
+    call moves many of them.  All connections share the two: each method
+    leaves them empty, since what is incomplete is kept by OpenSSL.
+    """
+
+    __slots__ = "_early", "_tls"
+
+    def __init__(self, sock, context):
+        super().__init__(sock)
+        self._tls = context.wrap_bio(_SEALED, _TO_SEND, server_side=True)
+        #: octets that came along with the end of the handshake
+        self._early = b""
+
+    def protocol(self):
+        """What ALPN agreed on."""
+        return self._tls.selected_alpn_protocol() or "http/1.1"
+
+    def shake_hands(self):
+        """Goes on with the handshake; whether it is complete."""
+        try:
+            _SEALED.write(super().take() or _end_of_handshake())
+            self._tls.do_handshake()
+            if _SEALED.pending:
+                self._early = self._opened()
+            return True
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
+        finally:
+            self._settle()
+
+    def take(self):
+        early, self._early = self._early, b""
+        if early:
+            return early
+        sealed = super().take()
+        if not sealed:
+            return sealed
+        _SEALED.write(sealed)
+        try:
+            return self._opened()
+        except ssl.SSLWantReadError:
+            raise BlockingIOError from None
+        finally:
+            self._settle()
+
+    def _opened(self):
+        """All that the sealed octets hold; raises if that is nothing."""
+        data = self._tls.read(_RECORD_BYTES)
+        # The rest of a record may be still to come.
+        with contextlib.suppress(ssl.SSLWantReadError):
+            while _SEALED.pending and not self.has_ended:
+                piece = self._tls.read(_RECORD_BYTES)
+                self.has_ended = not piece
+                data += piece
+        return data
+
+    def put(self, data):
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._tls.write(rest):]
+        self._settle()
+
+    def part(self):
+        # Nothing that comes instead of a close_notify matters now.
+        with contextlib.suppress(ssl.SSLError):
+            self._tls.unwrap()
+        self._settle()
+        if self.pending:
+            self.push()
+
+    def _settle(self):
+        """Leaves the shared buffers as they were found."""
+        if _SEALED.pending:
+            _SEALED.read()
+        if _TO_SEND.pending:
+            sealed = _TO_SEND.read()
+            self.pending = memoryview(
+                b"%b%b" % (self.pending, sealed) if self.pending else sealed)
+
+
+def _end_of_handshake():
+    raise ConnectionResetError("the client left in the handshake")
+
+
+#: records from a client that are not opened yet, and those for one
+_SEALED, _TO_SEND = ssl.MemoryBIO(), ssl.MemoryBIO()
 _READ, _WRITE = 1, 2
-#: what a non-blocking socket raises, with TLS and without
-_WOULD_WAIT = ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError
-#: octets of one TLS record, the most that one read can give
-_RECORD_BYTES = 16384
+#: octets of one TLS record, and those that are read at a time
+_RECORD_BYTES, _SEALED_BYTES = 16384, 65536
 #: the answer to plain HTTP, for people whose browser left out the s
 _WRONG_SCHEME = (b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n"
                  b"This port speaks HTTPS: begin the address with https://\n")
 _FAREWELL_SECONDS, _LINGER_SECONDS = 1, 2
-_RECORDS_A_TURN = 256
+_READS_A_TURN = 64
 _REDIRECT_SECONDS = 3
 _REDIRECT_LIMITS = EngineLimits(header_bytes=16384, requests=1)
 
