@@ -267,7 +267,7 @@ except ImportError:
     zstandard = None
 
 #: gevent's saved original of a patched name, for what must not touch the hub
-_plain = gevent.monkey.get_original
+_plain = functools.cache(gevent.monkey.get_original)
 
 
 # ---------------------------------------------------------------------------
@@ -6819,9 +6819,11 @@ class _Answer:
 
     def end_to_end_fields(self):
         """Fields that are not about this one connection."""
-        named = b",".join(value for name, value in self.fields
-                          if name == b"connection").lower().split(b",")
-        dropped = {*map(bytes.strip, named), *_OF_A_HOP}
+        named = [value for name, value in self.fields if name == b"connection"]
+        dropped = _OF_A_HOP
+        if named and named != [b"keep-alive"]:
+            words = b",".join(named).lower().split(b",")
+            dropped = {*map(bytes.strip, words), *_OF_A_HOP}
         return [field for field in self.fields if field[0] not in dropped]
 
     def on_message_begin(self):
