@@ -1661,7 +1661,7 @@ def is_malformed(fields: list[tuple[bytes, bytes]]) -> bool:
         count += 1
     pseudo = dict(fields[:count])
     if (len(pseudo) < count or not _PSEUDO.issuperset(pseudo)
-            or any(map(_ODD_VALUE, pseudo.values()))
+            or any(map(_is_odd, pseudo.values()))
             or has_odd_field(fields[count:])):
         return True
     needed = b":method", b":scheme", b":path"
@@ -1688,11 +1688,16 @@ def section_size(fields: list[tuple[bytes, bytes]]) -> int:
 def has_odd_field(fields: list[tuple[bytes, bytes]]) -> bool:
     """Whether a field, of a trailer maybe, breaks RFC 9113 section 8.2."""
     for name, value in fields:
-        if len(name) > 256 or not _is_plain_name(name) or _ODD_VALUE(value):
+        if len(name) > 256 or not _is_plain_name(name) or _is_odd(value):
             return True
         if name == b"te" and value.lower() != b"trailers":
             return True
     return False
+
+
+def _is_odd(value):
+    """Whether a field cannot have this value."""
+    return value != value.strip(b" \t") or bool(_HAS_CONTROL(value))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1708,7 +1713,7 @@ _AUTHORITY_BYTES = 264
 _PSEUDO = frozenset((
     b":method", b":scheme", b":authority", b":path", b":protocol"))
 _PLAIN_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
-_ODD_VALUE = re.compile(rb"[\x00\r\n]|\A[ \t]|[ \t]\Z").search
+_HAS_CONTROL = re.compile(rb"[\x00\r\n]").search
 _HOP_BY_HOP = {b"connection", b"keep-alive", b"proxy-connection",
                b"transfer-encoding", b"upgrade"}
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}")
