@@ -30,7 +30,7 @@ INSTALL_REQUIRES = [
     "pillow>=11.3",  # alternates of images; from there on with AVIF
     "numpy>=1.26",  # how alike an image and its alternate are
     "jinja2>=3.1",  # templates of views that show JSON, sandboxed
-    "urllib3>=2.2",  # pools of the http-fetch backend
+    "urllib3>=2.3",  # pools of the http-fetch backend
     "proxy-protocol>=0.11",  # PROXY headers of load balancers in front
 ]
 

@@ -7421,15 +7421,16 @@ class HttpFetchBackend:
         fields = [(name.lower().encode("latin-1"), value.encode("latin-1"))
                   for name, value in answer.headers.items()]
         headers = Headers([x for x in fields if not has_odd_field([x])])
+        pieces = _pieces(answer)
         fetched = Fetched(
-            answer.status, headers, _body_length(headers, answer),
-            _pieces(answer), functools.partial(_give_back, answer))
+            answer.status, headers, answer.length_remaining, pieces,
+            functools.partial(_give_back, answer, pieces))
         fetched.is_framed = answer.chunked or fetched.length is not None
         if (answer.status == 200 and not fetched.is_framed
                 and answer.version == 11 and "close" not in answer.headers.get(
                     "connection", "").lower()):
             # Most likely the head broke off; http.client takes that for one.
-            _give_back(answer)
+            fetched.close()
             raise OriginFailed("the head does not say where the body ends")
         return fetched
 
@@ -7510,16 +7511,15 @@ class _UnixConnection(urllib3.connection.HTTPConnection):
         return wire
 
 
-def _body_length(headers, answer):
-    """Octets of the body; None when only its end will tell."""
-    text = headers.get(b"content-length", b"")
-    return int(text) if text.isdigit() and not answer.chunked else None
-
-
-def _give_back(answer):
+def _give_back(answer, pieces):
     """Ends an answer; its connection is used again if little is unread."""
-    if answer.length_remaining in range(_PIECE_OCTETS):
-        with contextlib.suppress(urllib3.exceptions.HTTPError):
+    if pieces.gi_running:
+        # The greenlet that waits for more hears of it, and does the rest.
+        answer.shutdown()
+        return
+    if answer.length_remaining in range(_PIECE_OCTETS) and not answer.tell():
+        with (contextlib.suppress(urllib3.exceptions.HTTPError),
+              gevent.Timeout(_LEFTOVER_SECONDS, False)):
             # It is of no more use then, and closed below.
             answer.read(decode_content=False)
     answer.close()
@@ -7544,8 +7544,8 @@ def _pieces(answer):
 
 _AGENT = f"shimmercat/{__version__}"
 _PIECE_OCTETS = 65_536
-#: seconds after which an origin that drips is given up
-_LONGEST_FETCH = 3600
+#: after which an origin that drips is given up; when nobody reads, the other
+_LONGEST_FETCH, _LEFTOVER_SECONDS = 3600, 1
 
 
 # ---------------------------------------------------------------------------

@@ -61,7 +61,12 @@ class H2Client:
         self._connection.send_headers(stream, [
             (":method", "GET"), (":scheme", "https"), (":path", path),
             (":authority", self._authority)], end_stream=True)
+        self.reset(stream)
+
+    def reset(self, stream):
+        """Want no more of a stream."""
         self._connection.reset_stream(stream, _CANCEL)
+        self.open.discard(stream)
         self._send()
 
     def turn(self):

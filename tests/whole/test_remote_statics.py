@@ -16,6 +16,7 @@ import brotli
 import httpx
 import pytest
 import zoo
+from h2_client import H2Client
 from harness import DOMAIN, Server, eventually, free_port
 
 from shimmercat import Change, slot_path
@@ -228,6 +229,25 @@ def test_what_is_too_large_to_be_kept_needs_no_memory(server, origin):
             got += len(chunk)
     assert got == len(piece) * count
     assert memory() - before < 30_000
+
+
+def test_who_leaves_what_is_for_one_alone_leaves_the_others_alone(
+        server, origin):
+    dripping = zoo.dripping(b"x" * 50_000, 0.1, 1000, cache_control="private")
+    origin.animal.special["/private.bin"] = dripping
+    origin.animal.special["/secret.bin"] = zoo.slow(dripping, 0.2)
+    with H2Client(server) as client:
+        kept = client.get("/a.css")
+        for path in ("/private.bin", "/secret.bin") * 3:
+            left = client.get(path)
+            while left not in client.heads:
+                assert client.turn()
+            client.reset(left)
+        last = client.get("/private.bin")
+        while {kept, last} & client.open:
+            assert client.turn()
+        assert len(client.bodies[last].getvalue()) == 50_000
+    assert not server.lines("M60001")
 
 
 def test_a_worker_that_is_killed_leaves_its_fetch_to_others(tmp_path):
