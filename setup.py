@@ -66,11 +66,16 @@ EXPORTS = "{ global: PyInit_engine; local: *; };"
 STATIC = ["-Wl,-Bstatic", "-lnghttp2", "-Wl,-Bdynamic",
           "-Wl,--defsym=stderr=PyInit_engine"]
 
+COMPILER_FLAGS = ["-std=c11", "-Wall", "-Wextra", "-fno-strict-aliasing"]
+
 NATIVE = Extension(
     "shimmercat_ext.native.engine", ["shimmercat_ext/native/engine.c"],
-    extra_compile_args=["-std=c11", "-Wall", "-Wextra",
-                        "-fno-strict-aliasing"],
-    optional=True)
+    extra_compile_args=COMPILER_FLAGS, optional=True)
+
+#: lines of the log; needs nothing but a compiler
+LINES = Extension(
+    "shimmercat_ext.native.lines", ["shimmercat_ext/native/lines.c"],
+    extra_compile_args=COMPILER_FLAGS, optional=True)
 
 
 class BuildNative(build_ext):
@@ -78,6 +83,9 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext):
         """Link nghttp2 into the engine, else with it, else do without."""
+        if ext is not NATIVE:
+            super().build_extension(ext)
+            return
         exports = Path(self.build_temp) / "exports.map"
         exports.parent.mkdir(parents=True, exist_ok=True)
         exports.write_text(EXPORTS)
@@ -118,7 +126,7 @@ def install(scratch):
         license="MIT",
         py_modules=["shimmercat"],
         packages=find_packages(include=["shimmercat_ext*"]),
-        ext_modules=[NATIVE],
+        ext_modules=[NATIVE, LINES],
         cmdclass={"build_ext": BuildNative},
         python_requires=">=3.11",
         install_requires=INSTALL_REQUIRES,

@@ -20,6 +20,7 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
      0  Threshold        makes the process fit for imports, then imports
      1  Words            constants, the root of errors, helpers for all rooms
      2  Messages         what the program can say, and how it is written
+    2b  Console          where lines go, however slowly they are read
      3  Settings         the table of options, and how values are written
     3b  Schema           YAML files turned into frozen values
      4  HTTP             semantics shared by both protocol versions
@@ -32,8 +33,9 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
      7  Paths            what a URL means
     7b  Views            what answers a path that is no file's
      8  Scratch          the scratch folder, certificates and TLS contexts
-     9  Redis            the one link to Redis and its four uses
-    9b  Notes            what all processes of an instance know for a while
+     9  Redis            the one link to Redis, and the log that goes over it
+    9b  Jobs             work for the artisan, and news for all
+    9c  Notes            what all processes of an instance know for a while
     10  Representations  sources, their types, the store of alternates
    10b  Assets           everything that can be served again
    10c  Repository       the assets that a process knows
@@ -265,6 +267,10 @@ try:
     import zstandard
 except ImportError:
     zstandard = None
+try:
+    from shimmercat_ext.native.lines import lines as _native_lines
+except ImportError:
+    _native_lines = None
 
 #: gevent's saved original of a patched name, for what must not touch the hub
 _plain = functools.cache(gevent.monkey.get_original)
@@ -544,7 +550,7 @@ def nearest(word: str, known: typing.Iterable[str]) -> str | None:
 # 2. Messages: what the program can say, and how it is written
 #
 #    Offers   MESSAGES, Severity, Message, LogRecord, MalformedRecord,
-#             CodeSet, Console, wants_colour, Log, LOG
+#             CodeSet
 #    Uses     1 Words
 # ---------------------------------------------------------------------------
 
@@ -653,8 +659,6 @@ _MJD_SECONDS = 3_506_716_800  #: from 1858-11-17T00:00:00Z to 1970
 #: 9999-12-30; a little later there are no more dates in some time zones
 _LAST_SECOND = 253_402_128_000 + _MJD_SECONDS
 _MOST_BYTES = 65_536  #: of a record's pieces; the rest is cut off
-_PIECE_BYTES = 4096  #: a pipe takes these when it is writable (PIPE_BUF)
-_BACKLOG_BYTES = MIB  #: of lines waiting for a stopped terminal
 
 _NUMBER_FORM = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
 #: ANSI: dim, cyan, magenta, dim, yellow, green, red
@@ -691,11 +695,18 @@ class LogRecord(typing.NamedTuple):
     @classmethod
     def unpack(cls, packed: bytes) -> "LogRecord":
         """The record in `packed`; raises MalformedRecord if it is not one."""
-        if len(packed) < _HEADER.size:
-            raise MalformedRecord(f"{len(packed)} bytes are no header")
+        record, end = cls.unpack_from(packed, 0)
+        if end != len(packed):
+            raise MalformedRecord(f"{len(packed)} bytes, not {end}")
+        return record
+
+    @classmethod
+    def unpack_from(cls, packed: bytes, place: int) -> tuple["LogRecord", int]:
+        """The record at a place, and where it ends; raises MalformedRecord."""
+        end = cls.end_of(packed, place)
         worker, seconds, microseconds, severity, code, length = (
-            _HEADER.unpack_from(packed))
-        content = packed[_HEADER.size:]
+            _HEADER.unpack_from(packed, place))
+        content = packed[end - length:end]
         if length != len(content):
             raise MalformedRecord(f"{len(content)} bytes, not {length}")
         if (seconds > _LAST_SECOND or microseconds > 999_999
@@ -705,7 +716,16 @@ class LogRecord(typing.NamedTuple):
         moment = ((seconds - _MJD_SECONDS) * 1_000_000 + microseconds) / 1e6
         text = content.decode("utf-8", "replace")
         return cls(worker.decode("utf-8", "replace").rstrip(" \0"), moment,
-                   severity, code, tuple(text.split("\0")) if text else ())
+                   severity, code,
+                   tuple(text.split("\0")) if text else ()), end
+
+    @staticmethod
+    def end_of(packed: bytes, place: int) -> int:
+        """Where the record at a place should end; raises MalformedRecord."""
+        head = place + _HEADER.size
+        if len(packed) < head:
+            raise MalformedRecord(f"{len(packed) - place} bytes are no header")
+        return head + int.from_bytes(packed[head - 4:head], "little")
 
     def text(self) -> str:
         """The message's format filled with the pieces, nothing escaped."""
@@ -718,10 +738,8 @@ class LogRecord(typing.NamedTuple):
         has_lines = "\n" in self._message().format
         lines = self.text().split("\n") if has_lines else [self.text()]
         text = "\n    ".join(map(_escaped, lines))
-        code = f"M{self.code:05d}"
-        if colour:
-            code = f"\x1b[{_COLOURS[self.severity]}m{code}\x1b[0m"
-        return (f"{_stamp(self.moment, None, ' ')} {code}"
+        return (f"{_stamp(self.moment, None, ' ')}"
+                f" {_coloured(self.code, self.severity, colour)}"
                 f" {_escaped(self.worker):8} {text}\n")
 
     def json(self) -> str:
@@ -739,6 +757,12 @@ class LogRecord(typing.NamedTuple):
         """The row of the code; for a foreign code one that shows all."""
         return MESSAGES.get(self.code) or Message(
             " ".join(["{}"] * len(self.pieces)), "")
+
+
+def _coloured(code, severity, colour):
+    """A code as it is written, in colour where it is wanted."""
+    text = f"M{code:05d}"
+    return f"\x1b[{_COLOURS[severity]}m{text}\x1b[0m" if colour else text
 
 
 def _escaped(text):
@@ -802,6 +826,17 @@ class CodeSet:
             + (f"; nearest known: {known}" if known else ""))
 
 
+# ---------------------------------------------------------------------------
+# 2b. Console: where lines go, however slowly they are read
+#
+#    Offers   Console, wants_colour, Log, LOG
+#    Uses     1 Words
+# ---------------------------------------------------------------------------
+
+_PIECE_BYTES = 4096  #: a pipe takes these when it is writable (PIPE_BUF)
+_BACKLOG_BYTES = MIB  #: of lines waiting for a stopped terminal
+
+
 def wants_colour(fd: int) -> bool:
     """Whether colours are welcome there: a terminal and no NO_COLOR."""
     return (os.isatty(fd) and not os.environ.get("NO_COLOR")
@@ -819,34 +854,50 @@ class Console:
                  path: Path | None = None):
         """Writes to `fd`, or else to `path`; raises OSError if it cannot."""
         self._path, self._json, self._colour = path, form == "json", colour
+        #: some lines each, and how many they are
         self._lines = collections.deque()
         # Threads say things too (alternates in devlove mode).
         self._lock = _plain("_thread", "RLock")()
+        self._request_lines = _request_lines(self._json, colour)
         self._queued = self._lost = 0
         self._rest = b""
         self._gone = False
-        self._fd = _log_file(path) if path else _own_description(fd)
+        self._adopt(_log_file(path) if path else _own_description(fd))
 
     def write(self, record: LogRecord) -> None:
         """Writes a record, or queues it while the stream is not ready."""
-        if self._gone:
-            return
-        line = self._formatted(record)
-        with self._lock:
-            self._lines.append(line)
-            self._queued += len(line)
-            while self._queued > _BACKLOG_BYTES:
-                self._queued -= len(self._lines.popleft())
-                self._lost += 1
+        if not self._gone:
+            self._queue(self._formatted(record), 1)
             self.pump()
+
+    def take(self, packed: bytes, source: str) -> None:
+        """Queues records that lie back to back, until `pump` is called.
+
+        What is no record ends them: a line says so, and where it is from.
+        """
+        place, lines, total = 0, [], 0
+        try:
+            while place < len(packed) or not total:
+                text, count, place = self._request_lines(packed, place)
+                if not count:
+                    record, place = LogRecord.unpack_from(packed, place)
+                    text, count = self._formatted(record), 1
+                lines.append(text)
+                total += count
+        except MalformedRecord as error:
+            lines.append(self._formatted(LOG.record(
+                error.message_code, f"on {source}: {error}")))
+            total += 1
+        if not self._gone:
+            self._queue(b"".join(lines), total)
 
     def pump(self) -> bool:
         """Writes what the stream takes now; whether nothing is left."""
         with self._lock:
             try:
                 while (self._rest or self._lines) and self._is_writable(0):
-                    self._rest = self._rest or self._next_line()
-                    count = os.write(self._fd, self._rest[:_PIECE_BYTES])
+                    self._rest = self._rest or self._next_lines()
+                    count = os.write(self._fd, self._rest[:self._piece])
                     self._rest = self._rest[count:]
             except OSError as error:
                 # A full disk may get room again; a vanished reader stays away.
@@ -860,7 +911,8 @@ class Console:
         if self._path:
             fd = _log_file(self._path)
             os.close(self._fd)
-            self._fd, self._gone = fd, False
+            self._adopt(fd)
+            self._gone = False
         LOG.say(30002, self._path)
 
     def close(self, seconds: float = 1.0) -> None:
@@ -871,19 +923,39 @@ class Console:
         os.close(self._fd)
         self._gone = True
 
+    def _adopt(self, fd):
+        """Writes to a descriptor from here on."""
+        # What cannot block is given all there is.
+        never_waits = stat.S_ISREG(os.fstat(fd).st_mode) or (
+            not os.get_blocking(fd))
+        self._fd, self._piece = fd, None if never_waits else _PIECE_BYTES
+
     def _formatted(self, record):
         line = record.json() if self._json else record.line(self._colour)
         return line.encode("utf-8", "backslashreplace")
 
-    def _next_line(self):
-        """The line to write next: one about losses comes first."""
+    def _queue(self, lines, count):
+        """Lets some lines wait; the oldest go when these are too many."""
+        with self._lock:
+            self._lines.append((lines, count))
+            self._queued += len(lines)
+            while self._queued > _BACKLOG_BYTES:
+                self._lost += self._dequeue()[1]
+
+    def _dequeue(self):
+        """The lines that wait longest, and how many they are."""
+        lines, count = self._lines.popleft()
+        self._queued -= len(lines)
+        return lines, count
+
+    def _next_lines(self):
+        """The lines to write next: one about losses comes first."""
         if self._lost:
             lost, self._lost = self._lost, 0
             return self._formatted(LOG.record(
                 60006, lost, "the reader of the log does not keep up"))
-        line = self._lines.popleft()
-        self._queued -= len(line)
-        return line
+        # Whatever is left of them is cut off without being copied.
+        return memoryview(self._dequeue()[0])
 
     def _is_writable(self, seconds):
         """Whether the stream takes bytes, or fails, within `seconds`."""
@@ -911,6 +983,23 @@ def _own_description(fd):
             return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NOCTTY
                            | os.O_NONBLOCK | os.O_CLOEXEC)
     return os.dup(fd)
+
+
+def _request_lines(json, colour):
+    """A function that writes the most frequent lines in C, where it can.
+
+    Of packed records and a place it makes lines, their number, and the place
+    of the first record that LogRecord must write.
+    """
+    if not _native_lines:
+        return lambda packed, place: (b"", 0, place)
+    code, severity = 50001, Severity.INFO
+    words = (_coloured(code, severity, colour and not json),
+             severity.name.lower(), MESSAGES[code].format)
+    names = tuple(name.encode() for name in MESSAGES[code].fields)
+    return functools.partial(
+        _native_lines, code, severity, *(word.encode() for word in words),
+        names if json else None)
 
 
 class Log:
@@ -4174,39 +4263,22 @@ def _from_now(**span):
 
 
 # ---------------------------------------------------------------------------
-# 9. Redis: the one link to Redis and its four uses
+# 9. Redis: the one link to Redis, and the log that goes over it
 #
 #    Offers   RedisAway, RedisMissing, RedisServer, RedisLink, LogTap,
-#             LogSubscription, JobQueue, LocalJobQueue, Announcements
+#             LogSubscription
 #    Uses     1 Words, 2 Messages
 # ---------------------------------------------------------------------------
 
-_LOG_CHANNEL = "sc_log_"  #: and the name of a worker (reference 11.2)
-_NEWS_CHANNEL = "sc_news"
-_ANSWERS = "sc_answers_"  #: and a random word: what was answered to news
-_ANSWERS_SECONDS = 60
-_JOBS = "sc_jobs"
-_LEASE = "sc_lease_"  #: and the hash of a source that is being worked on
+_LOG_CHANNEL = b"sc_log_"  #: and the name of a worker (reference 11.2)
 _TICK_SECONDS = 0.05  #: records gather so long, and are published together
 _BATCH_RECORDS = 200
+_BATCH_MESSAGES = 4
+_MESSAGE_BYTES = 32 * KIB  #: of records; a longer one is alone in its message
 _AGAIN_SECONDS = 0.25  #: until a Redis that was away is tried again
 _ANSWER_SECONDS = 2.0  #: a Redis silent for so long is away
 #: giving up an unanswered batch may double its lines: better to wait long
 _STALL_SECONDS = 30.0
-
-#: (jobs, lease of the source; limit, job, weight) -> 1 if it is new
-_PUT_JOB = """
-local jobs, lease = KEYS[1], KEYS[2]
-local limit, job, weight = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
-if redis.call('GET', lease) == job then return 0 end
-local is_new = not redis.call('ZSCORE', jobs, job)
-if is_new and redis.call('ZCARD', jobs) >= limit then
-    local least = redis.call('ZRANGE', jobs, 0, 0, 'WITHSCORES')
-    if tonumber(least[2]) >= weight then return 0 end
-    redis.call('ZPOPMIN', jobs)
-end
-redis.call('ZADD', jobs, 'GT', weight, job)
-return is_new and 1 or 0"""
 
 
 class RedisAway(ShimmerCatError):
@@ -4349,14 +4421,17 @@ class RedisLink:
 class LogTap:
     """Sink of a process's log: gathers records and publishes them.
 
-    While Redis is away, or nobody listens there, about `limit` records wait.
-    The oldest are dropped for newer ones; a record says how many.
+    A message is some packed records back to back.  While Redis is away, or
+    nobody listens there, about `limit` records wait, and as many that came
+    packed.  The oldest are dropped for newer ones; a record says how many.
     """
 
     def __init__(self, link: RedisLink, limit: int = 10_000):
         self._link, self._limit = link, limit
         self._ring = collections.deque()
-        #: taken from the ring, and not known to have been received
+        #: (number of records, message), as in the batch
+        self._packed = collections.deque()
+        #: what was taken, and is not known to have been received
         self._batch = []
         self._lost = 0
         self._filled = gevent.event.Event()
@@ -4371,6 +4446,13 @@ class LogTap:
         if len(ring) > self._limit:
             ring.popleft()
             self._lost += 1
+
+    def append_packed(self, packed: bytes) -> None:
+        """Takes records that are packed already and lie back to back."""
+        self._packed.extend(_bundles(packed))
+        while _count(self._packed) > self._limit:
+            self._lost += self._packed.popleft()[0]
+        self._filled.set()
 
     def run(self) -> None:
         """Publishes what comes, for ever; the body of a greenlet."""
@@ -4396,41 +4478,64 @@ class LogTap:
         return self._waiting()
 
     def _waiting(self):
-        return len(self._batch) + len(self._ring)
+        return _count(self._batch) + len(self._ring) + _count(self._packed)
 
     def _publish_all(self, wire):
         """Publishes until nothing waits; raises RedisAway."""
         with self._publishing:
             self._filled.clear()
             while self._waiting():
-                self._fill_batch()
+                if not self._batch:
+                    self._fill_batch()
                 self._publish_batch(wire)
 
     def _fill_batch(self):
         """Takes the oldest records, after one about those lost before."""
+        records = []
         if self._lost:
-            self._batch.append(LOG.record(
+            records.append(LOG.record(
                 60006, self._lost, "Redis or the reader was away"))
             self._lost = 0
-        while self._ring and len(self._batch) < _BATCH_RECORDS:
-            self._batch.append(self._ring.popleft())
+        while self._ring and len(records) < _BATCH_RECORDS:
+            records.append(self._ring.popleft())
+        self._batch += _bundles(b"".join([x.pack() for x in records]))
+        while self._packed and len(self._batch) < _BATCH_MESSAGES:
+            self._batch.append(self._packed.popleft())
 
     def _publish_batch(self, wire):
         """Publishes the batch; keeps of it what nobody is known to get."""
         receivers = []
-        wire.send(*((b"PUBLISH", _LOG_CHANNEL + record.worker, record.pack())
-                    for record in self._batch))
+        wire.send(*((b"PUBLISH", _LOG_CHANNEL + packed[:8].rstrip(), packed)
+                    for _, packed in self._batch))
         try:
             while len(receivers) < len(self._batch):
                 receivers += wire.replies()
         finally:
-            unsure = len(self._batch) - len(receivers)
-            self._batch = [record for record, count in itertools.zip_longest(
-                self._batch, receivers) if not count]
+            unsure = _count(self._batch[len(receivers):])
+            self._batch = [message for message, heard in itertools.zip_longest(
+                self._batch, receivers) if not heard]
             if unsure:
                 self.append(LOG.record(40015, unsure))
         if self._batch:
             raise RedisAway("nobody reads the log")
+
+
+def _bundles(packed):
+    """Yields packed records by the message, each with their number."""
+    start = end = count = 0
+    while end < len(packed):
+        after = LogRecord.end_of(packed, end)
+        if count and after - start > _MESSAGE_BYTES:
+            yield count, packed[start:end]
+            start, count = end, 0
+        end, count = after, count + 1
+    if count:
+        yield count, packed[start:]
+
+
+def _count(messages):
+    """How many records are in messages."""
+    return sum(count for count, _ in messages)
 
 
 class LogSubscription:
@@ -4447,7 +4552,7 @@ class LogSubscription:
         self._wire = _Wire(self._path, _plain("socket", "socket"),
                            _ANSWER_SECONDS)
         # Records may come along with the confirmation.
-        _, *self._early = self._wire.ask("PSUBSCRIBE", _LOG_CHANNEL + "*")
+        _, *self._early = self._wire.ask("PSUBSCRIBE", _LOG_CHANNEL + b"*")
         self._wire.socket.settimeout(0)
 
     def fileno(self) -> int:
@@ -4458,14 +4563,15 @@ class LogSubscription:
         """Asks for a sign of life; raises RedisAway."""
         self._wire.send((b"PING",))
 
-    def read(self) -> list[LogRecord] | None:
-        """Some records that have arrived, or None: no sign of life.
+    def read(self) -> list[tuple[str, bytes]] | None:
+        """Channels and messages that have come, or None: no sign of life.
 
-        Never blocks, raises RedisAway.
+        A message is some packed records.  Never blocks, raises RedisAway.
         """
         replies, self._early = self._early or self._wire.replies(), []
-        return [_record_of(reply) for reply in replies
-                if reply[0] != b"pong"] if replies else None
+        return [(reply[-2].decode("utf-8", "backslashreplace"), reply[-1])
+                for reply in replies if reply[0] != b"pong"
+                ] if replies else None
 
     def close(self) -> None:
         """Ends the subscription; a forked child calls it for its copy."""
@@ -4474,14 +4580,32 @@ class LogSubscription:
         self._wire, self._early = None, []
 
 
-def _record_of(reply):
-    """The record in a published message, or one about its faults."""
-    _, _, channel, packed = reply
-    try:
-        return LogRecord.unpack(packed)
-    except MalformedRecord as error:
-        place = channel.decode("utf-8", "backslashreplace")
-        return LOG.record(error.message_code, f"on {place}: {error}")
+# ---------------------------------------------------------------------------
+# 9b. Jobs: work for the artisan, and news for all
+#
+#    Offers   JobQueue, LocalJobQueue, Announcements
+#    Uses     1 Words
+# ---------------------------------------------------------------------------
+
+_NEWS_CHANNEL = "sc_news"
+_ANSWERS = "sc_answers_"  #: and a random word: what was answered to news
+_ANSWERS_SECONDS = 60
+_JOBS = "sc_jobs"
+_LEASE = "sc_lease_"  #: and the hash of a source that is being worked on
+
+#: (jobs, lease of the source; limit, job, weight) -> 1 if it is new
+_PUT_JOB = """
+local jobs, lease = KEYS[1], KEYS[2]
+local limit, job, weight = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
+if redis.call('GET', lease) == job then return 0 end
+local is_new = not redis.call('ZSCORE', jobs, job)
+if is_new and redis.call('ZCARD', jobs) >= limit then
+    local least = redis.call('ZRANGE', jobs, 0, 0, 'WITHSCORES')
+    if tonumber(least[2]) >= weight then return 0 end
+    redis.call('ZPOPMIN', jobs)
+end
+redis.call('ZADD', jobs, 'GT', weight, job)
+return is_new and 1 or 0"""
 
 
 class JobQueue:
@@ -4622,7 +4746,7 @@ class Announcements:
 
 
 # ---------------------------------------------------------------------------
-# 9b. Notes: what all processes of an instance know for a while
+# 9c. Notes: what all processes of an instance know for a while
 #
 #    Offers   Notes, LocalNotes
 #    Uses     1 Words
@@ -12284,12 +12408,12 @@ class Arbiter:
                     self._redis.confirm()
                 self._is_asking = True
                 self._log.ping()
-            records = self._log.read()
-            if records is not None:
+            messages = self._log.read()
+            if messages is not None:
                 self._is_asking = False
                 self._redis.confirm()
-            for record in records or ():
-                self._premises.console.write(record)
+            for channel, packed in messages or ():
+                self._premises.console.take(packed, channel)
                 self._quiet = Deadline(_QUIET_SECONDS)
         except RedisAway:
             # It is on its way up or down: the next turn tries again.

@@ -129,7 +129,7 @@ def test_a_record_with_one_wrong_byte_is_read_or_refused(place, byte):
     (b"", "are no header"),
     (VECTOR[:26], "are no header"),
     (VECTOR[:-1], "not 12"),
-    (VECTOR + b"x", "not 12"),
+    (VECTOR + b"x", "40 bytes, not 39"),
     (VECTOR[:20] + b"\x07" + VECTOR[21:], "severity 7"),
     (VECTOR[:16] + b"\x40\x42\x0f\0" + VECTOR[20:], "1000000"),
     (VECTOR[:8] + b"\xff" * 8 + VECTOR[16:], "out of range"),
@@ -137,6 +137,17 @@ def test_a_record_with_one_wrong_byte_is_read_or_refused(place, byte):
 def test_a_malformed_record_is_refused_with_the_reason(packed, reason):
     with pytest.raises(MalformedRecord, match=reason):
         LogRecord.unpack(packed)
+
+
+def test_records_back_to_back_are_unpacked_one_after_the_other():
+    other = REQUEST._replace(pieces=tuple(map(str, REQUEST.pieces)))
+    packed = VECTOR + other.pack() + VECTOR[:-1]
+    first, place = LogRecord.unpack_from(packed, 0)
+    second, end = LogRecord.unpack_from(packed, place)
+    assert (first, place) == (LogRecord.unpack(VECTOR), len(VECTOR))
+    assert (second, end) == (other, len(packed) - len(VECTOR) + 1)
+    with pytest.raises(MalformedRecord, match="11 bytes, not 12"):
+        LogRecord.unpack_from(packed, end)
 
 
 # The table
@@ -257,6 +268,60 @@ def test_colours_are_for_terminals_of_users_who_want_them(
         assert not wants_colour(writer)
 
 
+# Many records at a time
+
+
+TABLE = [REQUEST, LogRecord("arbiter", 1.0, 4, 40022, ("w0", 900)),
+         LogRecord("w1", 2.5, 6, 60001, ("x", "one\ntwo")),
+         REQUEST._replace(worker="\x1b[2J", moment=1e9)]
+
+
+@pytest.mark.parametrize("form, written", [
+    ("text", LogRecord.line), ("json", LogRecord.json)])
+def test_packed_records_become_the_lines_of_each(form, written):
+    packed = b"".join(record.pack() for record in TABLE)
+    with pipe() as (reader, writer):
+        console = Console(writer, form)
+        console.take(packed, "sc_log_w0")
+        console.take(packed, "sc_log_w0")
+        assert not select.select([reader], [], [], 0)[0]
+        assert console.pump()
+        lines = os.read(reader, 65_536).decode()
+    expected = "".join(written(LogRecord.unpack(record.pack()))
+                       for record in TABLE)
+    assert lines == 2 * expected
+
+
+@pytest.mark.parametrize("packed, before, reason", [
+    (b"", 0, "0 bytes are no header"),
+    (b"garbage", 0, "7 bytes are no header"),
+    (VECTOR + b"x", 1, "1 bytes are no header"),
+    (2 * VECTOR + VECTOR[:-1], 2, "11 bytes, not 12"),
+    (VECTOR + VECTOR[:20] + b"\x07" + VECTOR[21:] + VECTOR, 1,
+     "time 5006716800.250000 or severity 7"),
+])
+def test_what_is_no_record_is_told_after_those_before_it(
+        packed, before, reason):
+    with pipe() as (reader, writer):
+        console = Console(writer)
+        console.take(packed, "sc_log_\x1b")
+        console.take(VECTOR, "sc_log_w0")
+        console.pump()
+        lines = os.read(reader, 65_536).decode().splitlines()
+    assert [line.split()[2] for line in lines] == [
+        *["M40022"] * before, "M60007", "M40022"]
+    assert f"on sc_log_\\x1b: {reason}" in lines[before]
+
+
+def test_lines_go_out_in_few_writes():
+    with pipe() as (reader, writer):
+        console = Console(writer)
+        console.take(REQUEST.pack() * 300, "sc_log_w0")
+        console.pump()
+        # More than PIPE_BUF at once: it was one write, without waiting.
+        assert len(os.read(reader, 65_536).splitlines()) == 300
+
+
 # --log-codes
 
 
@@ -368,6 +433,18 @@ def test_a_full_pipe_drops_the_oldest_lines_and_says_how_many():
         assert not console.pump()
         assert_losses_are_told(drained(reader, console), count)
         assert console.pump()
+        console.close()
+
+
+def test_a_full_pipe_drops_the_oldest_of_many_lines_and_says_how_many():
+    with pipe() as (reader, writer):
+        console = Console(writer)
+        for first in range(0, 20_000, 50):
+            console.take(b"".join(
+                LogRecord("w0", 1.0, 4, 40013, (f"asset-{n}" * 20,)).pack()
+                for n in range(first, first + 50)), "sc_log_w0")
+            console.pump()
+        assert_losses_are_told(drained(reader, console), 20_000)
         console.close()
 
 

@@ -1,4 +1,4 @@
-"""Room 9b, Notes."""
+"""Room 9c, Notes."""
 
 import time
 

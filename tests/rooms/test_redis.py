@@ -103,12 +103,27 @@ def numbered(n):
     return LogRecord("w0", 1500000000.25, 4, 40013, (str(n),))
 
 
+def records_in(packed):
+    """All records that lie in a message."""
+    records, place = [], 0
+    while place < len(packed):
+        record, place = LogRecord.unpack_from(packed, place)
+        records.append(record)
+    return records
+
+
+def heard(subscription):
+    """The records that have arrived."""
+    return [record for _, packed in subscription.read() or ()
+            for record in records_in(packed)]
+
+
 def read_until(subscription, count, seconds=10.0):
     """At least so many records from the subscription."""
     records = []
 
     def enough():
-        records.extend(subscription.read() or ())
+        records.extend(heard(subscription))
         return len(records) >= count
 
     eventually(enough, seconds)
@@ -130,7 +145,8 @@ def test_records_arrive_in_order_as_they_were_said(tap, subscription):
     assert read_until(subscription, 500) == sent
 
 
-def test_each_record_is_one_message_on_the_workers_channel(tap, client):
+def test_a_record_that_is_alone_is_a_message_on_the_workers_channel(
+        tap, client):
     with client.pubsub() as pubsub:
         pubsub.psubscribe("sc_log_*")
         assert pubsub.get_message(timeout=5)["type"] == "psubscribe"
@@ -189,13 +205,13 @@ def test_nothing_is_lost_uncounted_when_redis_is_killed_again_and_again(
         child.kill()
         with contextlib.suppress(RedisAway):
             while True:
-                received += subscription.read() or ()
+                received += heard(subscription)
         child.start()
         subscription.connect()
     tap.append(numbered(sent))
 
     def arrived():
-        received.extend(subscription.read() or ())
+        received.extend(heard(subscription))
         return numbers(received)[-1:] == [sent]
 
     eventually(arrived)
@@ -250,13 +266,94 @@ def test_a_record_from_another_thread_is_published(tap, subscription):
     assert numbers(read_until(subscription, 20)) == [*range(20)]
 
 
-def test_what_is_no_record_is_reported_and_the_others_are_read(
-        tap, link, subscription):
-    link.call("PUBLISH", "sc_log_\x1b", b"garbage")
-    tap.append(numbered(1))
-    records = read_until(subscription, 2)
-    assert [x.code for x in records] == [60007, 40013]
-    assert "are no header" in records[0].pieces[0]
+def test_a_message_comes_with_the_channel_that_it_was_published_on(
+        link, subscription):
+    link.call("PUBLISH", b"sc_log_\xff", b"anything")
+    assert eventually(subscription.read) == [("sc_log_\\xff", b"anything")]
+
+
+def messages_of(client, count):
+    """A function that gives what is published: so many records."""
+    pubsub = client.pubsub()
+    pubsub.psubscribe("sc_log_*")
+    assert pubsub.get_message(timeout=5)["type"] == "psubscribe"
+
+    def read():
+        messages, missing = [], count
+        while missing > 0:
+            said = eventually(lambda: pubsub.get_message(timeout=0))
+            messages.append(said["data"])
+            missing -= len(records_in(said["data"]))
+        pubsub.close()
+        return messages
+    return read
+
+
+def test_records_that_gather_go_in_few_messages_of_bounded_size(tap, client):
+    read = messages_of(client, 700)
+    sent = [numbered(n) for n in range(699)]
+    sent.append(LogRecord("w0", 1.0, 4, 40013, ("x" * 65_536,)))
+    for record in sent:
+        tap.append(record)
+    messages = read()
+    assert [x for packed in messages for x in records_in(packed)] == sent
+    assert len(messages) <= 6
+    assert max(map(len, messages[:-1])) <= 32_768
+    assert messages[-1] == sent[-1].pack()
+
+
+def test_packed_records_are_published_as_they_are(tap, client):
+    read = messages_of(client, 900)
+    packed = [numbered(n).pack() for n in range(900)]
+    tap.append_packed(b"".join(packed[:600]))
+    tap.append_packed(b"")
+    tap.append_packed(b"".join(packed[600:]))
+    messages = read()
+    assert b"".join(messages) == b"".join(packed)
+    assert len(messages) <= 4
+    assert max(map(len, messages)) <= 32_768
+
+
+def test_of_too_many_packed_records_the_oldest_are_lost_and_counted(
+        link, subscription):
+    tap = LogTap(link, limit=1000)
+    for first in range(0, 5000, 500):
+        tap.append_packed(b"".join(
+            numbered(n).pack() for n in range(first, first + 500)))
+    assert tap.flush(Deadline(5.0)) == 0
+    first, *records = read_until(subscription, 1001)
+    assert (first.code, first.pieces[0]) == (60006, "4000")
+    assert numbers(records) == [*range(4000, 5000)]
+
+
+def test_what_is_left_after_a_failure_is_counted_by_the_record(tmp_path):
+    tap = LogTap(RedisLink(tmp_path / "no.sock"))
+    tap.append_packed(b"".join(numbered(n).pack() for n in range(2000)))
+    tap.append(numbered(2000))
+    assert tap.flush(Deadline(0.1)) == 2001
+
+
+def test_what_may_be_doubled_is_counted_by_the_record(
+        tap, child, subscription):
+    os.kill(child.process.pid, signal.SIGSTOP)
+    for n in range(150):
+        tap.append(numbered(n))
+    gevent.sleep(0.3)
+    child.kill()
+    child.start()
+    subscription.connect()
+    records = read_until(subscription, 151)
+    assert numbers(records) == [*range(150)]
+    assert [x.pieces[0] for x in records if x.code == 40015] == ["150"]
+
+
+def test_without_a_reader_what_waits_does_not_grow(link):
+    tap, waiting = LogTap(link, limit=100), []
+    for _ in range(6):
+        for n in range(120):
+            tap.append(numbered(n))
+        waiting.append(tap.flush(Deadline(0.1)))
+    assert waiting[0] == 101 and waiting[1:] == [201] * 5
 
 
 def test_a_subscription_can_be_selected_like_a_file(tap, subscription):
@@ -266,7 +363,7 @@ def test_a_subscription_can_be_selected_like_a_file(tap, subscription):
         return select.select([subscription], [], [], 0)[0]
 
     eventually(readable)
-    assert subscription.read() == [numbered(1)]
+    assert heard(subscription) == [numbered(1)]
 
 
 def test_subscribing_without_redis_says_so(tmp_path):
@@ -284,7 +381,7 @@ def test_a_subscription_works_in_a_thread_without_a_hub(child, tap):
         ready.append(True)
         deadline = time.monotonic() + 10
         while not got and time.monotonic() < deadline:
-            got.extend(reader.read() or ())
+            got.extend(heard(reader))
         reader.close()
 
     ready = []
