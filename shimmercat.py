@@ -4272,7 +4272,8 @@ def _from_now(**span):
 
 _LOG_CHANNEL = b"sc_log_"  #: and the name of a worker (reference 11.2)
 _TICK_SECONDS = 0.05  #: records gather so long, and are published together
-_BATCH_RECORDS = 200
+_CROWD = 0.25  #: or until so much of the limit is taken
+_BATCH_RECORDS = 400
 _BATCH_MESSAGES = 4
 _MESSAGE_BYTES = 32 * KIB  #: of records; a longer one is alone in its message
 _AGAIN_SECONDS = 0.25  #: until a Redis that was away is tried again
@@ -4434,7 +4435,9 @@ class LogTap:
         #: what was taken, and is not known to have been received
         self._batch = []
         self._lost = 0
+        self._crowd = int(limit * _CROWD)
         self._filled = gevent.event.Event()
+        self._crowded = gevent.event.Event()
         self._publishing = gevent.lock.Semaphore()
 
     def append(self, record: LogRecord) -> None:
@@ -4443,6 +4446,8 @@ class LogTap:
         ring.append(record)
         if not self._filled.is_set():
             self._filled.set()
+        if len(ring) == self._crowd:
+            self._crowded.set()
         if len(ring) > self._limit:
             ring.popleft()
             self._lost += 1
@@ -4452,6 +4457,8 @@ class LogTap:
         self._packed.extend(_bundles(packed))
         while _count(self._packed) > self._limit:
             self._lost += self._packed.popleft()[0]
+        if _count(self._packed) >= self._crowd:
+            self._crowded.set()
         self._filled.set()
 
     def run(self) -> None:
@@ -4463,7 +4470,7 @@ class LogTap:
                 while True:
                     self._publish_all(wire)
                     self._filled.wait()
-                    gevent.sleep(_TICK_SECONDS)
+                    self._crowded.wait(_TICK_SECONDS)
             gevent.sleep(_AGAIN_SECONDS)
 
     def flush(self, deadline: Deadline) -> int:
@@ -4484,6 +4491,7 @@ class LogTap:
         """Publishes until nothing waits; raises RedisAway."""
         with self._publishing:
             self._filled.clear()
+            self._crowded.clear()
             while self._waiting():
                 if not self._batch:
                     self._fill_batch()

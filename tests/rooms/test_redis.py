@@ -13,6 +13,7 @@ import harness
 import pytest
 import redis
 
+import shimmercat
 from shimmercat import (
     Announcements,
     Deadline,
@@ -300,6 +301,16 @@ def test_records_that_gather_go_in_few_messages_of_bounded_size(tap, client):
     assert len(messages) <= 6
     assert max(map(len, messages[:-1])) <= 32_768
     assert messages[-1] == sent[-1].pack()
+
+
+def test_a_quarter_of_what_may_wait_is_published_at_once(
+        tap, subscription, monkeypatch):
+    monkeypatch.setattr(shimmercat, "_TICK_SECONDS", 3600)
+    for n in range(250):
+        tap.append(numbered(n))
+    assert numbers(read_until(subscription, 250)) == [*range(250)]
+    tap.append_packed(b"".join(numbered(n).pack() for n in range(250)))
+    assert numbers(read_until(subscription, 250)) == [*range(250)]
 
 
 def test_packed_records_are_published_as_they_are(tap, client):

@@ -10,6 +10,8 @@ import subprocess
 
 from harness import Server, eventually, make_site
 
+from shimmercat import Deadline, LogRecord, LogTap, RedisLink
+
 
 def test_lines_of_all_workers_come_in_their_order(server):
     for n in range(40):
@@ -66,6 +68,39 @@ def test_a_reader_that_does_not_read_stops_nobody(tmp_path):
         eventually(has_all)
         assert server.wait() == 0
         assert said.count(b"M50001") == 400
+    finally:
+        os.close(reading)
+        server.kill()
+
+
+def test_of_a_flood_all_lines_are_written_in_order_or_counted(tmp_path):
+    make_site(tmp_path, tweaks={"heartbeat-seconds": 2})
+    reading, writing = os.pipe()
+    server = Server(tmp_path, "--workers", "1", stdout=writing)
+    server.start()
+    os.close(writing)
+    count = 30_000
+    try:
+        eventually(lambda: answers(server), 30)
+        tap = LogTap(RedisLink(
+            tmp_path / ".shimmercat.loves.devs" / "redis.sock"), count)
+        tap.append_packed(b"".join(
+            LogRecord("flood", 1.0, 5, 50001, (n,) + ("-",) * 9).pack()
+            for n in range(count)))
+        assert tap.flush(Deadline(30)) == 0
+        # Nobody reads what is written, and the workers do not feel it.
+        assert server.fetch().status_code == 200
+        server.signal(signal.SIGTERM)
+        with open(reading, closefd=False) as stream:
+            lines = stream.read().splitlines()
+        assert server.wait() == 0
+        flood = [int(re.match(r".* M50001 flood +(\d+) - -- ", line)[1])
+                 for line in lines if " flood " in line]
+        lost = [int(line.split()[4]) for line in lines if " M60006 " in line]
+        assert flood == sorted(flood)
+        assert flood and lost
+        # Some of those that were lost are the program's own.
+        assert count <= len(flood) + sum(lost) < count + 100
     finally:
         os.close(reading)
         server.kill()
