@@ -81,7 +81,7 @@ __all__ = [
     "KIB", "MIB", "GIB", "DOMAIN_NAME", "ShimmerCatError",
     "ConfigurationError", "Deadline", "NetworkAddress", "YamlSheet",
     "YamlEntry", "http_date", "parse_http_date", "parse_size", "size_text",
-    "file_identity", "nearest",
+    "file_identity", "nearest", "in_thread",
     "MESSAGES", "Severity", "Message", "LogRecord", "MalformedRecord",
     "CodeSet", "Console", "wants_colour", "Log", "LOG",
     "Option", "OPTIONS", "Tweaks", "tweaks_text",
@@ -282,7 +282,7 @@ _plain = functools.cache(gevent.monkey.get_original)
 #    Offers   KIB, MIB, GIB, DOMAIN_NAME, ShimmerCatError,
 #             ConfigurationError, Deadline, NetworkAddress, YamlSheet,
 #             YamlEntry, http_date, parse_http_date, parse_size, size_text,
-#             file_identity, nearest
+#             file_identity, nearest, in_thread
 #    Uses     no other room
 # ---------------------------------------------------------------------------
 
@@ -544,6 +544,21 @@ def nearest(word: str, known: typing.Iterable[str]) -> str | None:
     found = difflib.get_close_matches(
         word[:80].lower().replace("_", "-"), folded, n=1)
     return folded[found[0]] if found else None
+
+
+def in_thread(work: typing.Callable, *words: typing.Any) -> typing.Any:
+    """What blocking or CPU-bound work gives, done beside the loop."""
+    def attempt():
+        # gevent writes to stderr of what is raised there.
+        try:
+            return work(*words), None
+        except ShimmerCatError as error:
+            return None, error
+
+    result, error = gevent.get_hub().threadpool.apply(attempt)
+    if error:
+        raise error
+    return result
 
 
 # ---------------------------------------------------------------------------
@@ -5613,7 +5628,7 @@ class Repository:
                 raise SourceChanged(f"{source.path} is damaged")
         else:
             body, sample = None, os.pread(source.fd, _SAMPLE_BYTES, 0)
-            sha = kept.sha if kept else _in_thread(_file_digest, source.fd)
+            sha = kept.sha if kept else in_thread(_file_digest, source.fd)
         asset = Asset(key, source, sha)
         named = kept and kept.type.encode() or content_type(
             key.path if key.is_removed or kept else source.path, sample)
@@ -5697,7 +5712,7 @@ class Repository:
 
     def _take(self, asset, stored):
         """Offers what the store has, if it is whole."""
-        body = _in_thread(self._store.load, stored)
+        body = in_thread(self._store.load, stored)
         if body is None:
             return
         form = self._form(asset, stored.form, stored.size, f"-{stored.level}")
@@ -5754,7 +5769,7 @@ class Repository:
         name, level = f"dcz_{sha[:16]}", _BEST["dcz"]
         found = {stored[:2]: stored for stored in self._store.find(asset.sha)}
         if stored := found.get((name, level)):
-            body = _in_thread(self._store.load, stored)
+            body = in_thread(self._store.load, stored)
             if body is not None:
                 delta = self._form(asset, name, stored.size)
                 delta.body = body
@@ -5807,7 +5822,7 @@ class Repository:
         if not self._press_rests.passed():
             return
         if body is None:
-            body = _in_thread(_read_source, asset)
+            body = in_thread(_read_source, asset)
         quick = body and self._press(coding, body)
         if quick is None and body:
             # A later visitor may find it in time.
@@ -5873,13 +5888,13 @@ class Repository:
         `takes(root, path, type)` chooses them.  Gives root, path and bytes
         freed of each.  Waits.
         """
-        assets = _in_thread(lambda known: [
+        assets = in_thread(lambda known: [
             asset for asset in known
             if takes(*asset.key[:2], asset.type.decode())],
             tuple(self._assets.values()))
         for asset in assets:
             self.forget(asset)
-        return _in_thread(lambda local: [
+        return in_thread(lambda local: [
             (*asset.key[:2], self._store.wipe(asset.sha)
              + self._store.wipe(asset.key.memo())) for asset in local],
             [asset for asset in assets if asset.kept is None])
@@ -5916,12 +5931,7 @@ def quick_form(coding: str, body: bytes) -> bytes:
 
 
 def _press(coding, body):
-    return _in_thread(lambda parts: quick_form(*parts), (coding, body))
-
-
-def _in_thread(work, argument):
-    """Runs blocking or CPU-bound work beside the loop."""
-    return gevent.get_hub().threadpool.apply(work, (argument,))
+    return in_thread(lambda parts: quick_form(*parts), (coding, body))
 
 
 def _file_digest(fd):
@@ -6908,8 +6918,8 @@ class _Answer:
         self.go_ahead = gevent.event.Event()
         self.status, self.fields, self.trailers = 0, [], []
         self.pieces = collections.deque()
-        #: octets so far, of the body and of all else
-        self.size = 0
+        #: octets so far, of the body and of all else; those since a piece
+        self.size = self._overhead = 0
         self.has_head = self.is_complete = False
         #: whether the connection can be used again
         self.is_clean = False
@@ -6925,6 +6935,7 @@ class _Answer:
             self._take_end()
             return
         self.size += len(data)
+        self._overhead += len(data)
         if self.is_tunnel:
             self.pieces.append(data)
             return
@@ -6936,8 +6947,10 @@ class _Answer:
             if not self.is_complete:
                 raise
             self.is_clean = False
-        if not self.has_head and self.size > _HEAD_BYTES:
-            self._fault = "the head of the answer does not end"
+        if self._overhead > _HEAD_BYTES:
+            self._fault = (
+                f"the {'trailer' if self.has_head else 'head'} of the answer"
+                " does not end")
         if self._fault:
             raise _Garbled(self._fault)
 
@@ -6961,6 +6974,9 @@ class _Answer:
         if named and named != [b"keep-alive"]:
             words = b",".join(named).lower().split(b",")
             dropped = {*map(bytes.strip, words), *_OF_A_HOP}
+        if self.status == 204:
+            # RFC 9110 section 8.6
+            dropped = {*dropped, b"content-length"}
         return [field for field in self.fields if field[0] not in dropped]
 
     def on_message_begin(self):
@@ -7026,6 +7042,7 @@ class _Answer:
         if self.is_complete:
             self.is_clean = False
         else:
+            self._overhead = 0
             self.pieces.append(piece)
 
     def on_message_complete(self):
@@ -7984,7 +8001,7 @@ class Larder:
             errand.is_void = errand.is_void or takes(*place, "")
         known = {**dict.fromkeys((*self._missing, *self._passed), ""),
                  **{place: kept.type for place, kept in self._kept.items()}}
-        places = _apart(lambda: [place for place, kind in known.items()
+        places = in_thread(lambda: [place for place, kind in known.items()
                                  if takes(*place, kind)])
         gone = [(*place, 0) for place in places if place in self._kept]
         for place in places:
@@ -8165,6 +8182,9 @@ class Larder:
         """Asks the origin; raises ShimmerCatError, which all get to know."""
         try:
             self._ask_once(errand, wanted, kept)
+        except StoreFull as error:
+            # That says nothing of the asset: who waits has it passed on.
+            LOG.say(error.message_code, error)
         except ShimmerCatError as error:
             key, seconds = wanted.key, self._tweaks.missing_seconds
             LOG.say(40041, f"{key.root}{key.path}", error)
@@ -8239,7 +8259,7 @@ class Larder:
             errand.path = draft
             errand.seen.set()
             sha = self._receive(fd, errand, wanted, reply)
-            _apart(os.fsync, fd)
+            in_thread(os.fsync, fd)
             self._store.keep(draft, sha, errand.size)
         finally:
             os.close(fd)
@@ -8248,7 +8268,7 @@ class Larder:
                 os.unlink(draft)
         self._remember(errand, wanted, _new_kept(
             wanted, reply, sha, errand.size, begun))
-        _apart(self._store.evict, self._tweaks.r_cache_limit_bytes)
+        in_thread(self._store.evict, self._tweaks.r_cache_limit_bytes)
 
     def _receive(self, fd, errand, wanted, reply):
         """Writes the body; its SHA-256.  Raises ShimmerCatError."""
@@ -8280,7 +8300,7 @@ class Larder:
         _put(self._kept, wanted.key[:2], kept)
         self._missing.pop(wanted.key[:2], None)
         try:
-            _apart(self._store.remember, wanted.key.memo(),
+            in_thread(self._store.remember, wanted.key.memo(),
                    _note(wanted.key, kept))
         except StoreFull as error:
             LOG.say(error.message_code, error)
@@ -8291,7 +8311,7 @@ class Larder:
         if kept:
             with contextlib.suppress(StoreFull):
                 # It is not known any more here, at least.
-                _apart(self._store.remember, wanted.key.memo(), {
+                in_thread(self._store.remember, wanted.key.memo(), {
                     **_note(wanted.key, kept), "gone": time.time()})
 
 
@@ -8316,11 +8336,6 @@ def _words(field):
     """The members of a list without their arguments, in lower case."""
     return {member.partition(b"=")[0].strip()
             for member in (field or b"").lower().split(b",")} - {b""}
-
-
-def _apart(work, *words):
-    """Does what blocks beside the loop."""
-    return gevent.get_hub().threadpool.apply(work, words)
 
 
 #: statuses that say nothing about the asset

@@ -147,6 +147,23 @@ def test_an_answer_without_body_ends_with_its_head(animal):
         assert origin.accepted == 1
 
 
+def test_an_answer_that_has_no_content_has_no_length():
+    with Origin(lambda _: head("204 No Content", content_length=5)) as origin:
+        app = consultant(origin)
+        for _ in range(3):
+            assert app.ask(question()) == (204, [], b"")
+        assert origin.accepted == 1
+
+
+@pytest.mark.parametrize("excess", [
+    b"0\r\nx: " + b"y" * 300_000, b"3;" + b"y" * 300_000])
+def test_what_is_around_a_body_has_a_limit(excess):
+    with Origin(lambda _: [head(transfer_encoding="chunked") + chunk(b"abc"),
+                           0.02, excess, 60.0]) as origin:
+        with pytest.raises(UpstreamFailed, match="trailer"):
+            body_of(consultant(origin).ask(question()))
+
+
 def test_connections_are_used_again():
     with Origin(lambda _: answer(b"hello")) as origin:
         app = consultant(origin)

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import hashlib
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -471,6 +472,22 @@ def test_connections_are_used_again_and_one_that_was_closed_is_renewed(house):
     here.origin.come()
     here.origin.animal.files["/a.css"] = b"new"
     assert here.get("/a.css").body == b"new"
+
+
+def test_a_store_that_is_cleared_away_amid_a_fetch_fails_no_visitor(
+        house, monkeypatch, said):
+    def clearing(asked):
+        yield zoo.head(content_length=len(CSS))
+        yield 0.1
+        shutil.rmtree(here.folder / "r-cache", ignore_errors=True)
+        yield CSS
+
+    monkeypatch.setattr(shimmercat, "_WHOLE_SECONDS", 10)
+    here = house(clearing, missing_seconds=0.1)
+    assert here.get("/a.css").body == CSS
+    assert [record.code for record in said] == [60014]
+    here.origin.animal = zoo.Files(FILES)
+    eventually(lambda: here.cache_status("/a.css").startswith("hit"))
 
 
 @pytest.mark.parametrize("animal", [
