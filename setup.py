@@ -69,7 +69,9 @@ STATIC = ["-Wl,-Bstatic", "-lnghttp2", "-Wl,-Bdynamic",
 COMPILER_FLAGS = ["-std=c11", "-Wall", "-Wextra", "-fno-strict-aliasing"]
 
 NATIVE = Extension(
-    "shimmercat_ext.native.engine", ["shimmercat_ext/native/engine.c"],
+    "shimmercat_ext.native.engine",
+    ["shimmercat_ext/native/engine.c", "shimmercat_ext/native/hot.c"],
+    depends=["shimmercat_ext/native/hot.h"],
     extra_compile_args=COMPILER_FLAGS, optional=True)
 
 #: lines of the log; needs nothing but a compiler

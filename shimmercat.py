@@ -1680,6 +1680,8 @@ class Response:
     representation: str = ""
     #: whether the fields have a date
     is_dated: bool = False
+    #: the asset that it shows, if that changes only when we are told
+    asset: typing.Any = None
 
 
 class FileSlice:
@@ -2246,6 +2248,18 @@ class Engine:
     nuisance = 0
     #: whether the connection is to be closed once `output` is written
     closing = False
+    #: type of the table that it can answer from, if there is one
+    hot_table = None
+    #: whether nothing waits to be sent; only then it answers from there
+    is_free = False
+    #: newest stream that was answered so
+    recalled = 0
+
+    def answer_from(self, table: object, client: str) -> None:
+        """Lets it give answers of the table again, where it can, by itself.
+
+        The log calls the peer `client`.
+        """
 
     def receive(self, data: bytes) -> list:
         """Events that `data` gives; a ProtocolFault is always the last."""
@@ -2979,7 +2993,7 @@ except ImportError:
     NATIVE_ENGINE = None
 else:
     # None as well when it was built for other words (engine.c, ABI).
-    NATIVE_ENGINE = _bind(1, (
+    NATIVE_ENGINE = _bind(2, (
         RequestStarted, RequestRefused, BodyReceived, RequestEnded,
         StreamReset, PriorityChanged, PeerLeaving, ProtocolFault), StreamGone)
 
@@ -5431,6 +5445,14 @@ class Asset:
         except OSError:
             return False
 
+    def is_settled(self) -> bool:
+        """Whether a file of the site has all its forms, and no time matters.
+
+        Then answers change only with the file, or when `on_change` is called.
+        """
+        return (self.best and self.trusted_until == math.inf
+                and not (self.kept or self.key.is_removed))
+
     def pick(self, headers: Headers) -> Representation | None:
         """The representation that the client likes best, small ones first."""
         forms = self.representations
@@ -5554,6 +5576,8 @@ class Repository:
         """
         self._tweaks, self._store, self._jobs = tweaks, store, jobs
         self._press, self._press_rests = press or _press, Deadline(0)
+        #: called with the path of a source that may be answered otherwise now
+        self.on_change = lambda path: None
         self._assets = collections.OrderedDict()
         self._keys_of = collections.defaultdict(set)
         self._memory, self._at_work = 0, {}
@@ -5720,6 +5744,7 @@ class Repository:
             form.body = body
         form.path = str(stored.path)
         asset.add(form)
+        self.on_change(asset.path)
 
     def _form(self, asset, name, length, suffix=""):
         """A representation with its fields, body still to be given."""
@@ -5900,6 +5925,7 @@ class Repository:
             [asset for asset in assets if asset.kept is None])
 
     def _dismiss(self, asset):
+        self.on_change(asset.path)
         self._memory -= asset.counted
         keys = self._keys_of[asset.sha]
         keys.discard(asset.key)
@@ -5915,6 +5941,7 @@ class Repository:
 
     def _account(self, asset):
         """Counts what an asset holds now; forgets others to make room."""
+        self.on_change(asset.path)
         if self._assets.get(asset.key) is asset:
             self._memory += asset.memory() - asset.counted
             asset.counted = asset.memory()
@@ -10071,7 +10098,8 @@ class Statics:
         Raises what needs a page.
         """
         backend, root = self._backend(request.host), None
-        if path.endswith("/"):
+        is_view = path.endswith("/")
+        if is_view:
             # Only an index.html that is the page itself is kept so.
             views = self._views.get(request.host)
             root = views and views.folder
@@ -10082,8 +10110,11 @@ class Statics:
         if (not asset or self._repository.is_due(asset, request.started)
                 or asset.lacks(request.headers)):
             return None
-        return self._send_asset(
+        response = self._send_asset(
             request, asset, asset.kept.hit() if asset.kept else b"hit")
+        if not is_view and asset.is_settled():
+            response.asset = asset
+        return response
 
     def _backend(self, host):
         """Where the statics of a domain are, here or at an origin."""
@@ -10560,9 +10591,13 @@ _SCRIPT_SAYS = b"""\
 class Service:
     """What the connections of this process share."""
 
-    def __init__(self, settings: Settings, site: Site):
-        """Serves `site` within the limits of the tweaks."""
-        self.settings, self.site = settings, site
+    def __init__(self, settings: Settings, site: Site,
+                 table: object | None = None):
+        """Serves `site` within the limits of the tweaks.
+
+        Engines give the answers in `table` again by themselves.
+        """
+        self.settings, self.site, self.table = settings, site, table
         self.tweaks = tweaks = settings.tweaks
         self.limits = EngineLimits(
             header_bytes=tweaks.max_header_bytes,
@@ -10571,7 +10606,7 @@ class Service:
         self.connections, self.draining = set(), False
         #: exchanges that wait in greenlets
         self.waiting = 0
-        self.date = _date_field()
+        self._tell_date()
 
     def start(self) -> None:
         """Begins to look after times."""
@@ -10580,10 +10615,32 @@ class Service:
     def _sweep_forever(self):
         while True:
             gevent.sleep(_SWEEP_SECONDS)
-            self.date = _date_field()
+            self._tell_date()
             now = time.monotonic()
             for connection in tuple(self.connections):
                 connection.look_after_time(now)
+
+    def _tell_date(self):
+        """Brings the field that every answer has up to date."""
+        self.date = b"date", http_date(time.time()).encode()
+        if self.table is not None:
+            self.table.date = self.date[1]
+
+    def remember(self, fields: list, request: Request, response: Response
+                 ) -> None:
+        """Puts what answers a request with these fields into the table."""
+        asset, body = response.asset, response.body
+        if (self.table is None or asset is None or response.status != 200
+                or request.protocol != "h2" or not isinstance(body, bytes)):
+            return
+        # The pieces of the log line that Conversation._end would write.
+        before = (request.method, request.host, request.target, "200",
+                  str(len(body)))
+        after = (request.protocol, response.answered, response.representation)
+        self.table.put(
+            fields, ((b":status", b"200"), *response.fields), body,
+            (os.fsencode(asset.path), asset.identity),
+            ("\0".join(before).encode(), "\0".join(after).encode()))
 
     @property
     def active(self) -> int:
@@ -10600,10 +10657,6 @@ class Service:
         """Cuts what is left."""
         for connection in tuple(self.connections):
             connection.close()
-
-
-def _date_field():
-    return b"date", http_date(time.time()).encode()
 
 
 class _Incoming:
@@ -10768,10 +10821,12 @@ class Conversation:
         #: priorities that came ahead of their request
         self._early = {}
         self._newest = 0
+        engine.answer_from(service.table, client)
 
     def receive(self, data: bytes) -> None:
         """Takes octets from the client and begins to answer."""
         engine = self.engine
+        engine.is_free = not len(self._scheduler)
         for event in engine.receive(data):
             _HANDLERS[type(event)](self, event)
         if not self._calm.bears(engine.nuisance):
@@ -10836,6 +10891,7 @@ class Conversation:
             return
         response = self._site.ready(request)
         if response is not None:
+            service.remember(event.fields, request, response)
             self._respond(stream, request, response)
         elif service.waiting < service.tweaks.max_waiting:
             service.waiting += 1
@@ -11067,13 +11123,14 @@ class Conversation:
 
     def _on_priority(self, event):
         urgency = Urgency.parse(event.field, Urgency())
+        newest = max(self._newest, self.engine.recalled)
         if event.stream in self._outgoing:
             self._scheduler.reprioritize(event.stream, urgency)
-        elif event.stream > self._newest or event.stream in self._waiting:
+        elif event.stream > newest or event.stream in self._waiting:
             # The engine bounds the number of streams that are idle still.
             self._early = {
                 stream: early for stream, early in self._early.items()
-                if stream > self._newest or stream in self._waiting}
+                if stream > newest or stream in self._waiting}
             self._early[event.stream] = urgency
 
     def _on_leaving(self, event):
@@ -11875,6 +11932,8 @@ _PROXY_BYTES = 2048
 _BEAT_SECONDS = 1.0
 #: seconds that connections have after a signal to leave at once
 _QUICK_SECONDS = 1.0
+#: seconds that log records of the hot table gather; 16 MiB have room there
+_HITS_SECONDS = 0.05
 #: names of purged assets that a worker tells
 _MOST_PURGED = 10_000
 #: seconds of silence beyond the arbiter's limit until the kernel ends us
@@ -12083,6 +12142,8 @@ class Worker:
         self._settings = premises.settings
         self._doors = doors
         self._name, self._line = name, line
+        #: answers that the native engine gives again by itself
+        self._table = None
         self._store = AlternateStore(premises.scratch.cache)
         self._leaving = gevent.event.Event()
         self._limit = Deadline(math.inf)
@@ -12095,7 +12156,8 @@ class Worker:
             # one stays.
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        service = Service(self._settings, Site(self._settings, *self._join()))
+        site = Site(self._settings, *self._join())
+        service = Service(self._settings, site, self._table)
         service.start()
         listeners = self._accept(service)
         self._report_ready()
@@ -12128,10 +12190,33 @@ class Worker:
         repository = Repository(tweaks, self._store, JobQueue(
             link, tweaks.artisan_queue_jobs, lease_seconds(tweaks)),
             PressLink(self._premises.scratch.press_socket).press)
+        self._make_table(repository)
         larder = Larder(tweaks, self._store, Notes(link))
         self._spawn(Announcements(link).run, functools.partial(
             self._hear, repository, larder))
         return repository, larder
+
+    def _make_table(self, repository):
+        """Has the engine answer by itself, if it can, till assets change."""
+        if make := http2_engine(self._settings.engine).hot_table:
+            table = self._table = make(
+                self._settings.tweaks.memory_cache_bytes, self._name,
+                50001 in LOG.enabled)
+            repository.on_change = lambda path: table.drop(os.fsencode(path))
+            self._spawn(self._log_hits)
+
+    def _log_hits(self):
+        """Hands on what the log is to say of the table's answers, for ever."""
+        while True:
+            gevent.sleep(_HITS_SECONDS)
+            self._log_hits_so_far()
+
+    def _log_hits_so_far(self):
+        packed, lost = self._table.drain()
+        if packed:
+            self._tap.append_packed(packed)
+        if lost:
+            LOG.say(60006, lost, "too many at a time")
 
     def _hear(self, repository, larder, text):
         """Takes over what the artisan made, or forgets what is purged."""
@@ -12199,6 +12284,8 @@ class Worker:
 
     def _part(self):
         """Says the last words."""
+        if self._table is not None:
+            self._log_hits_so_far()
         lost = self._tap.flush(Deadline(_QUICK_SECONDS))
         if lost:
             LOG.configure(sink=Console(2).write)

@@ -20,17 +20,14 @@
  * call raises.  What a peer does never raises.
  */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "hot.h"
+
 #include <structmember.h>
 
-#include <nghttp2/nghttp2.h>
-#include <stdbool.h>
-#include <stdint.h>
 #include <string.h>
 
 /* Changes with all that shimmercat.py and this file say to each other. */
-#define ABI 1
+#define ABI 2
 
 /* Limits; those of shimmercat.py's room 5. */
 #define HEAD_BYTES 9
@@ -39,6 +36,8 @@
 #define MOST_CLOSED 512
 #define MOST_SETTINGS (FRAME_BYTES / 6)
 #define CRUMB_BYTES 1024
+/* Output up to which the hot table is asked. */
+#define HOT_OUTPUT_BYTES (256 * 1024)
 #define NAME_BYTES 256
 #define FIRST_WINDOW 65535
 /* The connection's window in those of streams. */
@@ -110,6 +109,7 @@ enum {
 
 typedef struct {
     PyObject *type;             /* Http2Engine */
+    PyObject *table;            /* HotTable */
     PyObject *events[EVENTS];   /* named tuples */
     PyObject *gone;             /* the exception StreamGone */
 } words;
@@ -151,6 +151,10 @@ typedef struct {
     bool resetting;          /* an RST_STREAM under way is of our will */
     const uint8_t *piece;    /* what `body` sends, borrowed */
     size_t piece_length;
+    hot_table *table;        /* or NULL */
+    PyObject *client;        /* its name in the log, bytes; with a table */
+    char is_free;            /* nothing waits to be sent */
+    int recalled;            /* newest stream that the table answered */
 } engine;
 
 /* -------------------------------------------------- small helpers, no peer */
@@ -802,6 +806,73 @@ static bool owes(engine *self, stream *it)
     return true;
 }
 
+/* ------------------------------------------------- answers that are ready */
+
+/* Whether a stream got its priority ahead of its request. */
+static bool came_early(engine *self, int32_t id)
+{
+    for (size_t n = 0; n < self->early_count; n++)
+        if (self->early[n] == id)
+            return true;
+    return false;
+}
+
+/* Whether an answer can be sent whole, and may be held till it is taken. */
+static bool fits(engine *self, int32_t id, size_t length)
+{
+    int32_t stream =
+        nghttp2_session_get_stream_remote_window_size(self->session, id);
+    int32_t connection =
+        nghttp2_session_get_remote_window_size(self->session);
+    return stream >= 0 && length <= (size_t)stream && connection >= 0 &&
+           length <= (size_t)connection &&
+           self->out_used + length <= HOT_OUTPUT_BYTES;
+}
+
+/* Sends a whole answer, as `headers` and `body` would. */
+static outcome send_whole(engine *self, stream *it, const hot_answer *answer)
+{
+    nghttp2_data_provider provider = {{0}, offer_piece};
+    size_t frames = answer->length / FRAME_BYTES;
+    it->headed = it->answered = true;
+    frames += answer->length % FRAME_BYTES >= CRUMB_BYTES;
+    self->nuisance -= 2 * (long long)frames;
+    self->piece = answer->body;
+    self->piece_length = answer->length;
+    int result =
+        nghttp2_submit_response(self->session, it->id, answer->fields,
+                                answer->field_count, &provider);
+    outcome sent = result ? give_up(result) : pump(self);
+    if (sent == GOOD && self->piece_length)
+        sent = give_up(NGHTTP2_ERR_INVALID_STATE);
+    self->piece = NULL;
+    self->piece_length = 0;
+    return sent;
+}
+
+/* Answers a complete request from the hot table, if it has the answer and
+ * nothing is ahead of it; `it` is gone then. */
+static outcome recall(engine *self, stream *it, bool *done)
+{
+    if (self->table == NULL || !self->is_free || came_early(self, it->id))
+        return GOOD;
+    int32_t id = it->id;
+    int64_t start = hot_now();
+    hot_answer *answer =
+        hot_find(self->table, self->fields, self->field_count);
+    if (answer == NULL)
+        return PyErr_Occurred() ? BROKEN : GOOD;
+    if (!fits(self, id, answer->length) || !hot_confirm(self->table, answer))
+        return GOOD;
+    hot_use(self->table, answer);
+    outcome result = send_whole(self, it, answer);
+    if (result == GOOD)
+        hot_log(self->table, answer, self->client, start);
+    self->recalled = id;
+    *done = true;
+    return result;
+}
+
 /* --------------------------------------------- frames, one by one: heads */
 
 /* A new stream: looks at what it asks for, in room 5's order. */
@@ -821,6 +892,10 @@ static outcome take_request(engine *self, PyObject *events, int32_t id,
     if (self->section > self->header_bytes ||
         (int64_t)self->field_count > self->header_count)
         return report_numbers(self, events, REQUEST_REFUSED, id, 431);
+    bool done = false;
+    outcome result = complete ? recall(self, it, &done) : GOOD;
+    if (result != GOOD || done)
+        return result;
     PyObject *values[] = {PyLong_FromLong(id), listed_fields(self),
                           PyBool_FromLong(complete)};
     return report(self, events, REQUEST_STARTED, 3, values);
@@ -1726,6 +1801,32 @@ static PyObject *engine_output(engine *self, PyObject *nothing)
     return leave(self, written ? GOOD : BROKEN, written);
 }
 
+PyDoc_STRVAR(answer_from_doc,
+             "Has it answer from a HotTable what it can, to a client that "
+             "the log calls so; None is no table.");
+
+static PyObject *engine_answer_from(engine *self, PyObject *const *args,
+                                    Py_ssize_t count)
+{
+    bool is_table = count == 2 && Py_IS_TYPE(args[0], (PyTypeObject *)
+                                             self->words->table);
+    if (count != 2 || !PyUnicode_Check(args[1]) ||
+        !(is_table || Py_IsNone(args[0]))) {
+        PyErr_SetString(PyExc_TypeError, "expected (table, client)");
+        return NULL;
+    }
+    PyObject *client =
+        PyUnicode_AsEncodedString(args[1], "utf-8", "backslashreplace");
+    if (client == NULL || enter(self) < 0) {
+        Py_XDECREF(client);
+        return NULL;
+    }
+    Py_XSETREF(self->client, client);
+    Py_XSETREF(self->table,
+               is_table ? (hot_table *)Py_NewRef(args[0]) : NULL);
+    return leave(self, GOOD, Py_NewRef(Py_None));
+}
+
 /* ------------------------------------------------------ life of an engine */
 
 /* nghttp2 takes its memory where Python does: tracemalloc sees it. */
@@ -1923,6 +2024,8 @@ static void engine_dealloc(engine *self)
     release(&self->rest);
     release(&self->block);
     Py_CLEAR(self->out);
+    Py_CLEAR(self->table);
+    Py_CLEAR(self->client);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -1944,6 +2047,7 @@ static PyMethodDef engine_methods[] = {
     METHOD(goodbye, METH_VARARGS | METH_KEYWORDS),
     METHOD(consumed, METH_FASTCALL),
     METHOD(output, METH_NOARGS),
+    METHOD(answer_from, METH_FASTCALL),
     {NULL, NULL, 0, NULL}};
 
 static PyMemberDef engine_members[] = {
@@ -1951,6 +2055,10 @@ static PyMemberDef engine_members[] = {
      "sum of the points of what the peer sent"},
     {"closing", T_BOOL, offsetof(engine, closing), 0,
      "whether to close once `output` is written"},
+    {"is_free", T_BOOL, offsetof(engine, is_free), 0,
+     "whether nothing waits to be sent"},
+    {"recalled", T_INT, offsetof(engine, recalled), READONLY,
+     "newest stream that was answered from the table"},
     {NULL, 0, 0, 0, NULL}};
 
 PyDoc_STRVAR(engine_doc, "RFC 9113 through nghttp2; see Engine in room 5.");
@@ -2004,11 +2112,11 @@ static PyObject *module_bind(PyObject *module, PyObject *args)
     return Py_NewRef(state->type);
 }
 
-/* Sets a class attribute; steals the text, which may be NULL. */
-static int describe(PyObject *type, const char *name, PyObject *text)
+/* Sets a class attribute; steals the value, which may be NULL. */
+static int describe(PyObject *type, const char *name, PyObject *value)
 {
-    int result = text ? PyObject_SetAttrString(type, name, text) : -1;
-    Py_XDECREF(text);
+    int result = value ? PyObject_SetAttrString(type, name, value) : -1;
+    Py_XDECREF(value);
     return result;
 }
 
@@ -2016,13 +2124,15 @@ static int module_exec(PyObject *module)
 {
     words *state = PyModule_GetState(module);
     state->type = PyType_FromModuleAndSpec(module, &engine_spec, NULL);
-    if (state->type == NULL)
+    state->table = PyType_FromModuleAndSpec(module, &hot_table_spec, NULL);
+    if (state->type == NULL || state->table == NULL)
         return -1;
     PyObject *protocol = PyUnicode_FromString("h2");
     PyObject *library =
         PyUnicode_FromFormat("nghttp2 %s", nghttp2_version(0)->version_str);
     int failed = describe(state->type, "protocol", protocol);
     failed |= describe(state->type, "library", library);
+    failed |= describe(state->type, "hot_table", Py_NewRef(state->table));
     if (failed || PyModule_AddIntConstant(module, "ABI", ABI) < 0)
         return -1;
     return 0;
@@ -2032,6 +2142,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
 {
     words *state = PyModule_GetState(module);
     Py_VISIT(state->type);
+    Py_VISIT(state->table);
     Py_VISIT(state->gone);
     for (int n = 0; n < EVENTS; n++)
         Py_VISIT(state->events[n]);
@@ -2042,6 +2153,7 @@ static int module_clear(PyObject *module)
 {
     words *state = PyModule_GetState(module);
     Py_CLEAR(state->type);
+    Py_CLEAR(state->table);
     Py_CLEAR(state->gone);
     for (int n = 0; n < EVENTS; n++)
         Py_CLEAR(state->events[n]);

@@ -6,6 +6,7 @@ Run with a module that was compiled with sanitizers, by test_native.py.  With
 
 import collections
 import importlib.util
+import os
 import random
 import sys
 import typing
@@ -21,6 +22,8 @@ NAMES = (
 GET = [(b":method", b"GET"), (b":scheme", b"https"),
        (b":authority", b"a.example"), (b":path", b"/")]
 OK = [(b":status", b"200"), (b"server", b"x" * 40)]
+#: what the hot table has, of this file; longer ones do not fit all windows
+BODIES = [b"a" * 9, b"b" * 3000, b"c" * 60_000]
 
 
 class Limits(typing.NamedTuple):
@@ -46,12 +49,32 @@ def load(path):
     return module.bind(module.ABI, events, Gone)
 
 
+def identity(path):
+    """Room 1's file_identity of a path."""
+    status = os.stat(path)
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns,
+            status.st_ctime_ns)
+
+
+def make_table(engine_class, dice):
+    """A hot table, which may have answers to GET, or is too small."""
+    table = engine_class.hot_table(dice.choice([10, 9000, 10**6]), "w0-1",
+                                   True)
+    table.date = b"a date"
+    path = os.fsencode(__file__)
+    for body in BODIES:
+        fields = GET + dice.choice([[], [(b"accept", body[:5])]])
+        table.put(fields, tuple(OK), body, (path, identity(path)),
+                  (b"GET\0a.example\0/", b"h2"))
+    return table
+
+
 def some_frames(dice):
     """Octets of a client that is wrong at times."""
     stream = dice.choice([1, 1, 3, 5, 7, 9, 2])
-    fields = GET + dice.choice([[], [(b"x", b"y" * dice.randrange(900))],
-                                [(b"te", b"x")], [(b"content-length", b"5")],
-                                [(b"x", b"y" * 5000)]])
+    fields = GET + dice.choice([
+        [], [], [(b"accept", b"ccccc")], [(b"x", b"y" * dice.randrange(900))],
+        [(b"te", b"x")], [(b"content-length", b"5")], [(b"x", b"y" * 5000)]])
     data = fr.frame(fr.DATA, dice.choice([0, 1]), stream,
                     bytes(dice.choice([0, 5, 5000])))
     padded = fr.frame(fr.DATA, 8, stream, b"\x05abcde\0\0\0\0\0")
@@ -70,9 +93,11 @@ def some_frames(dice):
 
 def converse(engine_class, dice):
     """A conversation of an engine's whole life, with all of its methods."""
-    engine = engine_class(Limits())
+    engine, table = engine_class(Limits()), make_table(engine_class, dice)
+    engine.answer_from(dice.choice([table, table, None]), "a client")
     engine.receive(fr.PREFACE + fr.settings())
     for _ in range(dice.randrange(25)):
+        engine.is_free = dice.random() < 0.8
         octets, stream = some_frames(dice), dice.choice([1, 3, 5])
         at = dice.randrange(len(octets) + 1)
         engine.receive(octets[:at])
@@ -89,6 +114,10 @@ def converse(engine_class, dice):
             engine.goodbye(0, 2**31 - 1)
         if dice.random() < 0.5:
             engine.output()
+        if dice.random() < 0.1:
+            table.drop(os.fsencode(__file__))
+        if dice.random() < 0.1:
+            table.drain(), table.clear(), len(table), table.hits
         engine.midway(), engine.hungry(), engine.nuisance, engine.closing
     engine.time_out()
     return engine.output()

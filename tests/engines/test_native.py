@@ -19,7 +19,8 @@ import shimmercat
 from shimmercat import NATIVE_ENGINE, EngineLimits
 
 HERE = pathlib.Path(__file__).parent
-SOURCE = HERE.parent.parent / "shimmercat_ext" / "native" / "engine.c"
+SOURCES = [HERE.parent.parent / "shimmercat_ext" / "native" / name
+           for name in ("engine.c", "hot.c")]
 
 needs_native = pytest.mark.skipif(
     NATIVE_ENGINE is None, reason="the native engine is not built")
@@ -36,7 +37,7 @@ def sanitized(tmp_path_factory):
         ["gcc", "-std=c11", "-g", "-O1", "-Wall", "-Wextra", "-Werror",
          "-fno-strict-aliasing", "-fsanitize=address,undefined",
          "-fno-sanitize-recover=undefined", "-fPIC", "-shared",
-         f"-I{include}", str(SOURCE), "-o", str(module), "-lnghttp2"],
+         f"-I{include}", *map(str, SOURCES), "-o", str(module), "-lnghttp2"],
         check=True, timeout=120)
     libraries = [subprocess.check_output(
         ["gcc", f"-print-file-name={name}"], text=True).strip()

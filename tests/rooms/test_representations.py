@@ -631,3 +631,24 @@ def test_a_named_type_has_its_weight_and_others_that_of_the_best(weights):
     weights.pop(b"text/html", None)
     assert named == weights
     assert others == max(wild, *weights.values(), 0 if weights else 1)
+
+
+def test_every_change_of_what_an_asset_is_answered_with_is_told(shelf):
+    told = []
+    path = str(shelf.write("a.css", CSS))
+    asset = shelf.settle("a.css")
+    shelf.repository.on_change = told.append
+    assert not asset.is_settled()
+    shelf.repository.hasten(asset, "gzip")
+    assert told == [path]
+    shelf.work(asset)
+    assert len(told) > len(asset.job()["wanted"])
+    assert asset.is_settled() is (asset.trusted_until == float("inf"))
+    del told[:]
+    shelf.repository.purge(lambda *place: True)
+    assert told == [path]
+    assert shelf.settle("a.css") is not asset
+    shelf.write("a.css", CSS[::-1])
+    del told[:]
+    shelf.settle("a.css")
+    assert path in told
