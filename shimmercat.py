@@ -269,8 +269,9 @@ except ImportError:
     zstandard = None
 try:
     from shimmercat_ext.native.lines import lines as _native_lines
+    from shimmercat_ext.native.lines import pack as _native_pack
 except ImportError:
-    _native_lines = None
+    _native_lines = _native_pack = None
 
 #: gevent's saved original of a patched name, for what must not touch the hub
 _plain = functools.cache(gevent.monkey.get_original)
@@ -706,6 +707,13 @@ class LogRecord(typing.NamedTuple):
         return _HEADER.pack(
             self.worker.encode()[:8].ljust(8), seconds + _MJD_SECONDS,
             microseconds, self.severity, self.code, len(content)) + content
+
+    @staticmethod
+    def pack_all(records: list["LogRecord"]) -> bytes:
+        """Packed records back to back."""
+        if _native_pack:
+            return _native_pack(records)
+        return b"".join([record.pack() for record in records])
 
     @classmethod
     def unpack(cls, packed: bytes) -> "LogRecord":
@@ -4535,7 +4543,7 @@ class LogTap:
             self._lost = 0
         while self._ring and len(records) < _BATCH_RECORDS:
             records.append(self._ring.popleft())
-        self._batch += _bundles(b"".join([x.pack() for x in records]))
+        self._batch += _bundles(LogRecord.pack_all(records))
         while self._packed and len(self._batch) < _BATCH_MESSAGES:
             self._batch.append(self._packed.popleft())
 

@@ -141,22 +141,24 @@ def main():
     parser.add_argument("--records", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    native = shimmercat._native_lines
+    native = shimmercat._native_lines, shimmercat._native_pack
     cases = list(itertools.product(
-        [native, None] if native else [None], ("text", "json"),
-        (False, True)))
+        [native, (None, None)] if all(native) else [native],
+        ("text", "json"), (False, True)))
     found = {case: [] for case in cases}
     for _ in range(options.rounds):
         for case in cases:
-            shimmercat._native_lines, form, is_packed = case
+            functions, form, is_packed = case
+            shimmercat._native_lines, shimmercat._native_pack = functions
             found[case].append(measure(form, is_packed, options.records))
     print(table(["microseconds for a record", "said", "published", "Redis",
                  "written", "all"], [
         [f"{'packed' if is_packed else 'said'}, {form}, "
-         f"{'C' if lines else 'Python'}",
+         f"{'C' if all(functions) else 'Python'}",
          *(f"{statistics.median(column):.2f}"
-           for column in zip(*found[lines, form, is_packed], strict=True))]
-        for lines, form, is_packed in cases]))
+           for column in zip(*found[functions, form, is_packed],
+                             strict=True))]
+        for functions, form, is_packed in cases]))
 
 
 if __name__ == "__main__":

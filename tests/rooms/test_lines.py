@@ -1,9 +1,10 @@
-"""Room 2, Messages: lines written in C are those that Python writes."""
+"""Room 2, Messages: C packs and writes what Python does."""
 
 import itertools
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -14,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import shimmercat
-from shimmercat import MESSAGES, Console, LogRecord
+from shimmercat import MESSAGES, Console, LogRecord, Severity
 
 SOURCE = (harness.PROGRAM.parent / "shimmercat_ext" / "native" / "lines.c")
 STYLES = list(itertools.product(("text", "json"), (False, True)))
@@ -38,6 +39,16 @@ REQUESTS = st.builds(
 RECORDS = st.one_of(REQUESTS, REQUESTS, st.builds(
     LogRecord, st.just("w0"), st.just(1.5), st.integers(0, 6),
     st.sampled_from(sorted(MESSAGES)), st.lists(WORDS, max_size=3).map(tuple)))
+
+SAID = st.builds(
+    LogRecord, st.sampled_from(["w0", "w0-12", "worker-77", "", "\xe9" * 5]),
+    st.one_of(st.floats(0, 2.5e11), st.integers(0, 2 ** 33)),
+    st.one_of(st.sampled_from(Severity), st.integers(0, 255)),
+    st.integers(0, 65_535), st.lists(st.one_of(
+        WORDS, st.integers(), st.floats(), st.none(), st.just("\0a\0"),
+        st.text(), st.just("\udcff"), st.builds(str.__mul__, st.just("x"),
+                                                st.integers(65_530, 65_540)),
+    ), max_size=6).map(tuple))
 
 needs_native = pytest.mark.skipif(
     shimmercat._native_lines is None, reason="the extension is not built")
@@ -117,6 +128,28 @@ def test_a_wrong_call_is_refused(change):
         shimmercat._native_lines(*arguments)
 
 
+@needs_native
+@given(st.lists(SAID, max_size=5))
+@example([LogRecord("w0", 1e9 + 0.999_999_9, 5, 50001, ())])
+@example([LogRecord("w0", -1.5, 5, 50001, ("x",))])
+def test_records_are_packed_in_c_as_in_python(records):
+    assert LogRecord.pack_all(records) == b"".join(
+        record.pack() for record in records)
+
+
+@needs_native
+@pytest.mark.parametrize("records, error", [
+    ((), TypeError), ([None], AttributeError), ([(1, 2)], AttributeError),
+    ([request()._replace(code=65_536)], struct.error),
+    ([request()._replace(severity=-1)], struct.error),
+    ([request()._replace(worker="\udcff")], UnicodeEncodeError),
+    ([request(), request()._replace(moment="x")], TypeError),
+])
+def test_what_python_cannot_pack_is_refused_alike(records, error):
+    with pytest.raises(error):
+        shimmercat._native_pack(records)
+
+
 # Random octets, most of them nearly records, under the sanitizers.
 DRIVER = """
 import importlib.util, random, sys
@@ -135,8 +168,31 @@ for _ in range(20_000):
         lines, count, end = module.lines(
             50001, 5, b"M50001", b"info", b"{} " * 10, fields, packed, 0)
         assert lines.count(b"\\n") == count and end <= len(packed)
-module.lines(50001, 5, b"M50001", b"info", b"{} " * 10, (b"n",) * 10,
-             good[:-2] * 20_000, 0)
+module.lines(50001, 5, b"M50001", b"info", b"{} " * 10, (b"longer" * 9,) * 10,
+             good * 20_000, 0)
+
+class Said(tuple):
+    def pack(self):
+        said.clear()
+        return b"packed"
+
+class Odd:
+    def __str__(self):
+        if letters.random() < 0.1:
+            raise RuntimeError
+        return "odd" * letters.randrange(1000)
+
+for _ in range(5_000):
+    said = [Said((letters.choice(["w0", "worker-12345", "", None]),
+                  letters.choice([1.5, -1.0, 1e300, float("nan"), 7]),
+                  letters.choice([5, -1, 1 << 70]), 50001,
+                  tuple(letters.choice(["text", 7, "\\0", Odd(), "\\xe9"])
+                        for _ in range(letters.randrange(12)))))
+            for _ in range(letters.randrange(40))]
+    try:
+        module.pack(said)
+    except RuntimeError:
+        pass
 """
 
 
