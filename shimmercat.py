@@ -6822,7 +6822,7 @@ class HttpWire:
             # Whoever waits for the answer hears of it by this.
             self._question.withdraw()
             return False
-        except OSError:
+        except _CLOSED:
             # It wants no more; why, its answer may tell.
             return False
         return True
@@ -6855,7 +6855,7 @@ class HttpWire:
                 return
             # Python's TLS has no end in one direction.
             self._answer.is_complete = True
-        except (ClientGone, OSError):
+        except (ClientGone, *_CLOSED):
             # Who reads at the other end hears of it by this.
             pass
         self.close()
@@ -6888,7 +6888,7 @@ class HttpWire:
             seconds = self._socket.gettimeout()
             raise UpstreamSlow(f"{self._upstream}: silent for {seconds:g} s"
                                ) from error
-        except (OSError, httptools.HttpParserError, _Garbled) as error:
+        except (*_CLOSED, httptools.HttpParserError, _Garbled) as error:
             # A tunnel whose end we made is no failure.
             answer = self._answer
             if not (answer.is_tunnel and answer.is_complete):
@@ -7084,6 +7084,8 @@ class _Answer:
         self.is_complete = self.has_head and not self.is_tunnel
 
 
+#: what comes of using a socket that is closed, be it of TLS (ValueError)
+_CLOSED = OSError, ValueError
 _READ_BYTES = 64 * KIB
 #: an application that says nothing to `Expect: 100-continue` gets the body
 _EXPECT_SECONDS = 1

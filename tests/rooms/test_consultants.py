@@ -4,9 +4,11 @@ import contextlib
 import socket
 import ssl
 import threading
+import time
 
 import gevent
 import gevent.event
+import gevent.socket
 import pytest
 import zoo
 from harness import eventually, free_port
@@ -508,6 +510,28 @@ def test_an_application_behind_tls_has_to_prove_its_name(certificate):
         assert body_of(consultant(
             port, application_protocol="https", verify=False).ask(
                 question())) == b"hello"
+
+
+def test_a_question_that_is_withdrawn_as_it_is_answered_ends(certificate):
+    with tls_origin(certificate) as port, contextlib.ExitStack() as ends:
+        app = consultant(port, use_host="app.example", ca_file=certificate[2],
+                         application_protocol="https", max_connections=1)
+        # Both come in one turn of the loop: end of the client, and answer.
+        client, server = map(ends.enter_context, socket.socketpair())
+        asked = question()
+
+        def leave():
+            gevent.socket.wait_read(server.fileno())
+            asked.withdraw()
+
+        gevent.spawn(leave)
+        asking = gevent.spawn(app.ask, asked)
+        eventually(lambda: gevent.sleep(0) or asked.cut.__name__ == "close")
+        client.send(b"x")
+        time.sleep(0.2)
+        asking.join(5)
+        assert asking.successful() or isinstance(
+            asking.exception, ClientGone)
 
 
 def test_an_application_may_be_at_a_unix_socket(tmp_path):
