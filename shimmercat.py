@@ -7669,7 +7669,7 @@ class ConsultantBackend:
             body = Stream(iter((body,)))
             body.is_framed = is_framed
         fetched = Fetched(
-            reply.status, headers, length, body.pieces, body.close)
+            reply.status, headers, length, _in_time(body.pieces), body.close)
         fetched.is_framed = body.is_framed
         return fetched
 
@@ -7715,17 +7715,21 @@ def _give_back(answer, pieces):
 
 def _pieces(answer):
     """The body as it comes; raises OriginFailed."""
-    deadline = Deadline(_LONGEST_FETCH)
     try:
-        pieces = answer.read_chunked(
+        yield from _in_time(answer.read_chunked(
             _PIECE_OCTETS, decode_content=False) if answer.chunked else iter(
-            lambda: answer.read1(_PIECE_OCTETS, decode_content=False), b"")
-        for piece in pieces:
-            yield piece
-            if deadline.passed():
-                raise OriginFailed(f"not whole after {_LONGEST_FETCH} s")
+            lambda: answer.read1(_PIECE_OCTETS, decode_content=False), b""))
     except urllib3.exceptions.HTTPError as error:
         raise OriginFailed(str(error)) from error
+
+
+def _in_time(pieces):
+    """The pieces of a body that does not take for ever, or OriginFailed."""
+    deadline = Deadline(_LONGEST_FETCH)
+    for piece in pieces:
+        yield piece
+        if deadline.passed():
+            raise OriginFailed(f"not whole after {_LONGEST_FETCH} s")
 
 
 _AGENT = f"shimmercat/{__version__}"

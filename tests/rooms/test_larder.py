@@ -474,6 +474,15 @@ def test_connections_are_used_again_and_one_that_was_closed_is_renewed(house):
     assert here.get("/a.css").body == b"new"
 
 
+@pytest.mark.parametrize("consultant", [False, True])
+def test_an_origin_that_drips_is_given_up(house, monkeypatch, consultant):
+    monkeypatch.setattr(shimmercat, "_LONGEST_FETCH", 0.2)
+    monkeypatch.setattr(shimmercat, "_WHOLE_SECONDS", 10)
+    here = house(zoo.dripping(CSS, 0.05), consultant=consultant)
+    assert here.get("/a.css").status == 404
+    eventually(lambda: not here.origin.has_open())
+
+
 def test_a_store_that_is_cleared_away_amid_a_fetch_fails_no_visitor(
         house, monkeypatch, said):
     def clearing(asked):
