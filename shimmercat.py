@@ -268,10 +268,11 @@ try:
 except ImportError:
     zstandard = None
 try:
+    from shimmercat_ext.native.lines import bundles as _native_bundles
     from shimmercat_ext.native.lines import lines as _native_lines
     from shimmercat_ext.native.lines import pack as _native_pack
 except ImportError:
-    _native_lines = _native_pack = None
+    _native_bundles = _native_lines = _native_pack = None
 
 #: gevent's saved original of a patched name, for what must not touch the hub
 _plain = functools.cache(gevent.monkey.get_original)
@@ -4566,16 +4567,17 @@ class LogTap:
 
 
 def _bundles(packed):
-    """Yields packed records by the message, each with their number."""
-    start = end = count = 0
+    """Packed records by the message, each with their number."""
+    if _native_bundles:
+        return _native_bundles(packed, _MESSAGE_BYTES)
+    messages, start, end, count = [], 0, 0, 0
     while end < len(packed):
         after = LogRecord.end_of(packed, end)
         if count and after - start > _MESSAGE_BYTES:
-            yield count, packed[start:end]
+            messages.append((count, packed[start:end]))
             start, count = end, 0
         end, count = after, count + 1
-    if count:
-        yield count, packed[start:]
+    return [*messages, (count, packed[start:])] if count else messages
 
 
 def _count(messages):

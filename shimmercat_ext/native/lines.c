@@ -1,10 +1,11 @@
-/* The log's records packed, and lines of those that are said most.
+/* The log's records packed, in messages, and lines of those said most.
  *
  * `pack` makes what room 2's LogRecord.pack does, and calls that for records
  * that are not all ASCII.  `lines` writes what LogRecord.line or LogRecord.json
  * would for records whose pieces are printable ASCII, and stops at the first
  * one that is any other: Python writes that.  So nothing here escapes,
- * refuses or reports anything.  tests/rooms/test_lines.py compares both.
+ * refuses or reports anything.  `bundles` makes what room 9's _bundles does.
+ * tests/rooms/test_lines.py compares all with Python.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -496,11 +497,63 @@ static PyObject *pack(PyObject *module, PyObject *records)
     return records;
 }
 
+PyDoc_STRVAR(bundles_doc,
+"bundles(packed, most)\n--\n\n"
+"Packed records in messages of at most `most` octets, or one record that is\n"
+"longer: a list of their number and octets.  Raises ValueError for what is\n"
+"not whole records.");
+
+/* Appends a message; -1 with an error. */
+static int append_message(PyObject *messages, Py_ssize_t count,
+                          const char *octets, Py_ssize_t length)
+{
+    PyObject *message = Py_BuildValue("ny#", count, octets, length);
+    int failed = message ? PyList_Append(messages, message) : -1;
+    Py_XDECREF(message);
+    return failed;
+}
+
+static PyObject *bundles(PyObject *module, PyObject *arguments)
+{
+    text packed;
+    Py_ssize_t most, start = 0, end = 0, after, count = 0;
+    PyObject *messages;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "y#n", &packed.octets, &packed.length,
+                          &most)
+            || !(messages = PyList_New(0)))
+        return NULL;
+    for (; end < packed.length; end = after, count++) {
+        after = end + HEAD_BYTES;
+        if (after <= packed.length)
+            after += (Py_ssize_t)little_endian(packed.octets + after - 4, 4);
+        if (after > packed.length) {
+            PyErr_SetString(PyExc_ValueError, "no whole record");
+            goto failed;
+        }
+        if (count && after - start > most) {
+            if (append_message(messages, count, packed.octets + start,
+                               end - start) < 0)
+                goto failed;
+            start = end;
+            count = 0;
+        }
+    }
+    if (count && append_message(messages, count, packed.octets + start,
+                                end - start) < 0)
+        goto failed;
+    return messages;
+failed:
+    Py_DECREF(messages);
+    return NULL;
+}
+
 /* ---------------------------------------------------------------- module */
 
 static PyMethodDef module_methods[] = {
     {"lines", lines, METH_VARARGS, lines_doc},
     {"pack", pack, METH_O, pack_doc},
+    {"bundles", bundles, METH_VARARGS, bundles_doc},
     {NULL, NULL, 0, NULL}};
 
 static PyModuleDef_Slot module_slots[] = {{0, NULL}};

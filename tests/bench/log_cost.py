@@ -38,6 +38,8 @@ from shimmercat import (
 
 REQUEST = (50001, "192.0.2.7", "GET", "www.example.com", "/css/main.css?v=3",
            200, 1024, "0.5", "h2", "static", "br")
+#: what the extension does, where it is built
+NATIVE = ("_native_bundles", "_native_lines", "_native_pack")
 #: how many are said, or come packed, before they are published
 GATHERED = 5000
 PATIENCE_SECONDS = 120
@@ -141,24 +143,24 @@ def main():
     parser.add_argument("--records", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    native = shimmercat._native_lines, shimmercat._native_pack
+    native = [getattr(shimmercat, name) for name in NATIVE]
     cases = list(itertools.product(
-        [native, (None, None)] if all(native) else [native],
-        ("text", "json"), (False, True)))
+        (True, False) if all(native) else (False,), ("text", "json"),
+        (False, True)))
     found = {case: [] for case in cases}
     for _ in range(options.rounds):
         for case in cases:
-            functions, form, is_packed = case
-            shimmercat._native_lines, shimmercat._native_pack = functions
+            in_c, form, is_packed = case
+            for name, function in zip(NATIVE, native, strict=True):
+                setattr(shimmercat, name, function if in_c else None)
             found[case].append(measure(form, is_packed, options.records))
     print(table(["microseconds for a record", "said", "published", "Redis",
                  "written", "all"], [
         [f"{'packed' if is_packed else 'said'}, {form}, "
-         f"{'C' if all(functions) else 'Python'}",
+         f"{'C' if in_c else 'Python'}",
          *(f"{statistics.median(column):.2f}"
-           for column in zip(*found[functions, form, is_packed],
-                             strict=True))]
-        for functions, form, is_packed in cases]))
+           for column in zip(*found[in_c, form, is_packed], strict=True))]
+        for in_c, form, is_packed in cases]))
 
 
 if __name__ == "__main__":

@@ -150,6 +150,28 @@ def test_what_python_cannot_pack_is_refused_alike(records, error):
         shimmercat._native_pack(records)
 
 
+@needs_native
+@given(st.lists(st.builds(lambda n: request("x" * n), st.one_of(
+    st.integers(0, 500), st.integers(0, 40_000))), max_size=60))
+def test_records_are_put_into_messages_by_c_as_by_python(records):
+    packed = LogRecord.pack_all(records)
+    native = shimmercat._bundles(packed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shimmercat, "_native_bundles", None)
+        assert shimmercat._bundles(packed) == native
+    assert b"".join(message for _, message in native) == packed
+    assert all(len(message) <= 32_768 or count == 1
+               for count, message in native)
+
+
+@needs_native
+@pytest.mark.parametrize("packed", [
+    b"x", request().pack()[:-1], request().pack() + b"x"])
+def test_what_is_not_whole_is_put_into_no_message(packed):
+    with pytest.raises(ValueError, match="no whole record"):
+        shimmercat._native_bundles(packed, 32_768)
+
+
 # Random octets, most of them nearly records, under the sanitizers.
 DRIVER = """
 import importlib.util, random, sys
@@ -168,6 +190,11 @@ for _ in range(20_000):
         lines, count, end = module.lines(
             50001, 5, b"M50001", b"info", b"{} " * 10, fields, packed, 0)
         assert lines.count(b"\\n") == count and end <= len(packed)
+    try:
+        messages = module.bundles(packed, letters.randrange(300))
+        assert b"".join(message for _, message in messages) == packed
+    except ValueError:
+        pass
 module.lines(50001, 5, b"M50001", b"info", b"{} " * 10, (b"longer" * 9,) * 10,
              good * 20_000, 0)
 

@@ -360,11 +360,12 @@ def test_what_may_be_doubled_is_counted_by_the_record(
 
 def test_without_a_reader_what_waits_does_not_grow(link):
     tap, waiting = LogTap(link, limit=100), []
-    for _ in range(6):
+    for _ in range(12):
         for n in range(120):
             tap.append(numbered(n))
-        waiting.append(tap.flush(Deadline(0.1)))
-    assert waiting[0] == 101 and waiting[1:] == [201] * 5
+        waiting.append(tap.flush(Deadline(0.06)))
+    # What is in hand, led by a line about losses, and what comes after it.
+    assert max(waiting) <= 101 + 100
 
 
 def test_a_subscription_can_be_selected_like_a_file(tap, subscription):
