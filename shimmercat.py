@@ -5586,7 +5586,8 @@ class Repository:
         """
         self._tweaks, self._store, self._jobs = tweaks, store, jobs
         self._press, self._press_rests = press or _press, Deadline(0)
-        #: called with the path of a source that may be answered otherwise now
+        #: called with the path of a source that is answered otherwise from
+        #: here on; whether what it was answered with was of use meanwhile
         self.on_change = lambda path: None
         self._assets = collections.OrderedDict()
         self._keys_of = collections.defaultdict(set)
@@ -5956,8 +5957,12 @@ class Repository:
             self._memory += asset.memory() - asset.counted
             asset.counted = asset.memory()
         while self._memory > self._tweaks.memory_cache_bytes and self._assets:
-            _, oldest = self._assets.popitem(last=False)
-            self._dismiss(oldest)
+            key, oldest = self._assets.popitem(last=False)
+            if self.on_change(oldest.path):
+                # Engines used it, of which we hear nothing else.
+                self._assets[key] = oldest
+            else:
+                self._dismiss(oldest)
 
 
 def quick_form(coding: str, body: bytes) -> bytes:
@@ -10602,6 +10607,11 @@ _SCRIPT_SAYS = b"""\
 # other down, and nothing grows in between.
 #
 # One sweep looks after the times of all connections: a timer each costs more.
+#
+# The native engine gives an answer again by itself when the same is asked
+# (`Service.remember`): one from a file that memory holds in all its forms.
+# It looks at the file each time, as Asset.is_current does, and Repository
+# tells when anything else changes; so nobody can see who has answered.
 
 
 class Service:

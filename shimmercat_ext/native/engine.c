@@ -9,6 +9,9 @@
  * header compression; requests are checked here (no_http_messaging), and
  * GOAWAY is neither given to it nor taken from it, for it would end itself.
  *
+ * A request that was answered before may be answered here, from hot.c's
+ * table; of such a one our caller hears by `recalled` alone.
+ *
  * Whatever is submitted to nghttp2 is at once written to `out`, so that its
  * state is never behind ours, and the order of bytes is our caller's alone.
  *
@@ -37,7 +40,7 @@
 #define MOST_SETTINGS (FRAME_BYTES / 6)
 #define CRUMB_BYTES 1024
 /* Output up to which the hot table is asked. */
-#define HOT_OUTPUT_BYTES (256 * 1024)
+#define HOT_OUTPUT_BYTES (384 * 1024)
 #define NAME_BYTES 256
 #define FIRST_WINDOW 65535
 /* The connection's window in those of streams. */

@@ -206,14 +206,18 @@ static void forget(hot_table *self, hot_answer *it)
     Py_DECREF(key);
 }
 
-/* Forgets all that was made of a source. */
-static void forget_source(hot_table *self, const char *path)
+/* Forgets all that was made of a source; whether any of it was used. */
+static bool forget_source(hot_table *self, const char *path)
 {
+    bool used = false;
     for (hot_answer *it = self->newest, *next; it; it = next) {
         next = it->older;
-        if (strcmp(it->path, path) == 0)
-            forget(self, it);
+        if (strcmp(it->path, path) != 0)
+            continue;
+        used |= it->used;
+        forget(self, it);
     }
+    return used;
 }
 
 /* The answer of a key, borrowed; NULL with or without an error. */
@@ -270,6 +274,7 @@ void hot_use(hot_table *self, hot_answer *it)
     date->value = (uint8_t *)PyBytes_AS_STRING(self->date);
     date->valuelen = (size_t)PyBytes_GET_SIZE(self->date);
     self->hits++;
+    it->used = true;
     if (it != self->newest) {
         unlink_answer(self, it);
         link_answer(self, it);
@@ -536,15 +541,16 @@ static PyObject *table_put(hot_table *self, PyObject *args)
     return failed ? NULL : Py_NewRef(Py_None);
 }
 
-PyDoc_STRVAR(drop_doc, "Forgets the answers that were made of a file.");
+PyDoc_STRVAR(drop_doc,
+             "Forgets the answers that were made of a file; whether any was "
+             "used.");
 
 static PyObject *table_drop(hot_table *self, PyObject *path)
 {
     char *octets;
     if (PyBytes_AsStringAndSize(path, &octets, NULL) < 0)
         return NULL;
-    forget_source(self, octets);
-    Py_RETURN_NONE;
+    return PyBool_FromLong(forget_source(self, octets));
 }
 
 PyDoc_STRVAR(clear_doc, "Forgets all answers.");

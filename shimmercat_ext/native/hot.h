@@ -28,6 +28,7 @@ typedef struct hot_answer {
     unsigned long long identity[5];
     PyObject *before, *after; /* words of the log, borrowed from `kept` */
     size_t cost;
+    bool used;
 } hot_answer;
 
 extern PyType_Spec hot_table_spec;

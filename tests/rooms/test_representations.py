@@ -652,3 +652,22 @@ def test_every_change_of_what_an_asset_is_answered_with_is_told(shelf):
     del told[:]
     shelf.settle("a.css")
     assert path in told
+
+
+def test_what_engines_use_is_not_taken_for_unused(tmp_path):
+    # Three of them find room.
+    shelf = Shelf(tmp_path, memory_cache_bytes=22_000)
+    for number in range(4):
+        shelf.write(f"{number}.bin", NOISE)
+    assets = [shelf.settle(f"{number}.bin") for number in range(3)]
+    used = {assets[0].path}
+
+    def change(path):
+        """Whether it was used, which is told once."""
+        is_used = path in used
+        used.discard(path)
+        return is_used
+    shelf.repository.on_change = change
+    shelf.settle("3.bin")
+    known = [shelf.peek(f"{number}.bin") for number in range(3)]
+    assert known == [assets[0], None, assets[2]]
