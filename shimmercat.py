@@ -10888,6 +10888,12 @@ class Conversation:
         """Whether an answer is under way or being made."""
         return bool(self._outgoing or self._waiting)
 
+    def is_idle(self) -> bool:
+        """Whether no exchange is open, in any state, and one may begin."""
+        engine = self.engine
+        return not (self._outgoing or self._waiting or self._bodies
+                    or engine.closing or engine.midway()) and engine.hungry()
+
     def can_send(self) -> bool:
         """Whether a body has octets that the client's windows allow."""
         return any(outgoing.left and self.engine.sendable(stream)
@@ -11369,28 +11375,50 @@ class Connection:
         """Reads what came, answers, writes what fits."""
         if self._write():
             try:
-                self._read()
+                if self._read():
+                    return
             except BlockingIOError:
                 # Nothing there after all, or not enough for a TLS record.
                 pass
         self._send()
 
     def _read(self):
-        """Takes what came, or all that comes while bodies are under way."""
+        """Takes what came, or all that comes while bodies are under way.
+
+        Whether it was answered as well, and nothing is left to be done.
+        """
         talk = self._conversation
         for _ in range(_READS_A_TURN):
             if not talk.engine.hungry():
-                return
+                return False
             data = self._wire.take()
             if not data:
                 self._hear_end()
-                return
+                return False
             talk.receive(data)
             if self._clock == "body":
                 self._clock = None
             # What is most urgent may be the last that came.
             if not talk.is_sending():
-                return
+                return talk.is_idle() and self._answer_at_once()
+        return False
+
+    def _answer_at_once(self):
+        """Writes what the engine says; whether the connection is idle then.
+
+        What most turns come to: the rest of the way is for all others.
+        """
+        wire = self._wire
+        if self._events != _READ or self._has_parted or wire.has_ended:
+            return False
+        if data := self._conversation.engine.output():
+            wire.put(data)
+            wire.push()
+        if wire.pending:
+            return False
+        self._clock = None
+        self._set_clock("idle", self._service.tweaks.idle_seconds)
+        return True
 
     def _hear_end(self):
         self._stage = self._finish_up
@@ -11592,7 +11620,8 @@ class _PlainWire:
             count = self._socket.send(self.pending)
         except BlockingIOError:
             return False
-        self.pending = self.pending[count:]
+        self.pending = (self.pending[count:] if count < len(self.pending)
+                        else b"")
         return True
 
     def part(self):
@@ -11633,8 +11662,8 @@ class _TlsWire(_PlainWire):
             self._settle()
 
     def take(self):
-        early, self._early = self._early, b""
-        if early:
+        if self._early:
+            early, self._early = self._early, b""
             return early
         sealed = super().take()
         if not sealed:
@@ -11650,18 +11679,22 @@ class _TlsWire(_PlainWire):
     def _opened(self):
         """All that the sealed octets hold; raises if that is nothing."""
         data = self._tls.read(_RECORD_BYTES)
-        # The rest of a record may be still to come.
-        with contextlib.suppress(ssl.SSLWantReadError):
+        try:
             while _SEALED.pending and not self.has_ended:
                 piece = self._tls.read(_RECORD_BYTES)
                 self.has_ended = not piece
                 data += piece
+        except ssl.SSLWantReadError:
+            # The rest of a record is to come.
+            pass
         return data
 
     def put(self, data):
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self._tls.write(rest):]
+        count = self._tls.write(data)
+        if count < len(data):
+            rest = memoryview(data)[count:]
+            while rest:
+                rest = rest[self._tls.write(rest):]
         self._settle()
 
     def part(self):
