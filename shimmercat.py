@@ -59,9 +59,10 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
    15c  Pages            what a view shows, with an application or without one
     16  Connections      one socket, one engine, many exchanges
    16b  Conversations    the exchanges of one connection, without its socket
-   16c  Sockets          TLS and times under the conversations
-   16d  Listeners        where clients are accepted
-   16e  Proxies          who is behind a proxy in front of this server
+   16c  Wires of clients  octets of a conversation, with TLS or without
+   16d  Sockets          TLS and times under the conversations
+   16e  Listeners        where clients are accepted
+   16f  Proxies          who is behind a proxy in front of this server
     17  Worker           the life of a serving process
     18  Arbiter          the life of the whole
     19  Command line     modes, options, exit codes
@@ -143,6 +144,7 @@ __all__ = [
     "Pages",
     "Service",
     "Conversation",
+    "PlainWire", "TlsWire",
     "Connection",
     "CannotListen", "TlsListener", "RedirectListener", "listen",
     "ProxyHeaderRefused", "ProxyHeader",
@@ -10590,7 +10592,7 @@ _SCRIPT_SAYS = b"""\
 # and scheduler as far as they go without waiting, and returns.  That keeps an
 # idle connection small and a busy one quick.  What may wait (reading a new
 # file, a thread, a backend) runs in a greenlet of its own, which comes back
-# with a Response.  Conversation knows requests and streams, Connection (16c)
+# with a Response.  Conversation knows requests and streams, Connection (16d)
 # knows sockets and times; neither does the other's work.
 #
 # The invariant: engine and scheduler calls never switch greenlets, so nothing
@@ -11262,7 +11264,149 @@ _SWEEP_SECONDS = 0.5
 
 
 # ---------------------------------------------------------------------------
-# 16c. Sockets: TLS and times under the conversations
+# 16c. Wires of clients: octets of a conversation, with TLS or without
+#
+#    Offers   PlainWire, TlsWire
+#    Uses     no other room
+# ---------------------------------------------------------------------------
+
+
+class PlainWire:
+    """Octets of a conversation as they are on a non-blocking socket."""
+
+    __slots__ = "_socket", "has_ended", "pending"
+
+    def __init__(self, sock: socket.socket):
+        self._socket = sock
+        #: octets that the socket has not taken yet
+        self.pending = b""
+        #: whether nothing comes behind what was taken, which no event tells
+        self.has_ended = False
+
+    def take(self) -> bytes:
+        """What came, nothing at the end; raises BlockingIOError, OSError."""
+        return self._socket.recv(_SEALED_BYTES)
+
+    def put(self, data: bytes) -> None:
+        """Has octets sent; those before were taken by the socket."""
+        self.pending = memoryview(data)
+
+    def push(self) -> bool:
+        """Whether the socket took something of what is pending."""
+        try:
+            count = self._socket.send(self.pending)
+        except BlockingIOError:
+            return False
+        self.pending = (self.pending[count:] if count < len(self.pending)
+                        else b"")
+        return True
+
+    def part(self) -> None:
+        """Says the last words of the protocol, if it has any."""
+
+
+class TlsWire(PlainWire):
+    """The same through TLS.
+
+    OpenSSL gets and gives its records in two buffers, so that one system
+    call moves many of them.  All connections share the two: each method
+    leaves them empty, since what is incomplete is kept by OpenSSL.
+    """
+
+    __slots__ = "_early", "_tls"
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext):
+        super().__init__(sock)
+        self._tls = context.wrap_bio(_SEALED, _TO_SEND, server_side=True)
+        #: octets that came along with the end of the handshake
+        self._early = b""
+
+    def protocol(self) -> str:
+        """What ALPN agreed on."""
+        return self._tls.selected_alpn_protocol() or "http/1.1"
+
+    def shake_hands(self) -> bool:
+        """Goes on with the handshake; whether it is complete.
+
+        Raises ssl.SSLError, OSError.
+        """
+        try:
+            _SEALED.write(super().take() or _end_of_handshake())
+            self._tls.do_handshake()
+            if _SEALED.pending:
+                self._early = self._opened()
+            return True
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
+        finally:
+            self._settle()
+
+    def take(self):
+        if self._early:
+            early, self._early = self._early, b""
+            return early
+        sealed = super().take()
+        if not sealed:
+            return sealed
+        _SEALED.write(sealed)
+        try:
+            return self._opened()
+        except ssl.SSLWantReadError:
+            raise BlockingIOError from None
+        finally:
+            self._settle()
+
+    def _opened(self):
+        """All that the sealed octets hold; raises if that is nothing."""
+        data = self._tls.read(_RECORD_BYTES)
+        try:
+            while _SEALED.pending and not self.has_ended:
+                piece = self._tls.read(_RECORD_BYTES)
+                self.has_ended = not piece
+                data += piece
+        except ssl.SSLWantReadError:
+            # The rest of a record is to come.
+            pass
+        return data
+
+    def put(self, data):
+        count = self._tls.write(data)
+        if count < len(data):
+            rest = memoryview(data)[count:]
+            while rest:
+                rest = rest[self._tls.write(rest):]
+        self._settle()
+
+    def part(self):
+        # Nothing that comes instead of a close_notify matters now.
+        with contextlib.suppress(ssl.SSLError):
+            self._tls.unwrap()
+        self._settle()
+        if self.pending:
+            self.push()
+
+    def _settle(self):
+        """Leaves the shared buffers as they were found."""
+        if _SEALED.pending:
+            _SEALED.read()
+        if _TO_SEND.pending:
+            sealed = _TO_SEND.read()
+            self.pending = memoryview(
+                b"%b%b" % (self.pending, sealed) if self.pending else sealed)
+
+
+def _end_of_handshake():
+    raise ConnectionResetError("the client left in the handshake")
+
+
+#: records from a client that are not opened yet, and those for one
+_SEALED, _TO_SEND = ssl.MemoryBIO(), ssl.MemoryBIO()
+#: octets of one TLS record, and those that are read at a time
+_RECORD_BYTES, _SEALED_BYTES = 16384, 65536
+
+
+# ---------------------------------------------------------------------------
+# 16d. Sockets: TLS and times under the conversations
 #
 #    Offers   Connection
 #    Uses     1 Words, 2 Messages, 4 HTTP, 5 Engines
@@ -11298,7 +11442,7 @@ class Connection:
         self._clock = "handshake"
         tweaks = self._service.tweaks
         self._deadline = Deadline(tweaks.handshake_seconds)
-        self._wire = _TlsWire(sock, context)
+        self._wire = TlsWire(sock, context)
         if tweaks.proxy_protocol:
             header = ProxyHeader(is_trusted(
                 self._client, tweaks.trusted_proxies))
@@ -11358,7 +11502,7 @@ class Connection:
 
     def _explain(self):
         """Tells a client that forgot the s of https."""
-        self._wire = _PlainWire(self._socket)
+        self._wire = PlainWire(self._socket)
         self._wire.put(_WRONG_SCHEME)
         self._write()
         self._part()
@@ -11586,7 +11730,7 @@ class _PlainConnection(Connection):
 
     def _open(self, sock, site):
         self._clock, self._deadline = "redirect", Deadline(_REDIRECT_SECONDS)
-        self._wire = _PlainWire(sock)
+        self._wire = PlainWire(sock)
         engine = Http1Engine(_REDIRECT_LIMITS)
         return lambda: self._begin(engine, site)
 
@@ -11594,136 +11738,7 @@ class _PlainConnection(Connection):
         """Does nothing: the time is set once for all."""
 
 
-class _PlainWire:
-    """Octets of a conversation as they are on a non-blocking socket."""
-
-    __slots__ = "_socket", "has_ended", "pending"
-
-    def __init__(self, sock):
-        self._socket = sock
-        #: octets that the socket has not taken yet
-        self.pending = b""
-        #: whether nothing comes behind what was taken, which no event tells
-        self.has_ended = False
-
-    def take(self):
-        """What came, nothing at the end; raises BlockingIOError."""
-        return self._socket.recv(_SEALED_BYTES)
-
-    def put(self, data):
-        """Has octets sent; those before were taken by the socket."""
-        self.pending = memoryview(data)
-
-    def push(self):
-        """Whether the socket took something of what is pending."""
-        try:
-            count = self._socket.send(self.pending)
-        except BlockingIOError:
-            return False
-        self.pending = (self.pending[count:] if count < len(self.pending)
-                        else b"")
-        return True
-
-    def part(self):
-        """Says the last words of the protocol, if it has any."""
-
-
-class _TlsWire(_PlainWire):
-    """The same through TLS.
-
-    OpenSSL gets and gives its records in two buffers, so that one system
-    call moves many of them.  All connections share the two: each method
-    leaves them empty, since what is incomplete is kept by OpenSSL.
-    """
-
-    __slots__ = "_early", "_tls"
-
-    def __init__(self, sock, context):
-        super().__init__(sock)
-        self._tls = context.wrap_bio(_SEALED, _TO_SEND, server_side=True)
-        #: octets that came along with the end of the handshake
-        self._early = b""
-
-    def protocol(self):
-        """What ALPN agreed on."""
-        return self._tls.selected_alpn_protocol() or "http/1.1"
-
-    def shake_hands(self):
-        """Goes on with the handshake; whether it is complete."""
-        try:
-            _SEALED.write(super().take() or _end_of_handshake())
-            self._tls.do_handshake()
-            if _SEALED.pending:
-                self._early = self._opened()
-            return True
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return False
-        finally:
-            self._settle()
-
-    def take(self):
-        if self._early:
-            early, self._early = self._early, b""
-            return early
-        sealed = super().take()
-        if not sealed:
-            return sealed
-        _SEALED.write(sealed)
-        try:
-            return self._opened()
-        except ssl.SSLWantReadError:
-            raise BlockingIOError from None
-        finally:
-            self._settle()
-
-    def _opened(self):
-        """All that the sealed octets hold; raises if that is nothing."""
-        data = self._tls.read(_RECORD_BYTES)
-        try:
-            while _SEALED.pending and not self.has_ended:
-                piece = self._tls.read(_RECORD_BYTES)
-                self.has_ended = not piece
-                data += piece
-        except ssl.SSLWantReadError:
-            # The rest of a record is to come.
-            pass
-        return data
-
-    def put(self, data):
-        count = self._tls.write(data)
-        if count < len(data):
-            rest = memoryview(data)[count:]
-            while rest:
-                rest = rest[self._tls.write(rest):]
-        self._settle()
-
-    def part(self):
-        # Nothing that comes instead of a close_notify matters now.
-        with contextlib.suppress(ssl.SSLError):
-            self._tls.unwrap()
-        self._settle()
-        if self.pending:
-            self.push()
-
-    def _settle(self):
-        """Leaves the shared buffers as they were found."""
-        if _SEALED.pending:
-            _SEALED.read()
-        if _TO_SEND.pending:
-            sealed = _TO_SEND.read()
-            self.pending = memoryview(
-                b"%b%b" % (self.pending, sealed) if self.pending else sealed)
-
-
-def _end_of_handshake():
-    raise ConnectionResetError("the client left in the handshake")
-
-
-#: records from a client that are not opened yet, and those for one
-_SEALED, _TO_SEND = ssl.MemoryBIO(), ssl.MemoryBIO()
 _READ, _WRITE = 1, 2
-#: octets of one TLS record, and those that are read at a time
-_RECORD_BYTES, _SEALED_BYTES = 16384, 65536
 #: the answer to plain HTTP, for people whose browser left out the s
 _WRONG_SCHEME = (b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n"
                  b"This port speaks HTTPS: begin the address with https://\n")
@@ -11734,7 +11749,7 @@ _REDIRECT_LIMITS = EngineLimits(header_bytes=16384, requests=1)
 
 
 # ---------------------------------------------------------------------------
-# 16d. Listeners: where clients are accepted
+# 16e. Listeners: where clients are accepted
 #
 #    Offers   CannotListen, TlsListener, RedirectListener, listen
 #    Uses     1 Words, 2 Messages, 15 Site
@@ -11896,7 +11911,7 @@ _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 # ---------------------------------------------------------------------------
-# 16e. Proxies: who is behind a proxy in front of this server
+# 16f. Proxies: who is behind a proxy in front of this server
 #
 #    Offers   ProxyHeaderRefused, ProxyHeader
 #    Uses     1 Words
