@@ -8260,7 +8260,7 @@ class Larder:
                 self._forget(wanted, kept)
                 raise _missing(f"the origin answered {reply.status}",
                                reply.status in (404, 410))
-            elif reason := self._flaw(reply):
+            elif reason := self._flaw(wanted, reply):
                 self._forget(wanted, kept)
                 self._let_pass(errand, wanted, reply, reason)
             else:
@@ -8269,11 +8269,12 @@ class Larder:
             if errand.live is None:
                 reply.close()
 
-    def _flaw(self, reply):
+    def _flaw(self, wanted, reply):
         """Why an answer is not kept; empty if it is."""
         get = reply.headers.get
         limit = self._tweaks.fetch_limit_bytes
-        control = _words(get(b"cache-control")) & {b"no-store", b"private"}
+        control = _words(get(b"cache-control")) & (
+            _NOT_KEPT | {b"no-cache"} if wanted.is_generated else _NOT_KEPT)
         vary = _words(get(b"vary")) & {b"*", b"cookie", b"authorization"}
         coding = _words(get(b"content-encoding")) - {b"identity"}
         if reply.length is not None and reply.length > limit:
@@ -8388,6 +8389,9 @@ def _words(field):
             for member in (field or b"").lower().split(b",")} - {b""}
 
 
+#: words of Cache-Control; of a static, no-cache is for who keeps it longer
+#: than its lifetime here, but what is generated changes without a sign
+_NOT_KEPT = frozenset((b"no-store", b"private"))
 #: statuses that say nothing about the asset
 _PASSING_TROUBLE = (408, 425, 429)
 #: that a visitor waits where there is a copy

@@ -330,10 +330,11 @@ def test_generated_assets_are_kept_by_their_original_url(server, origin):
 
 
 @pytest.mark.parametrize("fields", [
-    {"set_cookie": "a=b"}, {"cache_control": "no-store"}])
+    {"set_cookie": "a=b"}, {"cache_control": "no-store"},
+    {"cache_control": "no-cache"}])
 def test_a_generated_asset_that_may_be_personal_is_made_each_time(
         server, origin, fields):
-    path = f"/make/{[*fields][0]}"
+    path = f"/make/{'-'.join(fields.values()).replace('=', '-')}"
     origin.animal.special[path] = lambda asked: zoo.answer(b"x", **fields)
     for count in (1, 2):
         answer = server.fetch(path.replace("make", "made"), domain=GENERATING)
