@@ -1,5 +1,6 @@
 """Room 5, Engines."""
 
+import collections
 import random
 
 import hpack
@@ -1081,16 +1082,20 @@ def test_a_window_may_shrink_below_zero(engine_class):
 
 def test_a_window_is_withheld_until_the_body_is_consumed(engine_class):
     client = Client(engine_class, window_bytes=65_535)
-    client.read()
-    client.send(head(1, POST, end=False))
-    events = client.send(*[body(1, b"x" * 16383)] * 4)
-    assert sum(event.cost for event in events) == 65532
-    assert not any(isinstance(frame, hf.WindowUpdateFrame)
-                   for frame in client.read())
-    client.engine.consumed(1, 65532)
-    credit = {frame.stream_id: frame.window_increment
-              for frame in client.read()}
-    assert credit[1] == 65532
+    credit = collections.Counter()
+    for stream in (1, 3, 5, 7):
+        client.send(head(stream, POST, end=False))
+        events = client.send(*[body(stream, b"x" * 16383)] * 4)
+        assert sum(event.cost for event in events) == 65532
+        assert not any(isinstance(frame, hf.WindowUpdateFrame)
+                       for frame in client.read())
+    for stream in (1, 3, 5, 7):
+        client.engine.consumed(stream, 65532)
+        for frame in client.read():
+            credit[frame.stream_id] += frame.window_increment
+    # The connection's window is that of four streams; what one of them used
+    # is less than half of it, and waits for more.
+    assert credit == {0: 3 * 65532, 1: 65532, 3: 65532, 5: 65532, 7: 65532}
 
 
 def test_a_client_that_overruns_its_window_is_stopped(engine_class):
