@@ -89,7 +89,8 @@ __all__ = [
     "ConsultantSettings", "RemoteRoot", "DomainSettings", "Settings",
     "load_settings",
     "BadRequest", "UriTooLong", "UnknownTunnel", "SourceChanged",
-    "ClientGone", "Headers", "Request", "Response", "FileSlice", "Chain",
+    "ClientGone", "Headers", "Ends", "Request", "Response", "FileSlice",
+    "Chain",
     "is_malformed", "section_size", "has_odd_field",
     "RangeNotSatisfiable", "conditional", "byte_ranges", "content_range",
     "multipart_ranges", "choose",
@@ -1573,8 +1574,8 @@ def _changelist(entry):
 # 4. HTTP: semantics shared by both protocol versions
 #
 #    Offers   BadRequest, UriTooLong, UnknownTunnel, SourceChanged,
-#             ClientGone, Headers, Request, Response, FileSlice, Chain,
-#             is_malformed, section_size, has_odd_field
+#             ClientGone, Headers, Ends, Request, Response, FileSlice,
+#             Chain, is_malformed, section_size, has_odd_field
 #    Uses     1 Words
 # ---------------------------------------------------------------------------
 
@@ -1626,18 +1627,26 @@ class Headers:
         return iter(self._fields)
 
 
+class Ends(typing.NamedTuple):
+    """The ends of a connection: addresses and a port, empty if unknown."""
+
+    client: str = "unix"  #: or the peer's IP address
+    port: str = ""  #: the client's
+    server: str = ""  #: the address that the client has connected to
+
+
 class Request:
     """What a client asks for; all that is known above the engines.
 
     `authority` and `target` are as sent; `host` is lower-case without port
     and final dot; `path` is percent-encoded still; `query` is None without a
-    question mark.  `started`, `trail`, `body` and `inform` are the caller's
-    to set, `withdraw` is that of who answers.
+    question mark.  `started`, `trail`, `body`, `ends` and `inform` are the
+    caller's to set, `withdraw` is that of who answers.
     """
 
-    __slots__ = ("authority", "body", "client", "headers", "host", "inform",
-                 "method", "path", "protocol", "query", "scheme", "started",
-                 "target", "trail", "upgrade", "withdraw")
+    __slots__ = ("authority", "body", "client", "ends", "headers", "host",
+                 "inform", "method", "path", "protocol", "query", "scheme",
+                 "started", "target", "trail", "upgrade", "withdraw")
 
     @classmethod
     def from_fields(cls, fields: list[tuple[bytes, bytes]], protocol: str,
@@ -1660,7 +1669,7 @@ class Request:
             raise BadRequest("the host field contradicts the authority")
         request.authority, request.host = authority.decode("ascii"), origin[0]
         request.protocol, request.client = protocol, client
-        request.started, request.trail = 0.0, None
+        request.started, request.trail, request.ends = 0.0, None, _NO_ENDS
         #: None, or what has `read() -> bytes`, which waits for the client,
         #: gives b"" at the end and raises ClientGone; `length`, octets or
         #: None; and `trailers`, fields, when all was read
@@ -1675,6 +1684,9 @@ class Request:
         """Remembers what was tried, when `trail` is a list."""
         if self.trail is not None:
             self.trail.append(text)
+
+
+_NO_ENDS = Ends()
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -1693,6 +1705,11 @@ class Response:
     is_dated: bool = False
     #: the asset that it shows, if that changes only when we are told
     asset: typing.Any = None
+
+    def close(self) -> None:
+        """Lets go of a body that nobody gets any more."""
+        if not isinstance(self.body, bytes):
+            self.body.close()
 
 
 class FileSlice:
@@ -7109,7 +7126,7 @@ _OF_A_HOP = frozenset((
 # 11c. FastCGI: a question and its answer in records
 #
 #    Offers   FastCgiWire
-#    Uses     1 Words, 2 Messages, 7 Paths
+#    Uses     1 Words, 2 Messages, 4 HTTP, 7 Paths
 # ---------------------------------------------------------------------------
 #
 # An application gets variables and answers with a head and a body, as a CGI
@@ -7325,15 +7342,18 @@ def _variables(question, settings):
     script, rest = _script(path, settings)
     host = next((value for name, value in fields if name == b"host"), b"")
     place = urllib.parse.urlsplit(b"//" + host)
+    ends = request.ends if request else Ends()
     variables = _field_variables(fields)
     variables |= {
+        "DOCUMENT_URI": script + rest,
         "GATEWAY_INTERFACE": "CGI/1.1", "HTTPS": "on", "PATH_INFO": rest,
         "QUERY_STRING": query, "REDIRECT_STATUS": "200",
         "REMOTE_ADDR": request.client if request else "127.0.0.1",
+        "REMOTE_PORT": ends.port,
         "REQUEST_METHOD": question.method, "REQUEST_SCHEME": "https",
         # As the client has it: rewriting is our business.
         "REQUEST_URI": request.target if request else question.target,
-        "SCHEME": "https", "SCRIPT_NAME": script,
+        "SCHEME": "https", "SCRIPT_NAME": script, "SERVER_ADDR": ends.server,
         "SERVER_NAME": (place.hostname or b"").decode("ascii"),
         "SERVER_PORT": str(place.port or 443),
         "SERVER_PROTOCOL": "HTTP/1.1",
@@ -10443,11 +10463,11 @@ class Pages:
             return ask(request)
         answer = ask(_unconditional(request, "HEAD"))
         if not _is_right(answer) and request.method != "HEAD":
-            _close(answer)
+            answer.close()
             answer = ask(_unconditional(request))
         if not _is_right(answer):
             return answer
-        _close(answer)
+        answer.close()
         page = self.alone(_unconditional(request), view)
         answer.fields = _without(page.fields, _OF_AN_ASSET) + _without(
             answer.fields, _OF_ONE_BODY | _OF_ONE_FORM)
@@ -10507,12 +10527,6 @@ def _is_right(answer):
     return 200 <= answer.status < 300
 
 
-def _close(answer):
-    """Lets go of a body that nobody gets."""
-    if not isinstance(answer.body, bytes):
-        answer.body.close()
-
-
 def _read_json(answer):
     """The object in an application's answer; raises PageFailed."""
     get = Headers(answer.fields).get
@@ -10532,7 +10546,7 @@ def _read_json(answer):
                          f" object from the application: {error}",
                          502) from error
     finally:
-        _close(answer)
+        answer.close()
 
 
 def _whole(body):
@@ -10813,7 +10827,7 @@ class _Outgoing:
         return piece
 
     def close(self):
-        _close_body(self.response)
+        self.response.close()
 
 
 class _Relay(_Outgoing):
@@ -10864,15 +10878,15 @@ class _Relay(_Outgoing):
 class Conversation:
     """The exchanges of one connection, without its socket."""
 
-    __slots__ = ("_bodies", "_calm", "_client", "_early", "_newest",
+    __slots__ = ("_bodies", "_calm", "_client", "_early", "_ends", "_newest",
                  "_outgoing", "_parting", "_scheduler", "_service", "_site",
                  "_waiting", "_wake", "engine")
 
     def __init__(self, service: Service, site: Site, engine: Engine,
-                 client: str, wake: typing.Callable[[], None]):
+                 ends: Ends, wake: typing.Callable[[], None]):
         """`wake` is called when there is output that nobody asked for."""
         self._service, self._site, self.engine = service, site, engine
-        self._client, self._wake = client, wake
+        self._ends, self._client, self._wake = ends, ends.client, wake
         self._calm = _CalmMeter(service.tweaks)
         self._scheduler, self._outgoing = Scheduler(), {}
         #: requests that a greenlet works for, by stream
@@ -10884,7 +10898,7 @@ class Conversation:
         #: priorities that came ahead of their request
         self._early = {}
         self._newest = 0
-        engine.answer_from(service.table, client)
+        engine.answer_from(service.table, ends.client)
 
     def receive(self, data: bytes) -> None:
         """Takes octets from the client and begins to answer."""
@@ -11000,6 +11014,7 @@ class Conversation:
     def _exchange(self, stream, request):
         """Greenlet for an answer that may have to wait."""
         request.inform = functools.partial(self._inform, stream)
+        request.ends = self._ends
         try:
             if self._waiting.get(stream) is not request:
                 # The octets that asked for it withdrew it as well.
@@ -11012,7 +11027,7 @@ class Conversation:
         finally:
             self._service.waiting -= 1
         if self._waiting.pop(stream, None) is None:
-            _close_body(response)
+            response.close()
             return
         relay = self._respond(stream, request, response)
         self._wake()
@@ -11253,12 +11268,6 @@ def _break_off_body(request):
         request.body.break_off("the request was answered already")
 
 
-def _close_body(response):
-    """Lets go of a body that nobody wants any more."""
-    if not isinstance(response.body, bytes):
-        response.body.close()
-
-
 class _Unread:
     """Stands in the log for a request whose head could not be read."""
 
@@ -11453,14 +11462,14 @@ _RECORD_BYTES, _SEALED_BYTES = 16384, 65536
 class Connection:
     """The socket of one client and the times it must keep."""
 
-    __slots__ = ("_client", "_clock", "_conversation", "_deadline", "_events",
-                 "_farewell", "_has_parted", "_has_room", "_service",
-                 "_socket", "_stage", "_watcher", "_wire")
+    __slots__ = ("_client", "_clock", "_conversation", "_deadline", "_ends",
+                 "_events", "_farewell", "_has_parted", "_has_room",
+                 "_service", "_socket", "_stage", "_watcher", "_wire")
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext,
-                 service: Service, client: str):
+                 service: Service, ends: Ends):
         """Takes an accepted socket over; raises OSError."""
-        self._service, self._client = service, client
+        self._service, self._ends, self._client = service, ends, ends.client
         self._conversation, self._socket = None, sock
         #: when the client must have heard that we leave; whether it has
         self._farewell, self._has_parted = None, False
@@ -11472,7 +11481,7 @@ class Connection:
         #: whether the kernel has sent most of the chunk before
         self._has_room = False
         service.connections.add(self)
-        LOG.say(1, client)
+        LOG.say(1, self._client)
 
     def _open(self, sock, context):
         """What comes first; makes the wire to speak through."""
@@ -11489,7 +11498,7 @@ class Connection:
     def _hear_proxy(self, header):
         """Learns from what comes ahead of TLS whose connection this is."""
         try:
-            client = header.read(self._socket)
+            ends = header.read(self._socket)
         except BlockingIOError:
             # More of it has to come.
             return
@@ -11497,9 +11506,9 @@ class Connection:
             LOG.say(error.message_code, self._client, error)
             self.close()
             return
-        if client:
-            LOG.say(7, self._client, client)
-            self._client = client
+        if ends:
+            LOG.say(7, self._client, ends.client)
+            self._ends, self._client = ends, ends.client
         self._stage = self._handshake
         self._handshake()
 
@@ -11546,7 +11555,7 @@ class Connection:
 
     def _begin(self, engine, site):
         self._conversation = Conversation(
-            self._service, site, engine, self._client, self.flush)
+            self._service, site, engine, self._ends, self.flush)
         self._stage = self._converse
         if self._service.draining:
             self.drain()
@@ -11794,7 +11803,7 @@ _REDIRECT_LIMITS = EngineLimits(header_bytes=16384, requests=1)
 # 16e. Listeners: where clients are accepted
 #
 #    Offers   CannotListen, TlsListener, RedirectListener, listen
-#    Uses     1 Words, 2 Messages, 15 Site
+#    Uses     1 Words, 2 Messages, 4 HTTP, 15 Site
 # ---------------------------------------------------------------------------
 
 
@@ -11854,11 +11863,13 @@ class TlsListener:
             # The client left while it was queued.
             LOG.say(3, "-", error)
             return True
-        client = address[0] if address else "unix"
+        ends = Ends()
         try:
-            self._connection(sock, self._context, service, client)
+            if address:
+                ends = Ends(address[0], str(address[1]), sock.getsockname()[0])
+            self._connection(sock, self._context, service, ends)
         except (ssl.SSLError, OSError) as error:
-            LOG.say(3, client, error)
+            LOG.say(3, ends.client, error)
             sock.close()
         return True
 
@@ -11956,7 +11967,7 @@ _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 # 16f. Proxies: who is behind a proxy in front of this server
 #
 #    Offers   ProxyHeaderRefused, ProxyHeader
-#    Uses     1 Words
+#    Uses     1 Words, 4 HTTP
 # ---------------------------------------------------------------------------
 
 
@@ -11980,11 +11991,11 @@ class ProxyHeader:
         """Trusted peers must begin with a header, others must not."""
         self._is_trusted, self._received = is_trusted, b""
 
-    def read(self, sock: socket.socket) -> str | None:
-        """Address of the client; None when it is the peer itself.
+    def read(self, sock: socket.socket) -> Ends | None:
+        """The ends it tells; None when the client is the peer itself.
 
-        "unix" stands for all clients on Unix sockets.  Raises BlockingIOError
-        while more has to come, ProxyHeaderRefused and OSError.
+        So it is too where the proxy does not know its client.  Raises
+        BlockingIOError while more has to come, ProxyHeaderRefused and OSError.
         """
         if not self._is_trusted:
             return self._expect_none(sock)
@@ -12018,10 +12029,10 @@ class ProxyHeader:
 
 
 def _told(result):
-    """The source that a header tells, if it tells one."""
+    """The ends that a header tells, if it tells them."""
     if isinstance(result.source, tuple):
-        return str(result.source[0])
-    return None if result.source is None else "unix"
+        return Ends(*map(str, result.source), str(result.dest[0]))
+    return None if result.source is None else Ends()
 
 
 _PROXY_FORMS = proxyprotocol.detect.ProxyProtocolDetect()

@@ -1,4 +1,4 @@
-"""Room 16c, Proxies: headers of the PROXY protocol on a socket."""
+"""Room 16f, Proxies: headers of the PROXY protocol on a socket."""
 
 import contextlib
 import ipaddress
@@ -29,7 +29,13 @@ def addresses(source, port=1234):
 
 
 def heard(*pieces, is_trusted=True):
-    """What is heard of pieces that come one by one, and what is left."""
+    """The client that pieces tell which come one by one, and what is left."""
+    ends, rest = ends_heard(*pieces, is_trusted=is_trusted)
+    return ends and ends.client, rest
+
+
+def ends_heard(*pieces, is_trusted=True):
+    """What pieces tell that come one by one, and what is left."""
     header = ProxyHeader(is_trusted)
     far, near = socket.socketpair()
     with far, near:
@@ -68,6 +74,15 @@ def test_a_header_tells_the_client_and_what_follows_is_left(header, client):
     assert heard(header + HELLO) == (client, HELLO)
     by_byte = [header[n:n + 1] for n in range(len(header))]
     assert heard(*by_byte[:-1], by_byte[-1] + HELLO) == (client, HELLO)
+
+
+@pytest.mark.parametrize(("header", "ends"), [
+    (HEADERS[0][0], ("192.0.2.7", "56324", "192.0.2.1")),
+    (HEADERS[1][0], ("2001:db8::7", "56324", "2001:db8::1")),
+    (HEADERS[4][0], ("192.0.2.7", "1234", "192.0.2.7")),
+    (HEADERS[6][0], ("unix", "", ""))])
+def test_a_header_tells_what_the_client_has_connected_to(header, ends):
+    assert ends_heard(header + HELLO) == (ends, HELLO)
 
 
 @given(st.sampled_from(HEADERS), st.data())

@@ -48,6 +48,18 @@ SCRIPTS = {
     "slow.php": "<?php sleep(4);",
 }
 
+#: those of nginx's fastcgi_params that are the same for each site, for a
+#: POST to /vars.php/rest/?q
+FASTCGI_PARAMS = {
+    "QUERY_STRING": "q", "REQUEST_METHOD": "POST",
+    "CONTENT_TYPE": "text/x-odd", "CONTENT_LENGTH": "2",
+    "SCRIPT_NAME": "/vars.php", "REQUEST_URI": "/vars.php/rest/?q",
+    "DOCUMENT_URI": "/vars.php/rest/", "SERVER_PROTOCOL": "HTTP/1.1",
+    "REQUEST_SCHEME": "https", "HTTPS": "on", "GATEWAY_INTERFACE": "CGI/1.1",
+    "REMOTE_ADDR": "127.0.0.1", "REMOTE_PORT": None,
+    "SERVER_ADDR": "127.0.0.1", "SERVER_PORT": "8443", "SERVER_NAME": None,
+    "REDIRECT_STATUS": "200"}
+
 
 @contextlib.contextmanager
 def running_fpm(folder, listen, children):
@@ -160,6 +172,21 @@ def test_variables_are_those_that_php_needs(server, home):
         "HTTP_AUTHORIZATION": "Basic eDp5", "PHP_AUTH_USER": "x",
         "HTTP_X_FORWARDED_PROTO": "https", "HTTP_ACCEPT_LANGUAGE": "sv"}
     assert not {"HTTP_PROXY", "HTTP_X_UNDER"} & told.keys()
+
+
+def test_php_gets_all_that_nginx_gives_it(server):
+    with server.connect("http/1.1") as client:
+        port = client.getsockname()[1]
+        client.sendall(f"POST /vars.php/rest/?q HTTP/1.1\r\nhost: "
+                       f"{harness.DOMAIN}:8443\r\ncontent-length: 2\r\n"
+                       "content-type: text/x-odd\r\nconnection: close\r\n\r\n"
+                       "{}".encode())
+        told = json.loads(client.makefile("rb").read().partition(
+            b"\r\n\r\n")[2])
+    assert {name: told.get(name) for name in FASTCGI_PARAMS} == {
+        **FASTCGI_PARAMS, "REMOTE_PORT": str(port),
+        "SERVER_NAME": harness.DOMAIN}
+    assert told["SERVER_SOFTWARE"].startswith("shimmercat/")
 
 
 @pytest.mark.parametrize("path", [
