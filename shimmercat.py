@@ -2590,6 +2590,9 @@ class Http2Engine(Engine):
 
     def _take_reset(self, event, events):
         self._owed.pop(event.stream_id, None)
+        if not event.remote_reset:
+            # A frame of the peer's made h2 reset it (CVE-2025-8671).
+            self.nuisance += _POINTS[_RST_STREAM]
         events.append(StreamReset(event.stream_id, int(event.error_code)))
 
     def _take_settings(self, event, events):

@@ -632,6 +632,7 @@ static outcome refuse_aloud(engine *self, PyObject *events, int32_t id,
 static outcome strike_complete(engine *self, PyObject *events, stream *it)
 {
     int32_t id = it->id;
+    self->nuisance += RESET_POINTS;
     outcome result = cut_off(self, it, NGHTTP2_STREAM_CLOSED, TOLD);
     if (result != GOOD)
         return result;
@@ -1107,6 +1108,7 @@ static outcome take_window(engine *self, PyObject *events,
     outcome result = feed(self, frame, HEAD_BYTES + head->length);
     if (result != GOOD || !self->struck)
         return result;
+    self->nuisance += RESET_POINTS;
     return report_numbers(self, events, STREAM_RESET, self->struck,
                           self->strike);
 }

@@ -57,6 +57,11 @@ def nothing(client):
     return b""
 
 
+def shut(client):
+    """Lets no body come, so that every answer stays under way."""
+    return settings((INITIAL_WINDOW_SIZE, 0))
+
+
 @pytest.mark.parametrize("points, begin, octets", [
     flood("10.5-requests-that-are-reset-at-once", RESET, nothing, lambda c: (
         c.get(stream) + reset(stream, CANCEL) for stream in STREAMS)),
@@ -64,6 +69,24 @@ def nothing(client):
         c.get(stream, (b"UPPER", b"")) for stream in STREAMS)),
     flood("10.5-heads-without-fields", RESET, nothing, lambda c: (
         frame(HEADERS, END_HEADERS, stream) for stream in STREAMS)),
+    flood("10.5-requests-whose-window-overflows", RESET, nothing,
+          lambda c: (c.get(stream) + window_update(stream, 2**31 - 1)
+                     for stream in STREAMS)),
+    flood("10.5-data-behind-the-end", RESET, shut, lambda c: (
+        c.get(stream) + body(stream, b"late") for stream in STREAMS)),
+    flood("10.5-fields-behind-the-end", RESET, shut, lambda c: (
+        c.get(stream) + head(stream, (b"x", b"late")) for stream in STREAMS)),
+    flood("10.5-bodies-longer-than-announced", RESET, shut, lambda c: (
+        c.post(stream, (b"content-length", b"1")) + body(stream, b"more")
+        for stream in STREAMS)),
+    flood("10.5-bodies-shorter-than-announced", RESET, shut, lambda c: (
+        c.get(stream, (b"content-length", b"1")) for stream in STREAMS)),
+    flood("10.5-trailers-that-must-be-reset", RESET, shut, lambda c: (
+        c.post(stream) + head(stream, (b":status", b"200"))
+        for stream in STREAMS)),
+    flood("10.5-priorities-cut-short", RESET, shut, lambda c: (
+        c.get(stream) + frame(PRIORITY, 0, stream, bytes(4))
+        for stream in STREAMS)),
     flood("10.5-settings", SETTING, nothing, lambda c: itertools.repeat(
         settings())),
     flood("10.5-settings-that-change-something", SETTING, nothing,
