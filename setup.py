@@ -136,6 +136,7 @@ def install(scratch):
         entry_points={"console_scripts": [
             "sc_changelist_agent = "
             "shimmercat_ext.changelist_agent.__main__:main",
+            "socketmaster = shimmercat_ext.socketmaster:main",
         ]},
         options={
             "build": {"build_base": scratch},
