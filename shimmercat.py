@@ -6546,14 +6546,27 @@ class Consultant:
 
         Raises UpstreamFailed, or ClientGone when the question is withdrawn.
         """
-        if not self._places.acquire(timeout=_PLACE_SECONDS):
-            raise _Busy(f"all of max-connections"
-                        f" ({self.settings.max_connections}) are in use")
+        if not self._places.acquire(blocking=False):
+            self._await_place(question)
         try:
             return self._ask_any(question)
         except BaseException:
             self._places.release()
             raise
+
+    def _await_place(self, question):
+        """Takes a place once there is one; raises _Busy and ClientGone."""
+        gone, patience = gevent.event.Event(), Deadline(_PLACE_SECONDS)
+        question.cut = gone.set
+        while True:
+            gevent.wait((self._places, gone), patience.left(), 1)
+            if question.is_withdrawn:
+                raise ClientGone("the client left")
+            if self._places.acquire(blocking=False):
+                return
+            if patience.passed():
+                raise _Busy(f"all of max-connections"
+                            f" ({self.settings.max_connections}) are in use")
 
     def _ask_any(self, question):
         """Asks one upstream after the other, as far as that may be done."""

@@ -11,11 +11,11 @@ import gevent.event
 import gevent.socket
 import pytest
 import zoo
+from exchanges import Body, body_of
 from harness import eventually, free_port
 from zoo import CLOSE, Origin, answer, chunk, head
 
 from shimmercat import (
-    LOG,
     CertificateStore,
     ClientGone,
     Consultant,
@@ -60,24 +60,6 @@ def test_an_api_domain_is_answered_by_its_port():
     assert consultant.name == "api.example"
 
 
-class Body:
-    """A request's body that is there, or comes when a gate opens."""
-
-    def __init__(self, *pieces, length=None, trailers=(), gate=None):
-        self._pieces, self.length = list(pieces), length
-        self.trailers, self._gate = trailers, gate
-        self.was_read = False
-
-    def read(self):
-        self.was_read = True
-        if self._gate:
-            self._gate.wait()
-        piece = self._pieces.pop(0) if self._pieces else b""
-        if isinstance(piece, Exception):
-            raise piece
-        return piece
-
-
 def consultant(*origins, **settings):
     """A consultant of some origins or ports."""
     addresses = [NetworkAddress.parse(str(getattr(x, "port", x)))
@@ -89,25 +71,6 @@ def consultant(*origins, **settings):
 
 def question(method="GET", target="/x?y=1", fields=(), **more):
     return Question(method, target, [*HOST, *fields], **more)
-
-
-def body_of(reply):
-    """All octets of a reply, which is over then."""
-    if isinstance(reply.body, bytes):
-        return reply.body
-    try:
-        return b"".join(reply.body.pieces)
-    finally:
-        reply.body.close()
-
-
-@pytest.fixture
-def said():
-    """All records of the log."""
-    before, heard = LOG.sink, []
-    LOG.configure(sink=heard.append)
-    yield heard
-    LOG.configure(sink=before)
 
 
 def codes(heard):
@@ -402,6 +365,22 @@ def test_no_more_connections_are_made_than_allowed():
                  for _ in range(6)]
         assert [one.get() for one in asked] == [b"x"] * 6
         assert origin.accepted == 2
+
+
+def test_a_question_that_waits_for_a_place_is_withdrawn_at_once():
+    with Origin(zoo.silent) as origin:
+        app = consultant(origin, max_connections=1)
+        first, waiting, last = question(), question(), question()
+        asking = [gevent.spawn(app.ask, one) for one in (first, waiting, last)]
+        eventually(lambda: gevent.sleep(0.01) or origin.count() == 1)
+        waiting.withdraw()
+        # Others get their place after 10 s.
+        asking[1].join(5)
+        assert isinstance(asking[1].exception, ClientGone)
+        origin.animal = lambda _: answer(b"x")
+        first.withdraw()
+        assert body_of(asking[2].get(timeout=5)) == b"x"
+        assert body_of(app.ask(question())) == b"x"
 
 
 def test_a_body_that_nobody_reads_on_gives_its_place_back():

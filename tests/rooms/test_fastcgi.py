@@ -5,11 +5,11 @@ import struct
 import threading
 
 import pytest
+from exchanges import Body, body_of
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from shimmercat import (
-    LOG,
     Consultant,
     ConsultantSettings,
     ForbiddenPath,
@@ -119,30 +119,9 @@ class Application:
         return False
 
 
-class Body:
-    """A request's body that is there."""
-
-    trailers = ()
-
-    def __init__(self, *pieces, length=None):
-        self._pieces, self.length = list(pieces), length
-
-    def read(self):
-        return self._pieces.pop(0) if self._pieces else b""
-
-
 def question(method="GET", target="/x.php?y=1", fields=(), **more):
     return Question(method, target, [(b"host", b"a.example:8443"), *fields],
                     **more)
-
-
-def body_of(reply):
-    if isinstance(reply.body, bytes):
-        return reply.body
-    try:
-        return b"".join(reply.body.pieces)
-    finally:
-        reply.body.close()
 
 
 def ask(*pieces, **more):
@@ -305,15 +284,6 @@ def test_a_connection_is_used_again():
         for _ in range(3):
             assert body_of(asked.ask(question())) == b"hello"
     assert len(app.asked) == 3 and app.accepted < 3
-
-
-@pytest.fixture
-def said():
-    """All records of the log."""
-    before, heard = LOG.sink, []
-    LOG.configure(sink=heard.append)
-    yield heard
-    LOG.configure(sink=before)
 
 
 def test_complaints_are_logged_up_to_a_limit(said):

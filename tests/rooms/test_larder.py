@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import zoo
+from exchanges import body_of, request_for
 from harness import DOMAIN, eventually
 
 import shimmercat
@@ -22,7 +23,6 @@ from shimmercat import (
     OriginFailed,
     RemoteRoot,
     Repository,
-    Request,
     Site,
     load_settings,
 )
@@ -90,22 +90,13 @@ class House:
 
     def get(self, target, method="GET", **fields):
         """The response to a request, its body read."""
-        request = Request.from_fields([
-            (b":method", method.encode()), (b":scheme", b"https"),
-            (b":authority", DOMAIN.encode()), (b":path", target.encode()),
-            *((name.replace("_", "-").encode(), value.encode())
-              for name, value in fields.items())], "h2", "127.0.0.1")
-        request.started = time.monotonic()
+        request = request_for(target, *(
+            (name.replace("_", "-").encode(), value.encode())
+            for name, value in fields.items()), method=method)
         response = self.site.ready(request)
         response = response or self.site.answer(request)
         response.fields = dict(response.fields)
-        body = response.body
-        if hasattr(body, "pieces"):
-            response.body = b"".join(body.pieces)
-            body.close()
-        elif not isinstance(body, bytes):
-            response.body = body.read(10 ** 9)
-            body.close()
+        response.body = body_of(response)
         return response
 
     def cache_status(self, target):

@@ -4,12 +4,12 @@ import argparse
 import json
 import os
 import re
-import time
 import urllib.parse
 
 import brotli
 import gevent
 import pytest
+from exchanges import body_of, request_for
 from harness import DOMAIN, eventually, make_site
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,7 +19,6 @@ from shimmercat import (
     AlternateStore,
     BadRequest,
     Repository,
-    Request,
     Site,
     StoreReader,
     load_settings,
@@ -128,26 +127,11 @@ class House:
         self.said = [animal]
         self.origin.asked.clear()
 
-    def request(self, target, *fields, method="GET", host=DOMAIN):
-        request = Request.from_fields([
-            (b":method", method.encode()), (b":scheme", b"https"),
-            (b":authority", host.encode()), (b":path", target.encode()),
-            *fields], "h2", "192.0.2.1")
-        request.started = time.monotonic()
-        return request
-
     def ask(self, target, *fields, **more):
         """Status, fields and body of an answer; its stream is closed."""
-        request = self.request(target, *fields, **more)
+        request = request_for(target, *fields, **more)
         response = self.site.answer(request)
-        body = response.body
-        if not isinstance(body, bytes):
-            try:
-                pieces = getattr(body, "pieces", None) or iter(
-                    lambda: response.body.read(50_000), b"")
-                body = b"".join(pieces)
-            finally:
-                response.body.close()
+        body = body_of(response)
         self.trail = "\n".join(request.trail or ())
         return response.status, dict(response.fields), body
 
@@ -226,7 +210,7 @@ def test_no_application_sees_a_path_that_means_another_one(house, target):
 def test_whatever_is_asked_for_no_path_reaches_out(house, start, parts):
     house.origin.asked.clear()
     try:
-        request = house.request(start + "/" + "".join(parts))
+        request = request_for(start + "/" + "".join(parts))
     except BadRequest:
         return
     response = house.site.answer(request)
@@ -258,7 +242,7 @@ def test_a_rule_of_the_domain_can_say_who_answers(house):
     for target in ("/pictures/a.css", "/inner/style", "/pictures/a.css?x"):
         assert house.ask(target)[2] == css
         eventually(lambda target=target: house.ask(target) and (
-            house.site.ready(house.request(target))))
+            house.site.ready(request_for(target))))
     assert not house.asked()
 
 
@@ -325,10 +309,10 @@ def test_a_file_becomes_a_view_and_is_hidden_from_then_on(tmp_path):
     host = {"host": "mixed.example.test"}
     for target in ("/index.html", "/"):
         eventually(lambda target=target: house.ask(target, **host) and (
-            house.site.ready(house.request(target, **host))))
+            house.site.ready(request_for(target, **host))))
     house.write("mixed/index.html", VIEWS["mixed/a/index.html"])
     for target in ("/index.html", "/"):
-        assert house.site.ready(house.request(target, **host)) is None
+        assert house.site.ready(request_for(target, **host)) is None
     assert house.ask("/index.html", **host)[0] == 404
     assert house.ask("/", **host)[2] == b"GET /"
     house.origin.go()
@@ -450,7 +434,7 @@ def test_what_is_no_question_goes_through_a_consulting_view(house):
 def test_a_tunnel_is_the_applications_whatever_the_view_says(
         house, target, host):
     house.say(lambda asked: answer(b"no tunnels", "403 Forbidden"))
-    request = house.request(target, host=host)
+    request = request_for(target, host=host)
     request.upgrade = "websocket"
     response = house.site.answer(request)
     assert response.status == 403
@@ -563,7 +547,7 @@ def test_a_client_that_leaves_withdraws_what_was_asked_for_it(house):
     house.say(silent)
     for target in ("/consult/", "/json/", "/snippet/", "/"):
         before = len(house.asked())
-        request = house.request(target)
+        request = request_for(target)
         running = gevent.spawn(house.site.answer, request)
         eventually(lambda before=before: gevent.sleep(0.01) or (
             len(house.asked()) > before))
@@ -574,7 +558,7 @@ def test_a_client_that_leaves_withdraws_what_was_asked_for_it(house):
 def test_a_client_that_leaves_withdraws_the_second_question_too(house):
     house.say(lambda asked: answer(b"", "404 Not Found")
               if asked.method == "HEAD" else silent(asked))
-    request = house.request("/consult/")
+    request = request_for("/consult/")
     running = gevent.spawn(house.site.answer, request)
     eventually(lambda: gevent.sleep(0.01) or len(house.asked()) == 2)
     request.withdraw()

@@ -20,7 +20,6 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 import shimmercat
 from shimmercat import (
-    LOG,
     CertificateError,
     CertificateStore,
     ScratchBusy,
@@ -48,16 +47,6 @@ def make_store(scratch, tmp_path):
         return CertificateStore(
             scratch, names, authority_dir=tmp_path / "ca", **options)
     return make
-
-
-@pytest.fixture
-def said():
-    """What is said to the log."""
-    records = []
-    before = LOG.sink
-    LOG.configure(sink=records.append)
-    yield records
-    LOG.configure(sink=before)
 
 
 @contextlib.contextmanager

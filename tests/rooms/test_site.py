@@ -6,11 +6,11 @@ import os
 import random
 import re
 import threading
-import time
 import urllib.parse
 
 import brotli
 import pytest
+from exchanges import body_of, request_for
 from harness import DOMAIN, eventually, make_site
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,7 +20,6 @@ from shimmercat import (
     BadRequest,
     Deadline,
     Repository,
-    Request,
     ShimmerCatError,
     Site,
     SourceChanged,
@@ -73,34 +72,20 @@ class House:
     def put(self, job, weight=1):
         """Takes orders for the artisan, who has the day off."""
 
-    def request(self, target, *fields, method="GET", host=DOMAIN):
-        request = Request.from_fields([
-            (b":method", method.encode()), (b":scheme", b"https"),
-            (b":authority", host.encode()), (b":path", target.encode()),
-            *fields], "h2", "192.0.2.1")
-        request.started = time.monotonic()
-        return request
-
     def ask(self, target, *fields, **more):
         """Status, fields and body of an answer."""
-        return seen(self.site.answer(self.request(target, *fields, **more)))
+        return seen(self.site.answer(request_for(target, *fields, **more)))
 
     def settle(self, target):
         """Ask until the asset is answered without waiting."""
         self.ask(target)
         return eventually(lambda: self.ask(target) and self.site.ready(
-            self.request(target)))
+            request_for(target)))
 
 
 def seen(response):
     """What a client sees of a response; its file is closed."""
-    body = response.body
-    if not isinstance(body, bytes):
-        try:
-            body = b"".join(iter(lambda: response.body.read(50_000), b""))
-        finally:
-            response.body.close()
-    return response.status, dict(response.fields), body
+    return response.status, dict(response.fields), body_of(response)
 
 
 @pytest.fixture(scope="module", params=["internet", "devlove"])
@@ -346,7 +331,7 @@ def test_a_fault_of_ours_shows_its_traceback_to_developers_only(house):
     try:
         raise ZeroDivisionError("<secret>")
     except ZeroDivisionError:
-        status, _, body = seen(house.site.fail(house.request("/")))
+        status, _, body = seen(house.site.fail(request_for("/")))
     is_open = "devlove" in str(house.folder)
     assert status == 500
     assert (b"ZeroDivisionError: &lt;secret&gt;" in body) is is_open
@@ -381,7 +366,7 @@ def stays_here(status, fields):
 ]), max_size=8))
 def test_any_target_is_answered_and_stays_here(shut_house, parts):
     try:
-        request = shut_house.request("/" + "".join(parts))
+        request = request_for("/" + "".join(parts))
     except BadRequest:
         return
     status, fields, body = seen(shut_house.site.answer(request))
@@ -395,7 +380,7 @@ def test_what_is_known_is_answered_without_waiting(house, target):
     for fields in ((), ((b"range", b"bytes=1-5"),),
                    ((b"if-none-match", b"*"),)):
         house.settle(target)
-        ready = seen(house.site.ready(house.request(target, *fields)))
+        ready = seen(house.site.ready(request_for(target, *fields)))
         asked = house.ask(target, *fields)
         for _, each, _ in (ready, asked):
             each.pop(b"server-timing", None)
@@ -408,7 +393,7 @@ def test_what_is_known_is_answered_without_waiting(house, target):
     ("/old", {"host": "rewritten.example.test"})])
 def test_what_needs_a_page_is_not_answered_at_once(house, target, more):
     house.settle("/a.css")
-    assert house.site.ready(house.request(target, **more)) is None
+    assert house.site.ready(request_for(target, **more)) is None
 
 
 def test_a_changed_file_is_not_answered_from_memory(tmp_path):
@@ -417,7 +402,7 @@ def test_a_changed_file_is_not_answered_from_memory(tmp_path):
     house.settle("/big.bin")
     for name in ("a.css", "big.bin"):
         (tmp_path / "www" / name).write_bytes(b"new")
-        assert house.site.ready(house.request("/" + name)) is None
+        assert house.site.ready(request_for("/" + name)) is None
         assert house.ask("/" + name)[2] == b"new"
 
 
@@ -491,7 +476,7 @@ def readings(house):
 
 def reading(house):
     """Tag and body of an answer, None when it was cut or put off."""
-    response = house.site.answer(house.request("/a.bin"))
+    response = house.site.answer(request_for("/a.bin"))
     assert response.status in (200, 503)
     try:
         status, fields, body = seen(response)
@@ -557,7 +542,7 @@ def test_cache_status_is_for_those_who_want_it(tmp_path):
 
 def test_the_way_to_an_answer_tells_why_each_form_is_chosen_or_not(tmp_path):
     house = House(tmp_path)
-    request = house.request("/a.css", (b"accept-encoding", b"br, gzip"))
+    request = request_for("/a.css", (b"accept-encoding", b"br, gzip"))
     seen(house.site.answer(request))
     trail = "\n".join(request.trail)
     assert "form br: " in trail and "bytes, chosen" in trail
