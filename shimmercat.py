@@ -85,6 +85,7 @@ __all__ = [
     "file_identity", "nearest", "in_thread",
     "MESSAGES", "Severity", "Message", "LogRecord", "MalformedRecord",
     "CodeSet", "Console", "wants_colour", "Log", "LOG",
+    "Repeats",
     "Option", "OPTIONS", "Tweaks", "tweaks_text",
     "ConsultantSettings", "RemoteRoot", "DomainSettings", "Settings",
     "load_settings",
@@ -856,7 +857,7 @@ class CodeSet:
 # ---------------------------------------------------------------------------
 # 2b. Console: where lines go, however slowly they are read
 #
-#    Offers   Console, wants_colour, Log, LOG
+#    Offers   Console, wants_colour, Log, LOG, Repeats
 #    Uses     1 Words
 # ---------------------------------------------------------------------------
 
@@ -1060,6 +1061,38 @@ class Log:
 
 
 LOG = Log()
+
+
+class Repeats:
+    """Says what comes again and again once in a while, with how often."""
+
+    def __init__(self, code: int, seconds: float = 60):
+        """Says message `code` of a subject once in so many seconds."""
+        self._code, self._seconds = code, seconds
+        #: {subject: [until when, how often since, what came last]}
+        self._known = collections.OrderedDict()
+
+    def say(self, subject: str, text: str) -> None:
+        """Says it, or counts it; counts are told when their time is over."""
+        while self._known:
+            oldest, (deadline, count, last) = next(iter(self._known.items()))
+            is_over = deadline.passed()
+            if not is_over and len(self._known) < _MOST_SUBJECTS:
+                break
+            del self._known[oldest]
+            if count:
+                LOG.say(self._code, oldest, f"{last} (again, {count} times)")
+            if count and is_over:
+                self._known[oldest] = [Deadline(self._seconds), 0, last]
+        if subject in self._known:
+            known = self._known[subject]
+            known[1:] = known[1] + 1, text
+        else:
+            LOG.say(self._code, subject, text)
+            self._known[subject] = [Deadline(self._seconds), 0, text]
+
+
+_MOST_SUBJECTS = 1024
 
 
 # ---------------------------------------------------------------------------
@@ -8042,6 +8075,7 @@ class Larder:
         self._missing = collections.OrderedDict()
         self._passed = collections.OrderedDict()
         self._errands = {}
+        self._absences, self._refusals = Repeats(40041), Repeats(40042)
 
     def obtain(self, wanted: Wanted) -> Found:
         """The asset, fresh or as fresh as it can be had; may wait.
@@ -8273,7 +8307,7 @@ class Larder:
             LOG.say(error.message_code, error)
         except ShimmerCatError as error:
             key, seconds = wanted.key, self._tweaks.missing_seconds
-            LOG.say(40041, f"{key.root}{key.path}", error)
+            self._absences.say(f"{key.root}{key.path}", str(error))
             told = (time.time() + seconds, str(error),
                     isinstance(error, AssetMissing), _is_gone(error))
             self.notes.write(f"missing_{key.memo()}",
@@ -8324,7 +8358,7 @@ class Larder:
 
     def _let_pass(self, errand, wanted, reply, reason):
         key = wanted.key
-        LOG.say(40042, f"{key.root}{key.path}", reason)
+        self._refusals.say(f"{key.root}{key.path}", reason)
         self._pass_for_a_while(wanted)
         errand.live = reply
 

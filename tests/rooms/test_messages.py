@@ -24,6 +24,7 @@ from shimmercat import (
     LogRecord,
     MalformedRecord,
     Message,
+    Repeats,
     Severity,
     wants_colour,
 )
@@ -531,3 +532,28 @@ def test_a_row_with_line_ends_is_the_only_kind_that_shows_them():
             ] == [60001]
     assert isinstance(MESSAGES[60001], Message)
     assert shimmercat.LOG.enabled
+
+
+def test_what_repeats_itself_is_said_once_and_then_how_often(said):
+    repeats = Repeats(40041, 0.2)
+    for reason in ("one", "two", "three"):
+        repeats.say("/a", reason)
+    repeats.say("/b", "other")
+    assert [record.pieces for record in said] == [
+        ("/a", "one"), ("/b", "other")]
+    harness.eventually(lambda: repeats.say("/b", "more") or len(said) > 2)
+    assert said[2].pieces == ("/a", "three (again, 2 times)")
+
+
+def test_no_repeat_is_lost_and_few_are_remembered(said):
+    repeats = Repeats(40041, 1000)
+    for n in range(5000):
+        for _ in range(3):
+            repeats.say(f"/{n}", "reason")
+    told = [record.pieces for record in said]
+    assert [each for each in told if each[1] == "reason"] == [
+        (f"/{n}", "reason") for n in range(5000)]
+    counts = [each for each in told if each[1] != "reason"]
+    assert 3900 < len(counts) < 5000
+    assert set(counts) <= {
+        (f"/{n}", "reason (again, 2 times)") for n in range(5000)}
