@@ -64,7 +64,10 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
    16e  Listeners        where clients are accepted
    16f  Proxies          who is behind a proxy in front of this server
     17  Worker           the life of a serving process
+   17b  Lone worker      one process that serves alone, for developers
+   17c  Supervision      what a supervisor hands over, and what it is told
     18  Arbiter          the life of the whole
+   18b  Slots            places that processes hold, one after the other
     19  Command line     modes, options, exit codes
 """
 
@@ -151,8 +154,11 @@ __all__ = [
     "CannotListen", "TlsListener", "RedirectListener", "listen",
     "ProxyHeaderRefused", "ProxyHeader",
     "PRESS_SECONDS", "CannotWriteLog", "WorkerLine", "Child", "Doors",
-    "Premises", "Worker", "LoneWorker",
-    "BootFailure", "Arbiter", "Slot",
+    "Premises", "Worker",
+    "LoneWorker",
+    "Supervisor",
+    "BootFailure", "Arbiter",
+    "Slot",
     "main",
 ]
 
@@ -610,6 +616,8 @@ MESSAGES = {
     10006: Message("development CA file {}", "import it into browsers"),
     10007: Message("{} workers, scratch folder {}", "each will say ready"),
     10008: Message("HTTP/2 through {}", "nghttp2 or h2; option --engine"),
+    10009: Message("the sockets were handed over by {}",
+                   "they stay open there; --listen is not looked at"),
     20001: Message("{} started as process {}", "it is not ready yet"),
     20002: Message("{} is ready", "a worker accepts connections"),
     20004: Message("{} made from {}: {} bytes instead of {}, {}",
@@ -1404,6 +1412,8 @@ class Settings:
     log_format: str
     log_file: Path | None
     apoptosis_seconds: tuple[float, float]  #: least and greatest age
+    #: sockets for HTTPS that a supervisor hands over beside the one in listen
+    also_listen: tuple[NetworkAddress, ...] = ()
 
 
 def load_settings(flags: argparse.Namespace,
@@ -4021,55 +4031,104 @@ class ScratchFolder:
         self.sni_certificates = self.path / "sni-certs"
         self.redis_socket = self.path / "redis.sock"
         self.press_socket = self.path / "press.sock"
-        if len(os.fsencode(self.redis_socket)) > _SOCKET_PATH_BYTES:
+        #: descriptor of the file whose lock keeps others out
+        self._lock, self._door = None, ""
+        longest = self._of_process(self.redis_socket, 2 ** 22)
+        if len(os.fsencode(longest)) > _SOCKET_PATH_BYTES:
             # The same place each time: the next start finds what is left.
             name = hashlib.sha256(os.fsencode(self.path)).hexdigest()
             self.redis_socket = _user_folder() / f"{name[:16]}.sock"
             self.press_socket = self.redis_socket.with_suffix(".press")
 
-    def occupy(self, tweaks: str = "") -> None:
+    def occupy(self, tweaks: str = "", door: str = "") -> None:
         """Creates what is missing and keeps other instances out.
 
-        `tweaks` is the text of a new tweaks.yaml.  Lasts until the process
-        ends.  Raises ScratchBusy or ScratchError.
+        `tweaks` is the text of a new tweaks.yaml; `door` tells apart the
+        listening sockets that a supervisor hands over.  Who serves the same
+        one is a predecessor or successor, and may be here at the same time.
+        Lasts until the process ends.  Raises ScratchBusy or ScratchError.
         """
+        self._door = door
+        if door:
+            for place in (self.redis_socket, self.press_socket):
+                self._sweep(place)
+            self.redis_socket, self.press_socket = (
+                self._of_process(place, os.getpid())
+                for place in (self.redis_socket, self.press_socket))
         try:
             for folder in (self.path, self.cache, self.sni_certificates,
                            self.redis_socket.parent):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._take_lock()
+            if not self.claim():
+                holder, _, theirs = self._said()
+                if not door or door != theirs:
+                    raise ScratchBusy(
+                        f"scratch folder {self.path} is in use by process"
+                        f" {holder}; stop that one or name another folder")
             if tweaks and not (self.path / "tweaks.yaml").exists():
                 write_atomically(self.path / "tweaks.yaml", tweaks.encode())
         except OSError as error:
             raise ScratchError(
                 f"scratch folder {self.path}: {error}") from error
 
+    @staticmethod
+    def _of_process(socket_path, pid):
+        """The name that a socket has while others may have one too."""
+        return socket_path.with_stem(f"{socket_path.stem}-{pid}")
+
+    def _sweep(self, socket_path):
+        """Removes such sockets of processes that were killed."""
+        for path in socket_path.parent.glob(
+                self._of_process(socket_path, "*").name):
+            pid = path.stem.rpartition("-")[2]
+            if not Path("/proc", pid).exists():
+                path.unlink(missing_ok=True)
+
+    def claim(self) -> bool:
+        """Whether nobody else has the folder from here on."""
+        if self._lock is None:
+            # A POSIX lock, not flock: forks do not inherit it, so workers
+            # that outlive a killed arbiter do not keep its successor from
+            # starting.  To close any descriptor of the file gives it back.
+            lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                os.close(lock)
+                return False
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, b"%d\n%s\n%s\n" % (
+                os.getpid(), os.fsencode(self.redis_socket),
+                self._door.encode()), 0)
+            self._lock = lock
+        return True
+
+    def release(self) -> None:
+        """Leaves the folder to a successor, who may be waiting for it."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
     def holder(self) -> str:
-        """Id of the process that has the folder, empty when none has."""
+        """Id of the process that has the folder, empty when none has.
+
+        From here on `redis_socket` is that of its Redis.
+        """
         with (contextlib.suppress(FileNotFoundError),
               open(self.path / "lock", "rb+") as lock):
             # Without that file it was never occupied.
             found, *_ = _LOCK.unpack(fcntl.fcntl(lock, fcntl.F_GETLK, (
                 _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))))
-            text = lock.read(32).decode("ascii", "replace").strip()
-            return "" if found == fcntl.F_UNLCK else text or "unknown"
+            if found != fcntl.F_UNLCK:
+                process, link, _ = self._said()
+                self.redis_socket = Path(link or self.redis_socket)
+                return process or "unknown"
         return ""
 
-    def _take_lock(self):
-        # A POSIX lock, not flock: forks do not inherit it, so workers that
-        # outlive a killed arbiter do not keep its successor from starting.
-        # To close any descriptor of the file would give it back.
-        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            holder = os.pread(lock, 32, 0).decode("ascii", "replace").strip()
-            os.close(lock)
-            raise ScratchBusy(
-                f"scratch folder {self.path} is in use by process {holder};"
-                " stop that one or name another folder") from None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+    def _said(self):
+        """Id, Redis and door of the holder, as it has written them down."""
+        text = os.fsdecode((self.path / "lock").read_bytes())
+        return (*text.split("\n"), "", "", "")[:3]
 
 
 class CertificateStore:
@@ -8765,6 +8824,8 @@ class WarmUp:
         self._settings, self._is_again = settings, again
         self._folder = Path(os.path.abspath(settings.working_dir / folder))
         scratch, tweaks = ScratchFolder(settings.scratch_dir), settings.tweaks
+        # If there is an instance, its leases hold for us.
+        scratch.holder()
         link = RedisLink(scratch.redis_socket)
         self._store = AlternateStore(scratch.cache)
         self._workshop = Workshop(self._store, tweaks)
@@ -9693,6 +9754,7 @@ class PressDoor:
 
     def __init__(self, path: Path):
         """Takes the place of one that was left; raises ScratchError."""
+        self.path = path
         try:
             path.unlink(missing_ok=True)
             # Not gevent's, with whom a hub would come into the arbiter.
@@ -9702,6 +9764,10 @@ class PressDoor:
         except OSError as error:
             raise ScratchError(f"{path}: {error}") from error
         self.close = self.socket.close
+
+    def remove(self) -> None:
+        """Takes the socket out of the folder, at the end."""
+        self.path.unlink(missing_ok=True)
 
 
 class Press:
@@ -11956,7 +12022,8 @@ def listen(address: NetworkAddress, backlog: int, check: bool
     """
     try:
         if address.family == "fd":
-            door = _plain("socket", "socket")(fileno=os.dup(address.fd))
+            os.set_inheritable(address.fd, False)
+            door = _plain("socket", "socket")(fileno=address.fd)
         elif address.family == "unix":
             door = _bound_to_path(address.path)
         else:
@@ -12099,7 +12166,7 @@ _PROXY_BYTES = 2048
 # 17. Worker: the life of a serving process
 #
 #    Offers   PRESS_SECONDS, CannotWriteLog, WorkerLine, Child,
-#             Doors, Premises, Worker, LoneWorker
+#             Doors, Premises, Worker
 #    Uses     1 Words, 2 Messages, 3 Settings, 5 Engines, 8 Scratch,
 #             9 Redis, 10 Representations, 12 Fetch backends, 13 Artisan,
 #             15 Site, 16 Connections
@@ -12241,11 +12308,13 @@ class Doors(typing.NamedTuple):
     redirect: socket.socket | None
 
     @classmethod
-    def open(cls, settings: Settings, check: bool = True) -> "Doors":
+    def open(cls, settings: Settings, check: bool = True) -> list["Doors"]:
         """Listens on the addresses of `settings`; raises CannotListen."""
         backlog = settings.tweaks.backlog
-        return cls(*(address and listen(address, backlog, check)
-                     for address in (settings.listen, settings.redirect)))
+        return [cls(*(address and listen(address, backlog, check)
+                      for address in addresses))
+                for addresses in ((settings.listen, settings.redirect), *(
+                    (also, None) for also in settings.also_listen))]
 
     def close(self) -> None:
         """Closes the sockets; other processes keep theirs."""
@@ -12256,8 +12325,11 @@ class Doors(typing.NamedTuple):
 class Premises:
     """What stands before anything is served: console, folder, certificates."""
 
-    def __init__(self, settings: Settings):
-        """Makes what is missing; raises ShimmerCatError when it cannot."""
+    def __init__(self, settings: Settings, door: str = ""):
+        """Makes what is missing; raises ShimmerCatError when it cannot.
+
+        `door` tells apart the listening sockets that were handed over.
+        """
         _hold_standard_streams()
         self.settings, self._engine = settings, http2_engine(settings.engine)
         try:
@@ -12268,7 +12340,7 @@ class Premises:
                                  f" {error.strerror}") from error
         LOG.configure(enabled=settings.log_codes, sink=self.console.write)
         self.scratch = ScratchFolder(settings.scratch_dir)
-        self.scratch.occupy(tweaks_text())
+        self.scratch.occupy(tweaks_text(), door)
         self._certificates = CertificateStore(
             self.scratch, settings.domains, settings.tweaks.tls_minimum)
         self._certificates.ensure()
@@ -12279,7 +12351,8 @@ class Premises:
         settings = self.settings
         LOG.say(10001, __version__, settings.mode, settings.working_dir,
                 os.getpid())
-        LOG.say(10002, settings.listen)
+        for address in (settings.listen, *settings.also_listen):
+            LOG.say(10002, address)
         LOG.say(10008, self._engine.library)
         if settings.redirect:
             LOG.say(10003, settings.redirect)
@@ -12476,13 +12549,23 @@ class Worker:
                 traceback.format_exception(greenlet.exception))))
 
 
+# ---------------------------------------------------------------------------
+# 17b. Lone worker: one process that serves alone, for developers
+#
+#    Offers   LoneWorker
+#    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 10 Representations,
+#             12 Fetch backends, 13 Artisan
+# ---------------------------------------------------------------------------
+
+
 class LoneWorker(Worker):
     """The one process of devlove mode: no arbiter, no Redis."""
 
     def __init__(self, settings: Settings):
         """Occupies the premises and listens; raises ShimmerCatError."""
         self._born = time.monotonic()
-        super().__init__(Premises(settings), [Doors.open(settings)])
+        settings = Supervisor(os.environ).settings(settings)
+        super().__init__(Premises(settings), Doors.open(settings))
 
     def _take_signals(self):
         """The second INT or TERM leaves less time."""
@@ -12524,9 +12607,117 @@ class LoneWorker(Worker):
 
 
 # ---------------------------------------------------------------------------
+# 17c. Supervision: what a supervisor hands over, and what it is told
+#
+#    Offers   Supervisor
+#    Uses     1 Words, 3 Settings, 16 Connections
+# ---------------------------------------------------------------------------
+
+#: the first descriptor that systemd hands over
+_FIRST_FD = 3
+
+
+class Supervisor:
+    """What has started us: socketmaster, einhorn, systemd, or a shell.
+
+    The sockets that it hands over are served in the place of --listen: those
+    of EINHORN_FDS, or those of LISTEN_FDS, where one that systemd calls
+    `redirect` (FileDescriptorName=) is for plain HTTP.
+    """
+
+    def __init__(self, environ: typing.Mapping[str, str]):
+        """Raises ConfigurationError when variables are not what they mean."""
+        #: who hands sockets over, for people; empty when nobody does
+        self.giver = ""
+        #: {descriptor: what systemd calls it}
+        self._names = {}
+        try:
+            if text := environ.get("EINHORN_FDS"):
+                self.giver = "socketmaster"
+                self._names = dict.fromkeys(map(int, text.split()), "")
+            elif environ.get("LISTEN_PID") == str(os.getpid()):
+                self.giver = "systemd"
+                self._names = {
+                    _FIRST_FD + n: name for n, name in itertools.zip_longest(
+                        range(int(environ.get("LISTEN_FDS", ""))),
+                        environ.get("LISTEN_FDNAMES", "").split(":"))
+                    if n is not None}
+            beat = int(environ.get("WATCHDOG_USEC") or 0) / 1e6
+        except ValueError as error:
+            raise ConfigurationError(
+                "EINHORN_FDS, LISTEN_FDS or WATCHDOG_USEC:"
+                f" {error}, expected numbers") from error
+        # An abstract address is written with @ for its zero byte.
+        self._address = environ.get("NOTIFY_SOCKET", "").replace("@", "\0", 1)
+        is_ours = environ.get("WATCHDOG_PID", str(os.getpid())) == (
+            str(os.getpid()))
+        self._pause = beat / 3 if beat and is_ours else math.inf
+        self._beat_due = Deadline(0)
+
+    @property
+    def replaces_us(self) -> bool:
+        """Whether it starts a successor itself, and HUP means to leave."""
+        return self.giver == "socketmaster"
+
+    def door(self) -> str:
+        """What predecessor and successor have in common; raises OSError."""
+        return str(os.fstat(min(self._names)).st_ino) if self._names and (
+            self.replaces_us) else ""
+
+    def settings(self, settings: Settings) -> Settings:
+        """`settings` with sockets in the place of addresses.
+
+        Raises CannotListen.
+        """
+        secure = [fd for fd, name in self._names.items() if name != "redirect"]
+        wanted = [NetworkAddress("fd", fd=fd) for fd in secure]
+        if settings.listen.family == "fd" or not wanted:
+            wanted = [settings.listen]
+        redirect = [NetworkAddress("fd", fd=fd) for fd in self._names
+                    if fd not in secure] or [settings.redirect]
+        listen, *others = map(_with_port, wanted)
+        return dataclasses.replace(
+            settings, listen=listen, also_listen=tuple(others),
+            redirect=_with_port(redirect[0]))
+
+    def tell(self, **words: object) -> None:
+        """Sends a notice to systemd, if that is what has started us.
+
+        The protocol of sd_notify(3): lines NAME=VALUE in a datagram.
+        """
+        if self._address:
+            text = "\n".join(f"{name}={word}" for name, word in words.items())
+            with (contextlib.suppress(OSError), _plain("socket", "socket")(
+                    socket.AF_UNIX, socket.SOCK_DGRAM) as sender):
+                # It may be gone, and serving does not depend on it.
+                sender.setblocking(False)
+                sender.sendto(text.encode(), self._address)
+
+    def beat(self) -> None:
+        """Tells a watchdog, if there is one, that we are well."""
+        if self._pause < math.inf and self._beat_due.passed():
+            self._beat_due = Deadline(self._pause)
+            self.tell(WATCHDOG=1)
+
+
+def _with_port(address):
+    """An address; with its port, when it is that of a socket we were given."""
+    if not address or address.family != "fd":
+        return address
+    try:
+        with _plain("socket", "socket")(fileno=os.dup(address.fd)) as door:
+            place = door.getsockname()
+    except OSError as error:
+        raise CannotListen(
+            f"cannot listen on {address}: {error.strerror}") from error
+    port = place[1] if isinstance(place, tuple) else None
+    return dataclasses.replace(address, port=port)
+
+
+# ---------------------------------------------------------------------------
 # 18. Arbiter: the life of the whole
 #
-#    Offers   BootFailure, Arbiter, Slot
+#    Offers   BootFailure, Arbiter
 #    Uses     1 Words, 2 Messages, 3 Settings, 9 Redis, 13 Artisan,
 #             16 Connections, 17 Worker
 # ---------------------------------------------------------------------------
@@ -12549,8 +12740,6 @@ class LoneWorker(Worker):
 # Easy to get wrong: words must be read in the same turn before silence is
 # judged, or an arbiter that was suspended kills all healthy workers.
 
-#: longest pause after early deaths, in seconds
-_LONGEST_PAUSE = 60
 #: at the end, no log record for so long means that none is to come
 _QUIET_SECONDS = 0.2
 #: signs of life that Redis is asked for in the time of one heartbeat
@@ -12568,8 +12757,13 @@ class Arbiter:
     """The first process: keeps slots filled, Redis alive and the log whole."""
 
     def __init__(self, settings: Settings):
-        """Blocks the signals that it handles; `run` does the rest."""
-        self._settings = settings
+        """Blocks the signals that it handles; `run` does the rest.
+
+        Raises ConfigurationError or CannotListen for what a supervisor
+        hands over.
+        """
+        self._supervisor = Supervisor(os.environ)
+        self._settings = settings = self._supervisor.settings(settings)
         self._patience = settings.tweaks.heartbeat_seconds
         self._slots = []
         #: slots that TTOU has closed and that somebody still works in
@@ -12587,6 +12781,10 @@ class Arbiter:
             signal.SIGHUP: lambda: LOG.say(40001),
             signal.SIGUSR2: lambda: LOG.say(40020),
             signal.SIGTTIN: self._grow, signal.SIGTTOU: self._shrink}
+        if self._supervisor.replaces_us:
+            # socketmaster says HUP when a successor serves, einhorn USR2.
+            self._handlers |= dict.fromkeys(
+                (signal.SIGHUP, signal.SIGUSR2), self._make_room)
         signal.pthread_sigmask(signal.SIG_BLOCK, self._handlers)
 
     def run(self) -> int:
@@ -12596,7 +12794,7 @@ class Arbiter:
         """
         _leave_hub()
         LOG.configure(worker="arbiter")
-        self._premises = Premises(self._settings)
+        self._premises = Premises(self._settings, self._supervisor.door())
         self._open()
         while not self._is_finished:
             self._take_turn()
@@ -12622,6 +12820,8 @@ class Arbiter:
         self._press.doors = [door]
         self._log = LogSubscription(path)
         self._premises.announce()
+        if self._supervisor.giver:
+            LOG.say(10009, self._supervisor.giver)
         LOG.say(10005, *server, path)
         LOG.say(10007, settings.workers, settings.scratch_dir)
         # The collector leaves frozen objects alone: workers share them.
@@ -12640,6 +12840,7 @@ class Arbiter:
         """Waits for something to happen, and does a step about it."""
         try:
             self._wait()
+            self._supervisor.beat()
             self._handle_signals()
             self._take_log()
             for slot in self._all_slots():
@@ -12722,6 +12923,8 @@ class Arbiter:
         if self._is_ending:
             self._tend_end()
             return
+        # A predecessor may have left it.
+        self._premises.scratch.claim()
         self._redis.tend(self._private)
         # Nothing that a child says may be lost: first we listen.
         if not self._redis.is_proven:
@@ -12734,6 +12937,7 @@ class Arbiter:
         if not self._is_ready and all(slot.is_proven for slot in self._slots):
             self._is_ready = True
             LOG.say(50003, f"{len(self._slots)} workers", os.getpid())
+            self._supervisor.tell(READY=1, MAINPID=os.getpid())
 
     def _empty_closed(self):
         """Lets workers of closed slots go once others have their doors."""
@@ -12747,6 +12951,9 @@ class Arbiter:
     def _end(self, seconds, number=signal.SIGTERM):
         """Begins to end: closes our doors and tells the workers."""
         self._is_ending = True
+        self._supervisor.tell(STOPPING=1)
+        if self._supervisor.replaces_us:
+            self._premises.scratch.release()
         for slot in self._slots + self._closed:
             for doors in slot.doors:
                 doors.close()
@@ -12764,18 +12971,21 @@ class Arbiter:
             slot.retire(PRESS_SECONDS / 4)
             if slot.children:
                 return
+        self._press.doors[0].remove()
         LOG.say(40005, int(time.monotonic() - self._born))
         self._is_finished = True
 
     def _add_slot(self, failure=None):
         """One slot more; raises CannotListen."""
         doors = self._slots[0].doors if self._slots else []
-        if len(doors) > 1:
+        if doors and self._settings.listen.family in ("unix", "fd"):
+            # Such a socket can be had once only: all slots share it.
+            doors = [*doors]
+        elif len(doors) > 1:
             # Left by a slot that was closed.
             doors = [doors.pop()]
-        elif not doors or self._settings.listen.family not in ("unix", "fd"):
-            # Any other socket can be had once only: all slots share it.
-            doors = [Doors.open(self._settings, check=not doors)]
+        else:
+            doors = Doors.open(self._settings, check=not doors)
         tweaks = self._settings.tweaks
         slot = Slot(f"w{next(self._numbers)}", lambda name, line: Worker(
             self._premises, slot.doors, name, line).run(),
@@ -12796,6 +13006,13 @@ class Arbiter:
         else:
             LOG.say(40004, len(self._slots))
             self._end(self._settings.tweaks.graceful_seconds)
+
+    def _make_room(self):
+        """Leaves everything to a successor, which serves already."""
+        # Told to all of its children, time and again.
+        if not self._is_ending:
+            LOG.say(40004, len(self._slots))
+            self._end(self._settings.tweaks.replacement_seconds)
 
     def _end_now(self):
         LOG.say(40006)
@@ -12818,6 +13035,17 @@ class Arbiter:
             self._closed.append(slot)
             self._slots[0].inherit(slot.doors)
         LOG.say(40003, len(self._slots))
+
+
+# ---------------------------------------------------------------------------
+# 18b. Slots: places that processes hold, one after the other
+#
+#    Offers   Slot
+#    Uses     1 Words, 2 Messages, 13 Artisan, 17 Worker
+# ---------------------------------------------------------------------------
+
+#: longest pause after early deaths, in seconds
+_LONGEST_PAUSE = 60
 
 
 class Slot:

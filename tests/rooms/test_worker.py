@@ -98,8 +98,8 @@ def test_a_line_that_nobody_reads_never_waits():
 
 def test_doors_of_several_slots_share_a_port(tmp_path):
     wanted = settings(tmp_path, listen=f"127.0.0.1:{harness.free_port()}")
-    first = Doors.open(wanted)
-    second = Doors.open(wanted, check=False)
+    first, = Doors.open(wanted)
+    second, = Doors.open(wanted, check=False)
     assert first.secure.getsockname() == second.secure.getsockname()
     assert first.redirect is None
     for doors in (first, second):
@@ -108,7 +108,7 @@ def test_doors_of_several_slots_share_a_port(tmp_path):
 
 def test_a_redirect_address_opens_a_second_door(tmp_path):
     port = harness.free_port()
-    doors = Doors.open(settings(
+    doors, = Doors.open(settings(
         tmp_path, listen=f"127.0.0.1:{harness.free_port()}",
         redirect=f"127.0.0.1:{port}"))
     assert doors.redirect.getsockname()[1] == port
@@ -141,7 +141,7 @@ def test_a_port_of_another_program_is_refused(tmp_path):
 
 def test_both_families_of_addresses_can_be_listened_on(tmp_path):
     port = harness.free_port()
-    doors = Doors.open(settings(tmp_path, listen=f"[::1]:{port}"))
+    doors, = Doors.open(settings(tmp_path, listen=f"[::1]:{port}"))
     with socket.create_connection(("::1", port), 5):
         pass
     doors.close()
@@ -150,9 +150,10 @@ def test_both_families_of_addresses_can_be_listened_on(tmp_path):
 def test_the_socket_of_a_dead_server_is_swept_away(tmp_path):
     path = tmp_path / "public.sock"
     wanted = settings(tmp_path, listen=f"unix://{path}")
-    Doors.open(wanted).close()
+    doors, = Doors.open(wanted)
+    doors.close()
     assert path.is_socket()
-    doors = Doors.open(wanted)
+    doors, = Doors.open(wanted)
     with socket.socket(socket.AF_UNIX) as probe:
         probe.connect(str(path))
     doors.close()
