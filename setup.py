@@ -44,6 +44,7 @@ EXTRAS_REQUIRE = {
     "test": [
         *CHANGELIST_AGENT_REQUIRES,
         "pytest>=8.0",
+        "pytest-xdist>=3.5",  # the suite on both cores
         "hypothesis>=6.100",  # property loops of the pure rooms
         "httpx[http2]>=0.27",  # an independent client
         "h11>=0.14",  # an independent reader of what applications get
