@@ -657,9 +657,10 @@ static bool is_odd_value(PyObject *value)
     size_t length = (size_t)PyBytes_GET_SIZE(value);
     if (length == 0)
         return false;
-    if (memchr(octets, 0, length) || memchr(octets, '\r', length) ||
-        memchr(octets, '\n', length))
-        return true;
+    for (size_t n = 0; n < length; n++)
+        if (((uint8_t)octets[n] < ' ' && octets[n] != '\t') ||
+            octets[n] == 0x7f)
+            return true;
     char first = octets[0], last = octets[length - 1];
     return first == ' ' || first == '\t' || last == ' ' || last == '\t';
 }

@@ -1210,7 +1210,8 @@ def bad_field(name, value):
     *(case(f"8.2.1-value-with-{name}", bad_field(b"x", value), malformed(1))
       for name, value in {
           "nul": b"a\0b", "line-feed": b"a\nb", "carriage-return": b"a\rb",
-          "split-response": b"a\r\nx: b", "space-before": b" a",
+          "split-response": b"a\r\nx: b", "vertical-tab": b"a\x0bb",
+          "delete": b"a\x7f", "space-before": b" a",
           "space-behind": b"a ", "tab-before": b"\ta", "tab-behind": b"a\t",
           "nothing-but-space": b" ",
       }.items()),
