@@ -32,6 +32,7 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
      6  Scheduler        which stream sends the next bytes, and how many
      7  Paths            what a URL means
     7b  Views            what answers a path that is no file's
+    7c  Templates        pages made of what an application says
      8  Scratch          the scratch folder, certificates and TLS contexts
      9  Redis            the one link to Redis, and the log that goes over it
     9b  Jobs             work for the artisan, and news for all
@@ -109,8 +110,9 @@ __all__ = [
     "ForbiddenPath", "RuleError", "Kind", "classify", "sound_path",
     "plain_path", "url_path", "family", "asked_width", "RewriteRule",
     "rewritten",
-    "ViewMistaken", "PageFailed", "View", "ViewFolder", "VIEW_NAMES",
-    "VIEW_BYTES", "with_snippet",
+    "ViewMistaken", "View", "ViewFolder", "VIEW_NAMES", "VIEW_BYTES",
+    "with_snippet",
+    "PageFailed", "PageTemplate",
     "ScratchFolder", "ScratchError", "ScratchBusy", "CertificateStore",
     "CertificateError", "write_atomically",
     "RedisAway", "RedisMissing", "RedisServer", "RedisLink", "LogTap",
@@ -256,6 +258,7 @@ import httptools
 import hyperframe.frame
 import jinja2
 import jinja2.sandbox
+import jinja2.visitor
 import numpy as np
 import proxyprotocol.detect
 import redis
@@ -3613,8 +3616,8 @@ def _problems(match):
 # ---------------------------------------------------------------------------
 # 7b. Views: what answers a path that is no file's
 #
-#    Offers   ViewMistaken, PageFailed, View, ViewFolder, VIEW_NAMES,
-#             VIEW_BYTES, with_snippet
+#    Offers   ViewMistaken, View, ViewFolder, VIEW_NAMES, VIEW_BYTES,
+#             with_snippet
 #    Uses     1 Words, 3 Settings, 4 HTTP, 7 Paths
 # ---------------------------------------------------------------------------
 #
@@ -3642,17 +3645,6 @@ class ViewMistaken(ShimmerCatError):
     message_code = 60025
 
 
-class PageFailed(ShimmerCatError):
-    """No page comes of a template and what the application said."""
-
-    message_code = 60026
-
-    def __init__(self, reason: str, status: int = 500):
-        """502 blames the application, 500 the template."""
-        super().__init__(reason)
-        self.status = status
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class View:
     """What a view file says."""
@@ -3669,7 +3661,7 @@ class View:
     consultant: str | None = None  #: None leaves it to the domain
     #: how long a page, or a generated asset, is fresh
     cache_seconds: float | None = None
-    template: jinja2.Template | None = None
+    template: "PageTemplate | None" = None
 
     @classmethod
     def parse(cls, path: str, place: tuple[str, ...], content: bytes,
@@ -3700,29 +3692,6 @@ class View:
             raise ViewMistaken("\n".join(mistakes))
         return cls(path, place, content[:block.start()]
                    + content[block.end():], **values)
-
-    def render(self, values: dict) -> bytes:
-        """The page that the template makes of `values`; raises PageFailed.
-
-        Gives way to others while it works, and has an end to time and size.
-        """
-        deadline, page = Deadline(_RENDER_SECONDS), bytearray()
-        try:
-            for count, piece in enumerate(self.template.generate(values), 1):
-                page += piece.encode("utf-8", "replace")
-                if len(page) > _PAGE_BYTES or deadline.passed():
-                    raise PageFailed(
-                        f"{self.path}: the page takes more than"
-                        f" {size_text(_PAGE_BYTES)} or {_RENDER_SECONDS} s")
-                if count % _PIECES_AT_ONCE == 0:
-                    gevent.sleep(0)
-        except _TEMPLATE_FAULTS as error:
-            lines = [str(frame.lineno) for frame in traceback.extract_tb(
-                error.__traceback__) if frame.filename == self.path]
-            place = ":".join([self.path, *lines[-1:]])
-            raise PageFailed(
-                f"{place}: {type(error).__name__}: {error}") from error
-        return bytes(page)
 
 
 class ViewFolder:
@@ -3922,27 +3891,14 @@ def _literal(entry):
     return literal
 
 
-class _TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Members of a JSON object go before methods of dictionaries."""
-
-    def getattr(self, obj, attribute):
-        """`items` of an object that has such a member is the member."""
-        if isinstance(obj, dict) and attribute in obj:
-            return obj[attribute]
-        return super().getattr(obj, attribute)
-
-
 def _template(sheet, content):
-    """The compiled template; None after noting what is wrong with it."""
+    """The template; None after noting what is wrong with it."""
     try:
-        code = _TEMPLATES.compile(content.decode(), None, sheet.path)
+        return PageTemplate(sheet.path, content.decode())
     except jinja2.TemplateSyntaxError as error:
         sheet.blame(error.lineno, (), f"template: {error.message}")
     except (UnicodeDecodeError, RecursionError) as error:
         sheet.blame(0, (), f"template: {error}")
-    else:
-        return jinja2.Template.from_code(
-            _TEMPLATES, code, _TEMPLATES.make_globals(None))
     return None
 
 
@@ -3955,9 +3911,6 @@ _MOST_LITERALS, _LITERAL_BYTES = 16, 256
 _MOST_VIEWS = 256
 _CHECK_SECONDS = 5
 _VIEW_ATTEMPTS, _VIEW_PAUSE_SECONDS = 20, 0.1
-_PAGE_BYTES = 8 * MIB
-_RENDER_SECONDS = 5
-_PIECES_AT_ONCE = 200
 
 _TEXT = Option("", "", "text", None, (), "").from_yaml
 _VIEW_KEYS = {
@@ -3970,10 +3923,223 @@ _VIEW_KEYS = {
     "cache-seconds": Option(
         "", "", "seconds", None, (0, 10 ** 9), "").from_yaml}
 
+
+# ---------------------------------------------------------------------------
+# 7c. Templates: pages made of what an application says
+#
+#    Offers   PageFailed, PageTemplate
+#    Uses     1 Words
+# ---------------------------------------------------------------------------
+#
+# A template is its operator's, but one as small as `{{ "a" * 10**9 }}` must
+# not take a worker with it.  What it works with has a limit wherever it may
+# grow by more than a little: results of operators, texts that filters and
+# methods pad, join or replace in.  Loops and calls are steps; after some of
+# them the clock is looked at and others get their turn, so that no page holds
+# up its worker.  Jinja2's sandbox does the rest.
+
+
+class PageFailed(ShimmerCatError):
+    """No page comes of a template and what the application said."""
+
+    message_code = 60026
+
+    def __init__(self, reason: str, status: int = 500):
+        """502 blames the application, 500 the template."""
+        super().__init__(reason)
+        self.status = status
+
+
+class PageTemplate:
+    """A page with places for values: Jinja2, sandboxed and escaped."""
+
+    def __init__(self, path: str, text: str):
+        """Raises jinja2.TemplateSyntaxError, RecursionError."""
+        self._path = path
+        self._template = jinja2.Template.from_code(
+            _TEMPLATES, _TEMPLATES.compile(text, None, path),
+            _TEMPLATES.make_globals(None))
+
+    def render(self, values: dict) -> bytes:
+        """The page that comes of `values`; raises PageFailed.
+
+        Gives way to others while it works, and has an end to time and size.
+        """
+        pace, page = _Pace(), bytearray()
+        try:
+            for piece in self._template.generate({**values, _PACE: pace}):
+                page += piece.encode("utf-8", "replace")
+                _borne(page)
+                pace.step()
+        except _TEMPLATE_FAULTS as error:
+            lines = [str(frame.lineno) for frame in traceback.extract_tb(
+                error.__traceback__) if frame.filename == self._path]
+            place = ":".join([self._path, *lines[-1:]])
+            raise PageFailed(
+                f"{place}: {type(error).__name__}: {error}") from error
+        return bytes(page)
+
+
+class _Pace:
+    """Counts the steps of a template at work; others get their turn."""
+
+    __slots__ = "_deadline", "_steps"
+
+    def __init__(self):
+        self._deadline, self._steps = Deadline(_RENDER_SECONDS), 0
+
+    def step(self):
+        self._steps += 1
+        if self._steps % _STEPS_AT_ONCE == 0:
+            gevent.sleep(0)
+            if self._deadline.passed():
+                raise OverflowError(f"takes more than {_RENDER_SECONDS} s")
+
+
+class _PacedItems:
+    """What a loop goes through, a step each."""
+
+    __slots__ = "_items", "_pace"
+
+    def __init__(self, pace, items):
+        self._pace, self._items = pace, items
+
+    def __iter__(self):
+        for item in self._items:
+            self._pace.step()
+            yield item
+
+    def __len__(self):
+        return len(self._items)
+
+
+class _Pacing(jinja2.visitor.NodeTransformer):
+    """Puts limits where Jinja2 has no hook: into the parsed template."""
+
+    def visit_For(self, node):
+        self.generic_visit(node)
+        node.iter = _filtered(node.iter, "paced")
+        return node
+
+    def visit_Concat(self, node):
+        return _filtered(self.generic_visit(node), "borne")
+
+
+class _TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """A sandbox with limits, in which JSON's members hide Python's."""
+
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+    def _generate(self, source, *words, **named):
+        source = _Pacing().visit(source).set_environment(self)
+        return super()._generate(source, *words, **named)
+
+    def getattr(self, obj, attribute):
+        """`items` of an object that has such a member is the member."""
+        if isinstance(obj, dict) and attribute in obj:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
+    def call(self, context, obj, /, *words, **named):
+        """What a function returns, or a method of a text without bombs."""
+        context[_PACE].step()
+        # The sandbox wraps the methods that format.
+        method = getattr(obj, "__wrapped__", obj)
+        text = getattr(method, "__self__", None)
+        if isinstance(text, str):
+            is_format = method.__name__.startswith("format")
+            values = *words, *named.values()
+            _bear_format(text, values) if is_format else _bear_widths(values)
+        return _borne(super().call(context, obj, *words, **named))
+
+    def call_binop(self, context, operator, left, right):
+        """What an operator makes, unless it would be too much."""
+        context[_PACE].step()
+        if operator == "%" and isinstance(left, str):
+            _bear_format(left, right if isinstance(right, tuple) else ())
+        elif _extent(operator, left, right) > _PAGE_BYTES:
+            raise OverflowError(_TOO_MUCH)
+        return super().call_binop(context, operator, left, right)
+
+
+def _filtered(node, name):
+    """A node whose value goes through a filter."""
+    return jinja2.nodes.Filter(
+        node, name, [], [], None, None, lineno=node.lineno)
+
+
+def _extent(operator, left, right):
+    """Elements of what an operator makes; a number weighs by its bits."""
+    are_whole = isinstance(left, int), isinstance(right, int)
+    if operator == "**":
+        return _weight(left) * max(right, 0) if all(are_whole) else 0
+    if operator == "*" and any(are_whole) and not all(are_whole):
+        count, other = (left, right) if are_whole[0] else (right, left)
+        return _weight(other) * max(count, 0)
+    return _weight(left) + _weight(right)
+
+
+def _weight(value):
+    if isinstance(value, int):
+        return value.bit_length() * _BIT_WEIGHT
+    return len(value) if isinstance(value, collections.abc.Sized) else 0
+
+
+def _borne(value):
+    """A value, unless it is longer than a page may be."""
+    if (isinstance(value, (str, bytearray, list, tuple))
+            and len(value) > _PAGE_BYTES):
+        raise OverflowError(_TOO_MUCH)
+    return value
+
+
+def _bear_widths(values):
+    """Raises OverflowError if there are numbers too large for widths."""
+    if any(isinstance(value, int) and value > _PAGE_BYTES for value in values):
+        raise OverflowError(_TOO_MUCH)
+
+
+def _bear_format(form, values):
+    """The same for the widths in a format and those that it takes."""
+    _bear_widths(map(int, _DIGITS.findall(form)))
+    if _OPEN_WIDTH.search(form):
+        _bear_widths(values)
+
+
+def _narrow(work):
+    """A filter whose arguments and results are not too large."""
+    @functools.wraps(work)
+    def narrowed(*words, **named):
+        own = words[2 if hasattr(work, "jinja_pass_arg") else 1:]
+        values = *own, *named.values()
+        is_format = work is jinja2.filters.FILTERS["format"]
+        _bear_format(str(words[0]), values) if is_format else _bear_widths(
+            values)
+        return _borne(work(*words, **named))
+    return narrowed
+
+
+_PAGE_BYTES, _RENDER_SECONDS, _STEPS_AT_ONCE = 8 * MIB, 5, 200
+_TOO_MUCH = f"more than {size_text(_PAGE_BYTES)}"
+#: so that a number has no more digits than Python prints
+_BIT_WEIGHT = 512
+_DIGITS = re.compile(r"[0-9]+")
+#: `%*d` and `{:{}}` have their width from a value
+_OPEN_WIDTH = re.compile(r"%[^%a-zA-Z]*\*|\{[^}]*\{")
+#: name of the pace among a template's values; none that it could use
+_PACE = " pace"
 #: a missing value is an error: a page with holes tells nobody
 _TEMPLATES = _TemplateEnvironment(
     autoescape=True, undefined=jinja2.StrictUndefined,
     keep_trailing_newline=True)
+# Many words of nonsense, as many as asked for.
+del _TEMPLATES.globals["lipsum"]
+_TEMPLATES.filters |= {
+    name: _narrow(_TEMPLATES.filters[name]) for name in (
+        "batch", "center", "format", "indent", "join", "replace", "slice",
+        "tojson", "wordwrap")} | {
+    "borne": _borne, "paced": jinja2.pass_context(
+        lambda context, items: _PacedItems(context[_PACE], items))}
 #: what a template's own operations raise
 _TEMPLATE_FAULTS = (
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError,
@@ -10601,7 +10767,7 @@ class Pages:
         answer = ask(asked)
         if not _is_right(answer) or answer.status in (204, 205):
             return answer
-        page = view.render(_read_json(answer))
+        page = view.template.render(_read_json(answer))
         answer.fields = ((b"content-type", _HTML),
                          (b"content-length", b"%d" % len(page)),
                          *_without(answer.fields,

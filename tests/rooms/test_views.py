@@ -1,13 +1,15 @@
-"""Room 7b, Views."""
+"""Rooms 7b and 7c, Views and Templates."""
 
 import os
 import threading
 
+import gevent
 import pytest
 from harness import eventually
 from hypothesis import given
 from hypothesis import strategies as st
 
+import shimmercat
 from shimmercat import (
     AssetMissing,
     FilesystemBackend,
@@ -288,7 +290,8 @@ def test_the_mistakes_of_all_views_are_found(folder):
 
 
 def rendered(template, **values):
-    return parsed(JSON_VIEW + template).render(values).decode()
+    view = parsed(JSON_VIEW + template)
+    return view.template.render(values).decode()
 
 
 def test_a_template_shows_what_the_application_said():
@@ -320,6 +323,26 @@ def test_values_are_escaped_in_a_template():
     (b"{% for x in range(10**9) %}{% endfor %}", "OverflowError"),
     (b"{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "Recursion"),
     (b"{% for x in range(99999) %}" + b"x" * 100 + b"{% endfor %}", "8 MiB"),
+    (b"{{ 'a' * 10**9 }}", "8 MiB"),
+    (b"{{ 10**9 * 'a' }}", "8 MiB"),
+    (b"{{ ([1] * 10**7) | length }}", "8 MiB"),
+    (b"{{ 9 ** 999999999 }}", "8 MiB"),
+    (b"{{ '%999999999d' % 1 }}", "8 MiB"),
+    (b"{{ '%*d' % (999999999, 1) }}", "8 MiB"),
+    (b"{{ '%999999999d' | format(1) }}", "8 MiB"),
+    (b"{{ '{:>999999999}'.format(1) }}", "8 MiB"),
+    (b"{{ '{:>{}}'.format(1, 999999999) }}", "8 MiB"),
+    (b"{{ 'a'.center(999999999) }}", "8 MiB"),
+    (b"{{ 'a' | center(999999999) }}", "8 MiB"),
+    (b"{{ 'a\nb' | indent(width=999999999) }}", "8 MiB"),
+    (b"{{ [1] | batch(999999999, 0) | list }}", "8 MiB"),
+    (b"{{ [1] | slice(999999999) | list }}", "8 MiB"),
+    (b"{{ a | tojson(indent=999999999) }}", "8 MiB"),
+    (b"{% set n = namespace(x='abcdefgh') %}{% for y in range(99) %}"
+     b"{% set n.x = n.x ~ n.x %}{% endfor %}", "8 MiB"),
+    (b"{% set n = namespace(x=[0]) %}{% for y in range(99) %}"
+     b"{% set n.x = n.x + n.x %}{% endfor %}", "8 MiB"),
+    (b"{{ lipsum(999999) }}", "'lipsum' is undefined"),
 ])
 def test_a_template_that_fails_says_where_and_why(template, words):
     with pytest.raises(PageFailed) as caught:
@@ -327,6 +350,54 @@ def test_a_template_that_fails_says_where_and_why(template, words):
     assert words in str(caught.value)
     assert "/v/index.html" in str(caught.value)
     assert caught.value.status == 500
+
+
+BUSY = [
+    b"{% for x in range(99999) %}{% for y in range(99999) %}{% endfor %}"
+    b"{% endfor %}",
+    b"{% for x in list %}{% for y in list recursive %}{% for z in list if 0 %}"
+    b"{% endfor %}{% endfor %}{% endfor %}",
+    b"{% macro f(n) %}{% if n %}{% set _ = f(n - 1) ~ f(n - 1) %}{% endif %}"
+    b"{% endmacro %}{{ f(60) }}"]
+
+
+@pytest.mark.parametrize("template", BUSY)
+def test_a_template_that_works_without_output_ends_and_others_get_on(
+        template, monkeypatch):
+    monkeypatch.setattr(shimmercat, "_RENDER_SECONDS", 0.3)
+    turns = []
+
+    def take_turns():
+        while True:
+            turns.append(gevent.sleep(0))
+
+    other = gevent.spawn(take_turns)
+    try:
+        with pytest.raises(PageFailed, match=r"takes more than 0.3 s"):
+            rendered(template, list=list(range(3000)))
+    finally:
+        other.kill()
+    assert len(turns) > 10
+
+
+def test_limits_leave_what_pages_do_as_it_is():
+    assert rendered(
+        b"{% for x in list %}{{ loop.index }}/{{ loop.length }}"
+        b"{% if loop.last %}.{% endif %}{% else %}none{% endfor %}"
+        b"{% for k, v in a.items() %}{{ k ~ '=' ~ v }}{% endfor %}",
+        list=["x", "y"], a={"<": "&"}) == "1/22/2.&lt;=&amp;"
+    assert rendered(
+        b"{% for x in tree recursive %}{{ x.n }}{{ loop(x.below) }}"
+        b"{% endfor %}", tree=[{"n": 1, "below": [{"n": 2, "below": []}]}]
+    ) == "12"
+    assert rendered(
+        b"{{ '%d of %s' % (10**9, 'b') }} {{ '{} {:>3}'.format(10**9, 1) }}"
+        b" {{ n | tojson }} {{ [n, n] | join('+') }} {{ 2 ** 0.5 > 1 }}"
+        b" {{ '-' * 3 + '>' }} {{ [1] + [2] }} {{ 'a'.center(3) }}"
+        b" {{ 7 % 4 * 2.5 }} {{ '99999999'.replace('99999999', 'x') }}",
+        n=10**12) == (
+        "1000000000 of b 1000000000   1 1000000000000"
+        " 1000000000000+1000000000000 True ---&gt; [1, 2]  a  7.5 x")
 
 
 def inserted(pieces, *literals):
