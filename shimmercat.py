@@ -58,6 +58,7 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
     15  Site             from request to response
    15b  Statics          answers from assets
    15c  Pages            what a view shows, with an application or without one
+   15d  Health           whether this instance is well
     16  Connections      one socket, one engine, many exchanges
    16b  Conversations    the exchanges of one connection, without its socket
    16c  Wires of clients  octets of a conversation, with TLS or without
@@ -149,6 +150,7 @@ __all__ = [
     "RESERVED", "NOT_ASKED",
     "Statics",
     "Pages",
+    "Board", "Health",
     "Service",
     "Conversation",
     "PlainWire", "TlsWire",
@@ -211,6 +213,7 @@ import itertools
 import json
 import math
 import mimetypes
+import mmap
 import os
 import random
 import re
@@ -5458,6 +5461,16 @@ class AlternateStore:
             freed += size
         return freed
 
+    def trouble(self) -> str:
+        """Why nothing can be stored just now; empty when something can."""
+        try:
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._root) as probe:
+                probe.write(bytes(_PROBE_BYTES))
+        except OSError as error:
+            return error.strerror
+        return ""
+
     @contextlib.contextmanager
     def _or_full(self):
         try:
@@ -5538,6 +5551,8 @@ def _open_at_once(path, flags):
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+#: what must have room in the store
+_PROBE_BYTES = 4096
 #: age of the last change that a file must have, several ticks of the clock
 QUIET_SECONDS = 0.1
 #: age above which nobody can be in the midst of one write any more; what was
@@ -10082,12 +10097,14 @@ class Site:
 
     def __init__(self, settings: Settings,
                  repository: Repository | None = None,
-                 larder: Larder | None = None, asks: bool = True):
+                 larder: Larder | None = None,
+                 health: "Health | None" = None, asks: bool = True):
         """Nothing is read before the first request.
 
         Without `asks` no application is asked; what it would be asked is
         noted.
         """
+        self._health = health
         self._settings = settings
         self._open, self._asks = settings.mode == "devlove", asks
         self._trusted = settings.tweaks.trusted_proxies
@@ -10184,6 +10201,8 @@ class Site:
         return response
 
     def _route(self, request):
+        if self._health and self._health.may_ask(request, self._trusted):
+            return self._health.answer(request)
         domain = self._settings.domains.get(request.host)
         if domain is None:
             known = ", ".join(self._settings.domains)
@@ -10880,6 +10899,84 @@ addEventListener("load", function () {
 _SCRIPT_SAYS = b"""\
         console.info("shimmercat: " + name + " " + page[name] + " ms");
 """
+
+
+# ---------------------------------------------------------------------------
+# 15d. Health: whether this instance is well
+#
+#    Offers   Board, Health
+#    Uses     4 HTTP, 9 Redis, 10 Representations
+# ---------------------------------------------------------------------------
+
+_HEALTH_PATH = RESERVED + "health"
+#: fields by which a proxy says that it asks for somebody else
+_FOR_OTHERS = (b"x-forwarded-for", b"x-real-ip", b"forwarded")
+_LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),
+             ipaddress.ip_network("::1/128"))
+_BOARD_FORM = struct.Struct("=BH")
+
+
+class Board:
+    """How the instance stands: what the arbiter writes, all workers see.
+
+    A page of memory that is shared with every process forked after it.
+    """
+
+    STATES = ("starting", "ready", "draining")
+
+    def __init__(self):
+        self._page = mmap.mmap(-1, mmap.PAGESIZE)
+
+    def write(self, state: str, workers: int) -> None:
+        """Shows one of STATES and the number of workers that live."""
+        _BOARD_FORM.pack_into(
+            self._page, 0, self.STATES.index(state), workers)
+
+    def read(self) -> tuple[str, int]:
+        """The state and the number that were written last."""
+        state, workers = _BOARD_FORM.unpack_from(self._page)
+        return self.STATES[state], workers
+
+
+class Health:
+    """Tells load balancers and monitors how this instance is."""
+
+    def __init__(self, board: Board, store: AlternateStore,
+                 link: RedisLink | None = None):
+        """`link` leads to Redis, where there is one."""
+        self._board, self._store, self._link = board, store, link
+
+    def may_ask(self, request: Request, trusted: tuple) -> bool:
+        """Whether it is asked for health, by this machine or a trusted peer.
+
+        Who is asked for by a proxy is a stranger, whatever the proxy is.
+        """
+        return (request.path == _HEALTH_PATH
+                and is_trusted(request.client, (*_LOOPBACK, *trusted))
+                and not any(request.headers.get(name) is not None
+                            for name in _FOR_OTHERS))
+
+    def answer(self, request: Request) -> Response:
+        """JSON, with 200 while new requests are welcome, else 503."""
+        if request.method not in _READS:
+            raise NotServed(405, "it is only read", ((b"allow", _ALLOW),))
+        state, workers = self._board.read()
+        body = json.dumps({
+            "state": state, "workers": workers, "redis": self._redis(),
+            "store": in_thread(self._store.trouble) or "ok"}).encode() + b"\n"
+        return Response(200 if state == "ready" else 503, (
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"cache-control", b"no-store")), body, "health", state)
+
+    def _redis(self):
+        if self._link is None:
+            return "none"
+        try:
+            self._link.call("PING")
+        except RedisAway:
+            return "away"
+        return "ok"
 
 
 # ---------------------------------------------------------------------------
@@ -12513,6 +12610,7 @@ class Premises:
             self.scratch, settings.domains, settings.tweaks.tls_minimum)
         self._certificates.ensure()
         self.context = self._certificates.context()
+        self.board = Board()
 
     def announce(self) -> None:
         """Says what is served, where, and what is wrong with certificates."""
@@ -12599,7 +12697,7 @@ class Worker:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def _join(self):
-        """Joins the other processes over Redis; what keeps the assets."""
+        """Joins the other processes over Redis; what Site needs of them."""
         tweaks = self._settings.tweaks
         link = RedisLink(self._premises.scratch.redis_socket)
         self._tap = LogTap(link, tweaks.log_ring_records)
@@ -12612,7 +12710,8 @@ class Worker:
         larder = Larder(tweaks, self._store, Notes(link))
         self._spawn(Announcements(link).run, functools.partial(
             self._hear, repository, larder))
-        return repository, larder
+        return repository, larder, Health(
+            self._premises.board, self._store, link)
 
     def _make_table(self, repository):
         """Has the engine answer by itself, if it can, till assets change."""
@@ -12722,7 +12821,7 @@ class Worker:
 #
 #    Offers   LoneWorker
 #    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 10 Representations,
-#             12 Fetch backends, 13 Artisan
+#             12 Fetch backends, 13 Artisan, 15 Site
 # ---------------------------------------------------------------------------
 
 
@@ -12761,12 +12860,18 @@ class LoneWorker(Worker):
 
         self._jobs = LocalJobQueue(work, tweaks.artisan_queue_jobs)
         repository = Repository(tweaks, self._store, self._jobs)
-        return repository, Larder(tweaks, self._store, LocalNotes())
+        return (repository, Larder(tweaks, self._store, LocalNotes()),
+                Health(self._premises.board, self._store))
 
     def _report_ready(self):
         """Tells the developer."""
+        self._premises.board.write("ready", 1)
         self._premises.announce()
         LOG.say(50003, "1 process", os.getpid())
+
+    def _finish(self, seconds):
+        self._premises.board.write("draining", 1)
+        super()._finish(seconds)
 
     def _part(self):
         self._jobs.close()
@@ -13088,6 +13193,7 @@ class Arbiter:
 
     def _tend(self):
         """Compares what there is with what there should be."""
+        self._show()
         if self._is_ending:
             self._tend_end()
             return
@@ -13107,6 +13213,14 @@ class Arbiter:
             LOG.say(50003, f"{len(self._slots)} workers", os.getpid())
             self._supervisor.tell(READY=1, MAINPID=os.getpid())
 
+    def _show(self):
+        """Has all workers know how the instance stands."""
+        state = ("draining" if self._is_ending else
+                 "ready" if self._is_ready else "starting")
+        self._premises.board.write(state, sum(
+            child.stage != "starting" for slot in self._slots + self._closed
+            for child in slot.children))
+
     def _empty_closed(self):
         """Lets workers of closed slots go once others have their doors."""
         tended = {doors for slot in self._slots
@@ -13119,6 +13233,7 @@ class Arbiter:
     def _end(self, seconds, number=signal.SIGTERM):
         """Begins to end: closes our doors and tells the workers."""
         self._is_ending = True
+        self._show()
         self._supervisor.tell(STOPPING=1)
         if self._supervisor.replaces_us:
             self._premises.scratch.release()
