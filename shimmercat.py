@@ -151,7 +151,7 @@ __all__ = [
     "Statics",
     "Pages",
     "Board", "Health",
-    "Service",
+    "Pace", "Service",
     "Conversation",
     "PlainWire", "TlsWire",
     "Connection",
@@ -1199,7 +1199,7 @@ OPTIONS = (
     Option("backlog", "tweak", "count", 1024, (16, 65_535),
            "Connections that wait to be accepted, for each worker."),
     Option("body-seconds", "tweak", "seconds", 60, (0.1, 3600),
-           "A request's body that stops coming for so long; then 408."),
+           "A client that does not send its body is waited for so long."),
     Option("cache-control", "tweak", "text", "public, max-age=300", (),
            "Cache-Control of statics other than HTML."),
     Option("cache-control-html", "tweak", "text", "no-cache", (),
@@ -1245,6 +1245,8 @@ OPTIONS = (
            "Whether images are served in smaller forms; a domain may differ."),
     Option("keep-removed-days", "tweak", "count", 7, (0, 365),
            "Files with a hash in their name are served so long when gone."),
+    Option("least-bytes-per-second", "tweak", "count", 500, (1, 10 ** 6),
+           "Rate below which clients use up body-seconds and send-seconds."),
     Option("log-ring-records", "tweak", "count", 10_000, (100, 1_000_000),
            "Records kept while Redis is away; lost ones are counted."),
     Option("max-body-bytes", "tweak", "size", GIB, (0, 999 * GIB),
@@ -1274,7 +1276,7 @@ OPTIONS = (
     Option("send-chunk-bytes", "tweak", "size", 64 * KIB, (4 * KIB, MIB),
            "Most that one write hands to TLS."),
     Option("send-seconds", "tweak", "seconds", 60, (1, 3600),
-           "A client that reads nothing for so long is cut off."),
+           "A client that does not read is waited for so long."),
     Option("small-file-bytes", "tweak", "size", 256 * KIB, (0, 16 * MIB),
            "Largest file kept in memory; larger ones are streamed."),
     Option("stale-seconds", "tweak", "seconds", 604_800, (0, 10 ** 9),
@@ -2355,6 +2357,9 @@ class Engine:
     def sendable(self, stream: int) -> int:
         """Octets that `body` would take now; 0 for a stream that is gone."""
 
+    def is_held(self, stream: int) -> bool:
+        """Whether the stream's own window lets nothing pass."""
+
     def headers(self, stream: int, fields: list, end: bool = False) -> None:
         """Sends a response head, or trailers with `end`; raises StreamGone."""
 
@@ -2681,6 +2686,10 @@ class Http2Engine(Engine):
                      self._h2.outbound_flow_control_window)
         return max(0, min(window, self._h2.max_outbound_frame_size))
 
+    def is_held(self, stream):
+        known = self._h2.streams.get(stream)
+        return bool(known) and known.outbound_flow_control_window <= 0
+
     def headers(self, stream, fields, end=False):
         try:
             self._h2.send_headers(stream, fields, end)
@@ -2972,6 +2981,10 @@ class Http1Engine(Engine):
     def sendable(self, stream):
         return _FRAME_BYTES if stream == self._answering else 0
 
+    def is_held(self, stream):
+        # No window but that of TCP, which is the connection's.
+        return False
+
     def headers(self, stream, fields, end=False):
         head = self._head(stream)
         if fields[0][0] != b":status":
@@ -3075,7 +3088,7 @@ except ImportError:
     NATIVE_ENGINE = None
 else:
     # None as well when it was built for other words (engine.c, ABI).
-    NATIVE_ENGINE = _bind(2, (
+    NATIVE_ENGINE = _bind(3, (
         RequestStarted, RequestRefused, BodyReceived, RequestEnded,
         StreamReset, PriorityChanged, PeerLeaving, ProtocolFault), StreamGone)
 
@@ -10982,7 +10995,7 @@ class Health:
 # ---------------------------------------------------------------------------
 # 16. Connections: one socket, one engine, many exchanges
 #
-#    Offers   Service
+#    Offers   Pace, Service
 #    Uses     1 Words, 3 Settings, 4 HTTP, 5 Engines, 15 Site
 # ---------------------------------------------------------------------------
 #
@@ -11008,6 +11021,9 @@ class Health:
 # other down, and nothing grows in between.
 #
 # One sweep looks after the times of all connections: a timer each costs more.
+# Who reads or sends too slowly is found there (Pace): for the connection, and
+# for each stream that is held up while others go on.  Who has nothing to say
+# is not slow: tunnels, streams of events and idle connections are no wait.
 #
 # The native engine gives an answer again by itself when the same is asked
 # (`Service.remember`): one from a file that memory holds in all its forms.
@@ -11087,6 +11103,51 @@ class Service:
             connection.close()
 
 
+class Pace:
+    """How long a client may still keep us waiting, as sweeps see it.
+
+    Waiting uses it up; octets that came on and time without waiting give it
+    back.  So who keeps up the least rate is waited for without end, and who
+    sends or takes an octet now and then is not.
+    """
+
+    __slots__ = "_count", "_left", "_rate", "_seconds"
+
+    def __init__(self, seconds: float, tweaks: Tweaks):
+        """Bears `seconds` of waiting at the most."""
+        self._count, self._left, self._seconds = 0, seconds, seconds
+        self._rate = tweaks.least_bytes_per_second
+
+    def bears(self, is_awaited: bool, count: int) -> bool:
+        """Whether it lasts, at one more sweep; `count` octets came so far."""
+        earned = max(0, count - self._count) / self._rate
+        waited = _SWEEP_SECONDS if is_awaited else -_SWEEP_SECONDS
+        self._left = min(self._seconds, self._left + earned - waited)
+        self._count = count
+        return self._left >= 0
+
+
+class _CalmMeter:
+    """Compares what a client costs with what one in good faith would."""
+
+    __slots__ = "_burst", "_credit", "_moment", "_rate", "_seen"
+
+    def __init__(self, tweaks):
+        self._burst = self._credit = tweaks.calm_points_burst
+        self._rate = tweaks.calm_points_per_second
+        self._seen, self._moment = 0, time.monotonic()
+
+    def bears(self, total):
+        """Whether the points so far are within burst and rate."""
+        if total != self._seen:
+            now = time.monotonic()
+            earned = (now - self._moment) * self._rate
+            self._credit = min(self._burst, self._credit + earned)
+            self._credit -= total - self._seen
+            self._moment, self._seen = now, total
+        return self._credit >= 0
+
+
 class _Crew:
     """Greenlets that do one piece of work after the other.
 
@@ -11122,7 +11183,7 @@ class _Incoming:
 
     __slots__ = ("_expects", "_fault", "_filled", "_has_ended", "_pieces",
                  "_stream", "_talk", "count", "is_tunnel", "is_wanted",
-                 "length", "trailers")
+                 "length", "pace", "trailers")
 
     def __init__(self, talk, stream, request):
         headers = request.headers
@@ -11130,6 +11191,8 @@ class _Incoming:
         self.length = int(field) if field.isdigit() else None
         #: octets so far; fields behind the body
         self.count, self.trailers = 0, []
+        #: its Pace from the first sweep on
+        self.pace = None
         #: whether somebody waits for a piece that is due
         self.is_wanted = False
         #: whether it is a tunnel's: of any length, and silent as it likes
@@ -11185,14 +11248,15 @@ class _Incoming:
 class _Outgoing:
     """A response whose body is under way."""
 
-    __slots__ = "left", "request", "response", "sent", "urgency"
+    __slots__ = "left", "pace", "request", "response", "sent", "urgency"
 
     #: whether all octets of the body are there, or in `left`
     is_whole = True
 
     def __init__(self, request, response):
         self.request, self.response = request, response
-        self.sent = 0
+        #: its Pace from the first sweep on
+        self.sent, self.pace = 0, None
         self.left = self._length(response.body)
 
     def _length(self, body):
@@ -11247,6 +11311,11 @@ class _Relay(_Outgoing):
         super().close()
 
 
+_SWEEP_SECONDS = 0.5
+#: greenlets that are kept for more work
+_MOST_IDLE_GREENLETS = 256
+
+
 # ---------------------------------------------------------------------------
 # 16b. Conversations: the exchanges of one connection, without its socket
 #
@@ -11261,7 +11330,7 @@ class Conversation:
 
     __slots__ = ("_bodies", "_calm", "_client", "_early", "_ends", "_newest",
                  "_outgoing", "_parting", "_scheduler", "_service", "_site",
-                 "_waiting", "_wake", "engine")
+                 "_waiting", "_wake", "engine", "sent")
 
     def __init__(self, service: Service, site: Site, engine: Engine,
                  ends: Ends, wake: typing.Callable[[], None]):
@@ -11279,6 +11348,8 @@ class Conversation:
         #: priorities that came ahead of their request
         self._early = {}
         self._newest = 0
+        #: octets of bodies so far
+        self.sent = 0
         engine.answer_from(service.table, ends.client)
 
     def receive(self, data: bytes) -> None:
@@ -11306,15 +11377,12 @@ class Conversation:
             if turn is None:
                 break
             room -= self._send_piece(*turn)
+        self.sent += most - room
         return self.engine.output()
 
     def is_sending(self) -> bool:
         """Whether there are octets to send, if only for want of a window."""
         return bool(len(self._scheduler))
-
-    def is_expecting(self) -> bool:
-        """Whether somebody waits for the client to go on with a body."""
-        return any(body.is_wanted for body in self._bodies.values())
 
     def is_busy(self) -> bool:
         """Whether an answer is under way or being made."""
@@ -11552,12 +11620,27 @@ class Conversation:
             if isinstance(outgoing, _Relay) and not outgoing.request.upgrade:
                 self._abandon(stream, None)
 
-    def break_off_bodies(self) -> None:
-        """Ends the requests whose bodies do not come any further."""
+    def part_with_slow(self) -> bool:
+        """Ends exchanges that the client holds up; whether there were any.
+
+        Sweeps call it.
+        """
+        tweaks, held = self._service.tweaks, False
         for stream, body in tuple(self._bodies.items()):
-            if body.is_wanted:
+            body.pace = body.pace or Pace(tweaks.body_seconds, tweaks)
+            if not body.pace.bears(body.is_wanted, body.count):
+                held = True
+                LOG.say(6, self._client, "body")
                 self._break_off(stream, NotServed(
-                    408, "the body stopped coming"))
+                    408, "the body came too slowly"))
+        for stream, outgoing in tuple(self._outgoing.items()):
+            outgoing.pace = outgoing.pace or Pace(tweaks.send_seconds, tweaks)
+            is_held = outgoing.left and self.engine.is_held(stream)
+            if not outgoing.pace.bears(is_held, outgoing.sent):
+                held = True
+                LOG.say(6, self._client, "stream")
+                self._abandon(stream, ErrorCode.CANCEL)
+        return held
 
     def _break_off(self, stream, error):
         """Ends an exchange for a fault of the request's body."""
@@ -11656,27 +11739,6 @@ class _Unread:
     started, body = math.inf, None
 
 
-class _CalmMeter:
-    """Compares what a client costs with what one in good faith would."""
-
-    __slots__ = "_burst", "_credit", "_moment", "_rate", "_seen"
-
-    def __init__(self, tweaks):
-        self._burst = self._credit = tweaks.calm_points_burst
-        self._rate = tweaks.calm_points_per_second
-        self._seen, self._moment = 0, time.monotonic()
-
-    def bears(self, total):
-        """Whether the points so far are within burst and rate."""
-        if total != self._seen:
-            now = time.monotonic()
-            earned = (now - self._moment) * self._rate
-            self._credit = min(self._burst, self._credit + earned)
-            self._credit -= total - self._seen
-            self._moment, self._seen = now, total
-        return self._credit >= 0
-
-
 #: stands in the log for the answer that nobody waited for, as in nginx
 _NO_RESPONSE = Response(499, representation="-")
 #: octets of a body from elsewhere that wait to be sent at most, and a piece
@@ -11685,9 +11747,6 @@ _PARTING_SECONDS = 1
 #: what a request costs its sender that cannot be understood
 _REFUSAL_POINTS = 10
 _RETRY = ((b"retry-after", b"2"),)
-_SWEEP_SECONDS = 0.5
-#: greenlets that are kept for more work
-_MOST_IDLE_GREENLETS = 256
 
 
 # ---------------------------------------------------------------------------
@@ -11845,7 +11904,8 @@ class Connection:
 
     __slots__ = ("_client", "_clock", "_conversation", "_deadline", "_ends",
                  "_events", "_farewell", "_has_parted", "_has_room",
-                 "_service", "_socket", "_stage", "_watcher", "_wire")
+                 "_pace", "_service", "_socket", "_stage", "_watcher",
+                 "_wire")
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext,
                  service: Service, ends: Ends):
@@ -11861,6 +11921,8 @@ class Connection:
         self._watcher.start(self._turn, pass_events=True)
         #: whether the kernel has sent most of the chunk before
         self._has_room = False
+        #: the client's Pace, from sweep to sweep while there is a body to send
+        self._pace = None
         service.connections.add(self)
         LOG.say(1, self._client)
 
@@ -11967,8 +12029,6 @@ class Connection:
                 self._hear_end()
                 return False
             talk.receive(data)
-            if self._clock == "body":
-                self._clock = None
             # What is most urgent may be the last that came.
             if not talk.is_sending():
                 return self._answer_at_once()
@@ -12044,7 +12104,6 @@ class Connection:
         while wire.pending:
             if not wire.push():
                 return False
-            # Progress: the clock for stalled clients starts anew.
             self._clock = None
         return True
 
@@ -12059,9 +12118,7 @@ class Connection:
         writing = unsent or (talk.is_sending() and talk.can_send())
         self._watch((_READ if reading else 0) | (_WRITE if writing else 0))
         if unsent or talk.is_sending():
-            self._set_clock("send", tweaks.send_seconds)
-        elif talk.is_expecting():
-            self._set_clock("body", tweaks.body_seconds)
+            self._set_clock("send", math.inf)
         elif talk.is_busy():
             self._set_clock("work", math.inf)
         elif talk.engine.midway():
@@ -12087,23 +12144,31 @@ class Connection:
         if self._farewell and self._farewell.moment < now:
             self._farewell = None
             self._guard(self._say_last_stream)
-        if self._conversation and self._conversation.part_with_answered(now):
+        talk = self._conversation
+        if talk and (talk.part_with_answered(now)
+                     or (talk.is_busy() and talk.part_with_slow())):
             self.flush()
-        if self._deadline.moment <= now:
+        if self._deadline.moment <= now or not self._is_read():
             LOG.say(6, self._client, self._clock)
-            polite = self._clock in ("head", "body", "idle")
+            polite = self._clock in ("head", "idle")
             self._guard(self._give_up if polite else self.close)
+
+    def _is_read(self):
+        """Whether the client takes what there is to send, if slowly."""
+        if self._clock != "send":
+            self._pace = None
+            return True
+        tweaks = self._service.tweaks
+        self._pace = self._pace or Pace(tweaks.send_seconds, tweaks)
+        # What is no body, such as echoes of PING, is no progress.
+        sent = self._conversation.sent - len(self._wire.pending)
+        return self._pace.bears(True, sent)
 
     def _give_up(self):
         """Ends the conversation politely when nothing more comes."""
         talk = self._conversation
         if self._clock == "head":
             talk.time_out()
-        elif self._clock == "body":
-            self._clock = None
-            talk.break_off_bodies()
-            self._send()
-            return
         else:
             talk.engine.goodbye()
         talk.engine.closing = True

@@ -30,7 +30,7 @@
 #include <string.h>
 
 /* Changes with all that shimmercat.py and this file say to each other. */
-#define ABI 2
+#define ABI 3
 
 /* Limits; those of shimmercat.py's room 5. */
 #define HEAD_BYTES 9
@@ -1666,6 +1666,21 @@ static PyObject *engine_sendable(engine *self, PyObject *number)
     return leave(self, GOOD, PyLong_FromLong(room_of(self, id)));
 }
 
+PyDoc_STRVAR(is_held_doc,
+             "Whether the stream's own window lets nothing pass.");
+
+static PyObject *engine_is_held(engine *self, PyObject *number)
+{
+    int32_t id = read_stream(number);
+    if (id < 0 || enter(self) < 0)
+        return NULL;
+    /* A window below zero counts as 0. */
+    bool is_held = find(self, id) != NULL &&
+                   nghttp2_session_get_stream_remote_window_size(
+                       self->session, id) == 0;
+    return leave(self, GOOD, PyBool_FromLong(is_held));
+}
+
 PyDoc_STRVAR(headers_doc,
              "Sends a response head, or trailers with `end`; may raise "
              "StreamGone.");
@@ -2047,6 +2062,7 @@ static PyMethodDef engine_methods[] = {
     METHOD(midway, METH_NOARGS),
     METHOD(time_out, METH_NOARGS),
     METHOD(sendable, METH_O),
+    METHOD(is_held, METH_O),
     METHOD(headers, METH_FASTCALL | METH_KEYWORDS),
     METHOD(body, METH_FASTCALL | METH_KEYWORDS),
     METHOD(reset, METH_FASTCALL),

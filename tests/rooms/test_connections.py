@@ -24,6 +24,10 @@ from harness import (
     make_site,
     trusting_context,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shimmercat import Pace, Tweaks
 
 PAGE = b"<h1>Hello</h1>\n"
 CSS = b"p { margin: 0 }\n" * 64
@@ -308,6 +312,81 @@ def test_a_window_below_zero_costs_no_processor(quick_server):
         before = processor_seconds(quick_server)
         quick_server.await_line("M00006", count + 1)
         assert processor_seconds(quick_server) - before < 0.4
+
+
+@given(st.lists(st.booleans(), max_size=300), st.integers(1, 10**6))
+def test_who_keeps_up_the_least_rate_is_waited_for_without_end(waits, rate):
+    pace, count = Pace(3, Tweaks(least_bytes_per_second=rate)), 0
+    for is_awaited in waits:
+        count += rate
+        assert pace.bears(is_awaited, count)
+
+
+@given(st.floats(1, 60), st.integers(2, 10**6))
+def test_who_sends_next_to_nothing_has_twice_the_time_at_most(seconds, rate):
+    pace, sweeps = Pace(seconds, Tweaks(least_bytes_per_second=rate)), 0
+    # A sweep is half a second.
+    while pace.bears(True, sweeps * rate / 4):
+        sweeps += 1
+    assert 2 * seconds - 1 <= sweeps / 2 <= 2 * seconds + 1
+
+
+def test_a_client_that_is_held_up_now_and_then_is_borne():
+    pace = Pace(2, Tweaks())
+    for _ in range(100):
+        assert pace.bears(True, 0)
+        assert pace.bears(False, 0)
+
+
+@pytest.fixture(scope="module", params=["python", "native"])
+def strict_server(request, tmp_path_factory, configuration_home):
+    """The program in devlove mode, with a rate that drips are below."""
+    folder = make_files(tmp_path_factory.mktemp(request.param), {
+        "send-seconds": "1", "least-bytes-per-second": "100000"})
+    with Server(folder, "--log-codes", "all", "--engine", request.param,
+                mode="devlove") as running:
+        yield running
+        assert_no_fault(running)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_client_that_reads_drop_by_drop_is_cut_off(strict_server, protocol):
+    count = len(strict_server.lines("M00006"))
+    with asking(strict_server, protocol, "/huge.bin", 65536) as sock:
+        eventually(lambda: sock.recv(256) and strict_server.lines(
+            "M00006")[count:])
+    assert strict_server.lines("M00006")[-1].message.endswith("send")
+
+
+def test_windows_that_open_drop_by_drop_are_no_progress(strict_server):
+    count = len(strict_server.lines("M00006"))
+    with Browser(strict_server, window=1000) as browser:
+        browser.send(browser.head(1, "/medium.bin"))
+        # What is sent besides, for its PING, is none either.
+        eventually(lambda: browser.send(
+            hf.WindowUpdateFrame(1, 100), PING) or strict_server.lines(
+            "M00006")[count:])
+        browser.until(is_reset_of(1))
+        browser.send(browser.head(3, "/a.css"), hf.WindowUpdateFrame(3, 9999))
+        assert browser.body(3) == CSS
+
+
+def test_a_stream_that_is_held_up_is_reset_and_the_others_go_on(
+        strict_server):
+    with Browser(strict_server, window=0) as browser:
+        browser.send(browser.head(1, "/medium.bin"),
+                     browser.head(3, "/huge.bin"))
+        browser.send(hf.WindowUpdateFrame(3, 1 << 16))
+        for frame in browser.frames():
+            if is_reset_of(1)(frame):
+                break
+            if is_data_of(3)(frame):
+                # Slowly enough to be still at it by then.
+                time.sleep(0.001)
+                browser.send(hf.WindowUpdateFrame(3, len(frame.data)))
+        assert frame.error_code == 8
+        browser.send(browser.head(5, "/a.css"), hf.WindowUpdateFrame(5, 9999))
+        assert browser.body(5) == CSS
 
 
 @pytest.mark.parametrize("hello", [b"", b"\x16\x03\x01", b"\x16\x03\x01\x02"])
