@@ -55,6 +55,8 @@ EXTRAS_REQUIRE = {
     ],
     "bench": [
         "hypercorn>=0.17",  # the peer in pure Python
+        "httpx[http2]>=0.27",  # asks nghttpd, which has no HTTP/1.1
+        "matplotlib>=3.8",  # the picture of the comparison
     ],
 }
 

@@ -29,8 +29,8 @@ from compare import (
     machine,
     note,
     requests_per_second,
-    table,
 )
+from figures import table
 from servers import Caddy, Nginx, Server, Shimmercat
 
 PATH = "1k.js"

@@ -1,15 +1,49 @@
 """Compares shimmercat with its peers: same machine, cores, files, minute.
 
-    python tests/bench/compare.py [--rounds 5] [--seconds 4] [--idle 2000]
+    python tests/bench/compare.py [--rounds 3] [--seconds 2] [--idle 2000]
+        [--measure rates,latency,large,handshakes,memory,workers]
+        [--servers shimmercat,nginx,...|all] [--plot FILE.png]
 
 Every server, all its processes included, runs on one core, the load on
 another.  Rounds go over all servers in turn, so that a slow minute of the
 machine hurts all of them; the tables show medians, as reStructuredText.
+Where a server used less than nine tenths of its core, the load was the limit:
+the figure has a `>`, and the processor time per request says more.
+
+rates
+    Requests per second of small files, with the processor time (utime and
+    stime of all processes of the server) that each took.
+latency
+    Of 1 KiB at one stream: at full load, where it is the number of
+    connections divided by the rate, and at half of the server's own maximum.
+    There each connection sends about every 10 ms what is due by then, so the
+    99th percentile is that of bursts that overlap.
+large
+    A file of 100 MB, over one connection and over several.
+handshakes
+    TLS handshakes, full and resumed.  The client (handshakes.py, Python's
+    ssl on eight threads) has to check what a server signs and so does more
+    than a server in C: what such a server can do is one over its processor
+    time for a handshake.
+memory
+    Of idle connections, the kernel's account (PSS) after minus before; of all
+    processes after each round; and what the worker shares with none.
+workers
+    With two cores there is none left for the load.  So each worker shares a
+    core with a load of its own: one such pair on one core, then two on both.
+    Perfect scaling doubles the rate.  This shows locks, workers with unequal
+    work and processes that all workers wait for.  It cannot show two workers
+    at the full speed of a core, and since the loads double, too, it flatters
+    servers that are cheap beside them; so twice the processor time per
+    request of one worker, over that of two, is given as well.  That one is
+    blind to waiting, as the first is not.
 """
 
 import argparse
 import contextlib
 import datetime
+import functools
+import importlib.util
 import ipaddress
 import os
 import platform
@@ -18,7 +52,6 @@ import re
 import resource
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,13 +61,23 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from figures import Figures, Row
+from h2load import CONNECTIONS, NoFigure, load
 from servers import SERVERS, first_line
 
 HERE = Path(__file__).parent
 ASSETS = {"1k.js": 1024, "10k.js": 10 * 1024, "100k.js": 100 * 1000}
 ASSET_NAMES = {"1k.js": "1 KiB", "10k.js": "10 KiB", "100k.js": "100 KB"}
+#: of a type that nobody tries to compress, of octets that nobody could
+LARGE, LARGE_OCTETS = "large.zip", 100_000_000
+LARGE_CONNECTIONS = (1, 8)
 STREAMS = (1, 32)
-CONNECTIONS = 32
+HALF = 0.5
+#: a paced load that does not come so near to its pace is no such load
+PACE_KEPT = 0.95
+MEASURES = ("rates", "latency", "large", "handshakes", "memory", "workers")
+#: those in Python are so much slower that they are measured when asked for
+USUAL = ("shimmercat", "nginx", "h2o", "nghttpd", "caddy")
 SETTLE_SECONDS = 3
 #: time that one connection of the idle test may take to be opened
 OPEN_SECONDS = 0.05
@@ -57,6 +100,9 @@ class Bench:
         for name, length in ASSETS.items():
             body = bytes(letters.choices(b"abcdefgh =();\n", k=length))
             (self.www / name).write_bytes(body)
+        with open(self.www / LARGE, "wb") as large:
+            for _ in range(LARGE_OCTETS // 1_000_000):
+                large.write(letters.randbytes(1_000_000))
         self._write_certificate()
 
     def _write_certificate(self):
@@ -91,42 +137,132 @@ def free_port():
 
 def requests_per_second(server, asset, streams, options):
     """Return the rate of one load, whose every answer was a 200."""
-    url = f"https://localhost:{server.port}/{asset}"
-    done = subprocess.run(
-        ["taskset", "-c", str(options.client_core), "h2load",
-         f"--connect-to=127.0.0.1:{server.port}",
-         "--threads=1", f"--clients={CONNECTIONS}",
-         f"--max-concurrent-streams={streams}",
-         f"--warm-up-time={options.warm_up}",
-         f"--duration={options.seconds}", url],
-        capture_output=True, text=True, check=True,
-        timeout=options.warm_up + options.seconds + 60)
+    return load(server, asset, options, streams=streams).rate
+
+
+def plural(count, noun):
+    """Return a number with its noun."""
+    return f"{count} {noun}{'s' if count > 1 else ''}"
+
+
+def measure_rate(asset, streams, server, options, figures):
+    """Requests per second of an asset, and their processor time."""
+    case = f"{ASSET_NAMES[asset]}, {plural(streams, 'stream')}"
+    done = load(server, asset, options, streams=streams)
+    figures.add(Row("requests per second", case, "requests/s"),
+                server.name, done.rate, done.busy)
+    figures.add(Row("CPU per request", f"CPU, {case}", "µs", 1, False),
+                server.name, done.cost)
+
+
+def measure_latency(server, options, figures):
+    """Times of a small asset, at full load and at half of it."""
+    full = load(server, "1k.js", options, timed=True)
+    half = load(server, "1k.js", options, streams=max(STREAMS), timed=True,
+                pace=HALF * full.rate)
+    if half.rate < PACE_KEPT * HALF * full.rate:
+        raise NoFigure(f"{half.rate:.0f}/s is less than half of the full "
+                       f"load, {full.rate:.0f}/s")
+    for name, done in ("full load", full), ("half load", half):
+        for percent in 50, 99:
+            figures.add(Row("latency", f"p{percent}, {name}", "ms", 2,
+                            False),
+                        server.name, done.milliseconds(percent))
+
+
+def measure_large(connections, server, options, figures):
+    """Megabytes per second of a large file."""
+    done = load(server, LARGE, options, connections=connections)
+    case = f"100 MB, {plural(connections, 'connection')}"
+    figures.add(Row("large file", case, "MB/s"),
+                server.name, done.octets / 1e6, done.busy)
+    figures.add(Row("CPU per MB", f"CPU, {case}", "µs/MB", 0, False),
+                server.name, 1e12 * done.busy / done.octets)
+
+
+def measure_handshakes(kind, server, options, figures):
+    """TLS handshakes per second, full or resumed."""
+    words = ["taskset", "-c", options.client_core, sys.executable,
+             HERE / "handshakes.py", server.port, options.seconds, kind]
+    with subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE,
+                          text=True) as client:
+        try:
+            if client.stdout.readline() != "begin\n":
+                raise NoFigure("the client did not begin")
+            begun, spent = time.monotonic(), server.cpu_seconds()
+            count, _ = client.communicate(timeout=options.seconds + 60)
+            passed = time.monotonic() - begun
+            spent = server.cpu_seconds() - spent
+        finally:
+            client.kill()
     server.forget_log()
-    counts = re.search(r"(\d+) succeeded, (\d+) failed, (\d+) errored",
-                       done.stdout)
-    rate = re.search(r"([\d.]+) req/s", done.stdout)
-    statuses = re.search(r"(\d+) 2xx, (\d+) 3xx, (\d+) 4xx, (\d+) 5xx",
-                         done.stdout)
-    broken = [*map(int, counts.groups()[1:] + statuses.groups()[1:])]
-    if any(broken) or not int(counts[1]):
-        raise RuntimeError(f"{server.name}, {asset}: {done.stdout}")
-    return float(rate[1])
+    if client.returncode:
+        raise NoFigure("handshakes failed")
+    figures.add(Row("TLS handshakes", f"handshakes, {kind}", "per second"),
+                server.name, int(count) / passed, spent / passed)
+    figures.add(Row("CPU per handshake", f"CPU, handshake, {kind}", "µs", 0,
+                    False), server.name, 1e6 * spent / int(count))
 
 
-def measure_rates(servers, options):
-    """Return {(asset, streams): {server: median rate}}."""
-    rates = {(asset, streams): {server.name: [] for server in servers}
-             for asset in ASSETS for streams in STREAMS}
+def measure_worker_memory(server, _options, figures):
+    """Memory of a server that has had its loads."""
+    figures.add(Row("memory", "all processes", "MiB", 1, False),
+                server.name, server.memory_bytes() / 2 ** 20)
+    figures.add(Row("memory", "worker, private", "MiB", 1, False),
+                server.name, server.private_bytes() / 2 ** 20)
+
+
+def measure_workers(pairs, server, options, figures):
+    """One worker beside its load on a core, and two on two."""
+    both = [options.server_core, options.client_core]
+    one = load(server, "1k.js", options, cores=both[:1])
+    two = load(pairs[server.name], "1k.js", options, cores=both)
+    group = "two workers"
+    figures.add(Row(group, "one worker and load on a core", "requests/s"),
+                server.name, one.rate)
+    figures.add(Row(group, "two of both on two cores", "requests/s"),
+                server.name, two.rate)
+    figures.add(Row(group, "two workers / one, by rate", digits=2),
+                server.name, two.rate / one.rate)
+    figures.add(Row(group, "two workers / one, by CPU", digits=2),
+                server.name, 2 * one.cost / two.cost)
+
+
+def steps_of_a_round(measures):
+    """Return the functions that each round calls for every server."""
+    steps = []
+    if "rates" in measures:
+        steps += [functools.partial(measure_rate, asset, streams)
+                  for asset in ASSETS for streams in STREAMS]
+    if "latency" in measures:
+        steps.append(measure_latency)
+    if "large" in measures:
+        steps += [functools.partial(measure_large, count)
+                  for count in LARGE_CONNECTIONS]
+    if "handshakes" in measures:
+        steps += [functools.partial(measure_handshakes, kind)
+                  for kind in ("full", "resumed")]
+    if "memory" in measures:
+        steps.append(measure_worker_memory)
+    return steps
+
+
+def run_rounds(steps, servers, options, figures):
+    """Take all steps with all servers in turn, some times over."""
     for turn in range(options.rounds):
         order = servers[turn % len(servers):] + servers[:turn % len(servers)]
-        for (asset, streams), row in rates.items():
+        for number, step in enumerate(steps, 1):
+            note(f"round {turn + 1}/{options.rounds}, "
+                 f"step {number}/{len(steps)}")
             for server in order:
-                rate = requests_per_second(server, asset, streams, options)
-                row[server.name].append(rate)
-                note(f"round {turn + 1}/{options.rounds} {asset} "
-                     f"x{streams} {server.name}: {rate:.0f}/s")
-    return {case: {name: statistics.median(row[name]) for name in row}
-            for case, row in rates.items()}
+                try:
+                    step(server, options, figures)
+                except (NoFigure, subprocess.TimeoutExpired) as error:
+                    what = step.func if hasattr(step, "func") else step
+                    figures.missing.append(
+                        f"{server.name}, round {turn + 1}: {error} "
+                        f"({what.__name__})")
+                    note(figures.missing[-1])
 
 
 def measure_memory(server, options):
@@ -165,48 +301,6 @@ def note(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def table(head, rows):
-    """Return a simple table of reStructuredText."""
-    rows = [head, *rows]
-    widths = [max(len(row[n]) for row in rows) for n in range(len(head))]
-    rule = "  ".join("=" * width for width in widths)
-    texts = ["  ".join(
-        cell.ljust(width) if n == 0 else cell.rjust(width)
-        for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ).rstrip() for row in rows]
-    return "\n".join([rule, texts[0], rule, *texts[1:], rule, ""])
-
-
-def case_name(case):
-    """Return the first cell of a row."""
-    asset, streams = case
-    plural = "s" if streams > 1 else ""
-    return f"{ASSET_NAMES[asset]}, {streams} stream{plural}"
-
-
-def rates_table(rates):
-    """Return the table of requests per second."""
-    names = list(next(iter(rates.values())))
-    return table(["Requests per second", *names], [
-        [case_name(case), *(f"{row[name]:,.0f}" for name in names)]
-        for case, row in rates.items()])
-
-
-def ratios_table(rates):
-    """Return the table of shimmercat's rates relative to all peers'."""
-    names = [n for n in next(iter(rates.values())) if n != "shimmercat"]
-    return table(["shimmercat / peer", *names], [
-        [case_name(case),
-         *(f"{row['shimmercat'] / row[name]:.2f}" for name in names)]
-        for case, row in rates.items()])
-
-
-def memory_table(memory, count):
-    """Return the table of memory per idle connection."""
-    return table([f"{count:,} idle connections", "KiB each"], [
-        [name, f"{value / 1024:.1f}"] for name, value in memory.items()])
-
-
 def machine(options):
     """Return a paragraph that says where and how it was measured."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
@@ -219,9 +313,10 @@ def machine(options):
         f"{os.cpu_count()} cores, Linux {platform.release()}.",
         f"{versions}.",
         "Each server with all its processes on one core, the load on "
-        "another; TLS 1.3, one EC P-256 certificate; access logs on.",
+        "another; TLS 1.3, one EC P-256 certificate; access logs on (nghttpd "
+        "has none).",
         f"Rates: h2load {h2load}, {CONNECTIONS} connections, "
-        f"{options.seconds} s after {options.warm_up} s of warm-up, "
+        f"{options.seconds:g} s after {options.warm_up:g} s of warm-up, "
         f"median of {options.rounds} rounds.",
         f"Command: ``python tests/bench/compare.py {options.words}``."]
     return "\n".join(lines) + "\n"
@@ -235,62 +330,105 @@ def installed(names):
 
 def parse(words):
     """Read the command line."""
-    names = [kind.name for kind in SERVERS]
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--servers", default=",".join(names), help="default: %(default)s")
-    add("--rounds", type=int, default=5, help="0: no rates")
-    add("--seconds", type=int, default=4, help="length of one load")
-    add("--warm-up", type=int, default=1, help="seconds before it counts")
-    add("--idle", type=int, default=2000,
-        help="idle connections; 0: no memory")
+    add("--servers", default=",".join(USUAL), help="or all; default: "
+        "%(default)s")
+    add("--measure", default=",".join(MEASURES), help="default: %(default)s")
+    add("--rounds", type=int, default=3)
+    add("--seconds", type=float, default=2, help="length of one load")
+    add("--warm-up", type=float, default=0.5,
+        help="seconds before it counts")
+    add("--idle", type=int, default=2000, help="idle connections")
+    add("--plot", metavar="FILE.png", help="draw the ratios to nginx")
     add("--server-core", type=int, default=0)
     add("--client-core", type=int, default=1)
     options = parser.parse_args(words)
     options.words = " ".join(words)
-    options.servers = options.servers.split(",")
-    unknown = set(options.servers) - set(names)
-    if unknown:
-        parser.error(f"unknown servers {unknown}, known are {names}")
-    for tool in ("h2load", "taskset"):
-        if not shutil.which(tool):
-            parser.error(f"{tool} is not installed")
-    if max(options.server_core, options.client_core) >= os.cpu_count():
-        parser.error("server and load need a core each")
+    names = [kind.name for kind in SERVERS]
+    options.servers = (names if options.servers == "all"
+                       else options.servers.split(","))
+    options.measure = options.measure.split(",")
+    check(options, names, parser.error)
     return options
 
 
+def check(options, names, error):
+    """Call `error` with what is wrong with the options."""
+    if unknown := set(options.servers) - set(names):
+        error(f"unknown servers {unknown}, known are {names}")
+    if unknown := set(options.measure) - set(MEASURES):
+        error(f"unknown measures {unknown}, known are {MEASURES}")
+    if min(options.rounds, options.idle) < 1 or options.seconds <= 0:
+        error("rounds, idle connections and seconds are positive")
+    for tool in ("h2load", "taskset"):
+        if not shutil.which(tool):
+            error(f"{tool} is not installed")
+    if options.plot and not importlib.util.find_spec("matplotlib"):
+        error("--plot needs matplotlib: pip install '.[bench]'")
+    if options.plot and not {"shimmercat", "nginx"} <= {
+            kind.name for kind in installed(options.servers)}:
+        error("--plot needs shimmercat and nginx")
+    if max(options.server_core, options.client_core) >= os.cpu_count():
+        error("server and load need a core each")
+
+
+def start(kinds, bench, stack, workers=1, cores=None):
+    """Start servers, and look whether they serve what they should."""
+    servers = [stack.enter_context(kind(bench, free_port(), workers, cores))
+               for kind in kinds]
+    for server in servers:
+        for asset in (*ASSETS, LARGE):
+            if server.get(f"/{asset}") != (bench.www / asset).read_bytes():
+                raise RuntimeError(f"{server.name} alters {asset}")
+    return servers
+
+
+def measure(bench, options):
+    """Return all figures that are asked for."""
+    kinds, figures = installed(options.servers), Figures()
+    with contextlib.ExitStack() as stack:
+        servers = start(kinds, bench, stack)
+        if "memory" in options.measure:
+            row = Row("memory", f"{options.idle:,} idle connections",
+                      "KiB each", 1, False)
+            for server in servers:
+                note(f"idle connections of {server.name}")
+                figures.add(row, server.name,
+                            measure_memory(server, options) / 1024)
+        run_rounds(steps_of_a_round(options.measure), servers, options,
+                   figures)
+        if "workers" in options.measure:
+            both = f"{options.server_core},{options.client_core}"
+            pairs = {server.name: server for server in start(
+                kinds, bench, stack, 2, both)}
+            run_rounds([functools.partial(measure_workers, pairs)], servers,
+                       options, figures)
+    return figures
+
+
 def main(words):
-    """Measure what is asked for and print the tables."""
+    """Measure what is asked for, print the tables and draw the plot."""
     options = parse(words)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    rates, memory = {}, {}
-    with tempfile.TemporaryDirectory(prefix="shimmercat-bench.") as folder, \
-            contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="shimmercat-bench.") as folder:
         bench = Bench(Path(folder), options.server_core)
         bench.prepare()
-        servers = [stack.enter_context(kind(bench, free_port()))
-                   for kind in installed(options.servers)]
-        for server in servers:
-            for asset in ASSETS:
-                if server.get(f"/{asset}") != (bench.www / asset).read_bytes():
-                    raise RuntimeError(f"{server.name} alters {asset}")
-        if options.idle:
-            for server in servers:
-                memory[server.name] = measure_memory(server, options)
-                note(f"idle {server.name}: {memory[server.name]:.0f} bytes")
-        if options.rounds:
-            rates = measure_rates(servers, options)
+        figures = measure(bench, options)
+    names = [kind.name for kind in installed(options.servers)]
     print(machine(options))
-    if rates:
-        print(rates_table(rates))
-    if rates and "shimmercat" in options.servers:
-        print(ratios_table(rates))
-    if memory:
-        print(memory_table(memory, options.idle))
+    print(figures.values_table(names))
+    if "shimmercat" in names and len(names) > 1:
+        print(figures.ratios_table("shimmercat", [
+            name for name in names if name != "shimmercat"]))
+    for sentence in figures.missing:
+        print(f"Missing: {sentence}")
+    if options.plot:
+        import plot
+        plot.draw(figures, options.plot, machine(options).partition("\n")[0])
 
 
 if __name__ == "__main__":

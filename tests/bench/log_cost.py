@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from compare import table
+from figures import table
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 

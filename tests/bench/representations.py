@@ -34,7 +34,8 @@ from pathlib import Path
 import brotli
 import httpx
 import zstandard
-from compare import Bench, free_port, note, table
+from compare import Bench, free_port, note
+from figures import table
 from PIL import Image, ImageOps
 from servers import Nginx, Shimmercat, first_line
 

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
+
 HERE = Path(__file__).parent
 START_SECONDS = 20
 STOP_SECONDS = 15
@@ -24,11 +26,14 @@ class Server:
 
     name = ""
 
-    def __init__(self, bench, port):
-        """Serves the files of `bench` on a port of 127.0.0.1."""
+    def __init__(self, bench, port, workers=1, cores=None):
+        """Serves the files of `bench` on a port of 127.0.0.1, with so many
+        workers, on some cores ("0,1") or on the one of `bench`."""
         self.bench = bench
         self.port = port
-        self.folder = bench.folder / self.name
+        self.workers = workers
+        self.cores = str(bench.server_core if cores is None else cores)
+        self.folder = bench.folder / f"{self.name}-{workers}"
         self.log = self.folder / "access.log"
         self.process = None
 
@@ -53,8 +58,7 @@ class Server:
     def __enter__(self):
         self.folder.mkdir()
         self.prepare()
-        words = ["taskset", "-c", str(self.bench.server_core),
-                 *map(str, self.command())]
+        words = ["taskset", "-c", self.cores, *map(str, self.command())]
         with open(self.folder / "output", "wb") as output:
             self.process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=output,
@@ -97,10 +101,23 @@ class Server:
         total = 0
         for pid in self.processes():
             with contextlib.suppress(FileNotFoundError):
-                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-                total += 1024 * sum(
-                    int(line.split()[1]) for line in rollup.splitlines()
-                    if line.startswith("Pss:"))
+                total += memory_of(pid, "Pss:")
+        return total
+
+    def private_bytes(self):
+        """Return what the busiest process, a worker, shares with none."""
+        spent = {}
+        for pid in self.processes():
+            with contextlib.suppress(FileNotFoundError):
+                spent[pid] = cpu_seconds(pid)
+        return memory_of(max(spent, key=spent.get), "Private_")
+
+    def cpu_seconds(self):
+        """Return the processor time of all processes until now."""
+        total = 0
+        for pid in self.processes():
+            with contextlib.suppress(FileNotFoundError):
+                total += cpu_seconds(pid)
         return total
 
     def forget_log(self):
@@ -136,7 +153,7 @@ class Server:
 
 
 class Shimmercat(Server):
-    """Arbiter, Redis, artisan and one worker; the native engine if built."""
+    """Arbiter, Redis, artisan and workers; the native engine if built."""
 
     name = "shimmercat"
     engine = "auto"
@@ -173,7 +190,7 @@ class Shimmercat(Server):
         return [sys.executable, self.program(), "internet",
                 "--working-dir", self.folder,
                 "--listen", f"127.0.0.1:{self.port}",
-                "--workers", "1", "--log-file", self.log,
+                "--workers", self.workers, "--log-file", self.log,
                 "--engine", self.engine]
 
 
@@ -185,7 +202,7 @@ class ShimmercatPython(Shimmercat):
 
 
 class Nginx(Server):
-    """Master and one worker; the log is buffered."""
+    """Master and workers; the log is buffered."""
 
     name = "nginx"
 
@@ -200,7 +217,7 @@ class Nginx(Server):
         (self.folder / "nginx.conf").write_text(f"""
 daemon off;
 user root;
-worker_processes 1;
+worker_processes {self.workers};
 worker_rlimit_nofile 20000;
 pid {self.folder}/pid;
 error_log {self.folder}/error.log;
@@ -214,6 +231,7 @@ http {{
     keepalive_requests 1000000000;
     server {{
         listen 127.0.0.1:{self.port} ssl http2 backlog=4096;
+        ssl_protocols TLSv1.2 TLSv1.3;
         ssl_certificate {self.bench.certificate};
         ssl_certificate_key {self.bench.key};
         root {self.bench.www};
@@ -228,7 +246,7 @@ http {{
 
 
 class H2o(Server):
-    """One process with one thread."""
+    """One process with a thread for each worker."""
 
     name = "h2o"
 
@@ -241,7 +259,7 @@ class H2o(Server):
         """Write h2o.conf."""
         (self.folder / "h2o.conf").write_text(f"""
 user: root
-num-threads: 1
+num-threads: {self.workers}
 max-connections: 19000
 http1-request-timeout: {IDLE_SECONDS}
 http2-idle-timeout: {IDLE_SECONDS}
@@ -266,8 +284,39 @@ hosts:
                 self.folder / "h2o.conf"]
 
 
+class Nghttpd(Server):
+    """One process with a thread for each worker; it has no access log, nor
+    HTTP/1.1."""
+
+    name = "nghttpd"
+
+    @classmethod
+    def version(cls):
+        """The number in the line of `nghttpd --version`."""
+        return super().version().rpartition("/")[2]
+
+    def command(self):
+        """In the foreground; the log of errors is its output."""
+        return [self.program(), "--address", "127.0.0.1",
+                "--workers", self.workers, "--htdocs", self.bench.www,
+                self.port, self.bench.key, self.bench.certificate]
+
+    def get(self, path):
+        """Return the body of an asset, asked for over HTTP/2."""
+        context = ssl.create_default_context(cafile=self.bench.certificate)
+        with httpx.Client(http2=True, timeout=5, verify=context) as client:
+            try:
+                answer = client.get(f"https://localhost:{self.port}{path}")
+            except httpx.TransportError as error:
+                raise ConnectionError(f"{self.name}: {error}") from error
+        if answer.status_code != 200:
+            raise ConnectionError(
+                f"{self.name}: status {answer.status_code}")
+        return answer.content
+
+
 class Caddy(Server):
-    """One process; Go's scheduler sees the one core."""
+    """One process; Go's scheduler sees the cores that it is given."""
 
     name = "caddy"
 
@@ -308,7 +357,7 @@ https://localhost:{self.port} {{
 
 
 class Hypercorn(Server):
-    """Parent and one worker; the application holds the files in memory."""
+    """Parent and workers; the application holds the files in memory."""
 
     name = "hypercorn"
 
@@ -333,7 +382,7 @@ class Hypercorn(Server):
 bind = "127.0.0.1:{self.port}"
 certfile = "{self.bench.certificate}"
 keyfile = "{self.bench.key}"
-workers = 1
+workers = {self.workers}
 accesslog = "{self.log}"
 keep_alive_timeout = {IDLE_SECONDS}
 keep_alive_max_requests = 1000000000
@@ -347,6 +396,21 @@ keep_alive_max_requests = 1000000000
                 "application:application"]
 
 
+def memory_of(pid, label):
+    """Return the bytes that /proc/PID/smaps_rollup gives under labels that
+    begin so."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return 1024 * sum(int(line.split()[1]) for line in rollup.splitlines()
+                      if line.startswith(label))
+
+
+def cpu_seconds(pid):
+    """Return utime and stime of a process, all threads together."""
+    # The name, in parentheses, may hold blanks.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def first_line(*words):
     """Return the first line that a program prints, wherever it prints."""
     done = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE,
@@ -355,4 +419,5 @@ def first_line(*words):
 
 
 #: in the order of the tables' columns
-SERVERS = (Shimmercat, ShimmercatPython, Nginx, H2o, Caddy, Hypercorn)
+SERVERS = (Shimmercat, ShimmercatPython, Nginx, H2o, Nghttpd, Caddy,
+           Hypercorn)

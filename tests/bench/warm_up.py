@@ -28,7 +28,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from compare import CONNECTIONS, Bench, free_port, machine, note, table
+from compare import Bench, free_port, machine, note
+from figures import table
+from h2load import CONNECTIONS
 from PIL import Image
 from representations import CODINGS, DEMO, IMAGES, verdict
 from servers import Shimmercat
