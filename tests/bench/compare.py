@@ -35,8 +35,8 @@ workers
     work and processes that all workers wait for.  It cannot show two workers
     at the full speed of a core, and since the loads double, too, it flatters
     servers that are cheap beside them; so twice the processor time per
-    request of one worker, over that of two, is given as well.  That one is
-    blind to waiting, as the first is not.
+    request of one worker, over that of two, is given as well, which in turn
+    does not show waiting.
 """
 
 import argparse
@@ -61,7 +61,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from figures import Figures, Row
+from figures import MARKS_EXPLAINED, Figures, Row
 from h2load import CONNECTIONS, NoFigure, load
 from servers import SERVERS, first_line
 
@@ -151,8 +151,8 @@ def measure_rate(asset, streams, server, options, figures):
     done = load(server, asset, options, streams=streams)
     figures.add(Row("requests per second", case, "requests/s"),
                 server.name, done.rate, done.busy)
-    figures.add(Row("CPU per request", f"CPU, {case}", "µs", 1, False),
-                server.name, done.cost)
+    figures.add(Row("processor time per request", f"CPU, {case}", "µs", 1,
+                    False), server.name, done.cost)
 
 
 def measure_latency(server, options, figures):
@@ -174,9 +174,9 @@ def measure_large(connections, server, options, figures):
     """Megabytes per second of a large file."""
     done = load(server, LARGE, options, connections=connections)
     case = f"100 MB, {plural(connections, 'connection')}"
-    figures.add(Row("large file", case, "MB/s"),
+    figures.add(Row("a large file", case, "MB/s"),
                 server.name, done.octets / 1e6, done.busy)
-    figures.add(Row("CPU per MB", f"CPU, {case}", "µs/MB", 0, False),
+    figures.add(Row("a large file", f"CPU, {case}", "µs/MB", 0, False),
                 server.name, 1e12 * done.busy / done.octets)
 
 
@@ -200,7 +200,7 @@ def measure_handshakes(kind, server, options, figures):
         raise NoFigure("handshakes failed")
     figures.add(Row("TLS handshakes", f"handshakes, {kind}", "per second"),
                 server.name, int(count) / passed, spent / passed)
-    figures.add(Row("CPU per handshake", f"CPU, handshake, {kind}", "µs", 0,
+    figures.add(Row("TLS handshakes", f"CPU, handshake, {kind}", "µs", 0,
                     False), server.name, 1e6 * spent / int(count))
 
 
@@ -218,9 +218,11 @@ def measure_workers(pairs, server, options, figures):
     one = load(server, "1k.js", options, cores=both[:1])
     two = load(pairs[server.name], "1k.js", options, cores=both)
     group = "two workers"
-    figures.add(Row(group, "one worker and load on a core", "requests/s"),
+    figures.add(Row(group, "one worker, one core", "requests/s",
+                    is_compared=False),
                 server.name, one.rate)
-    figures.add(Row(group, "two of both on two cores", "requests/s"),
+    figures.add(Row(group, "two workers, two cores", "requests/s",
+                    is_compared=False),
                 server.name, two.rate)
     figures.add(Row(group, "two workers / one, by rate", digits=2),
                 server.name, two.rate / one.rate)
@@ -424,6 +426,7 @@ def main(words):
     if "shimmercat" in names and len(names) > 1:
         print(figures.ratios_table("shimmercat", [
             name for name in names if name != "shimmercat"]))
+    print(MARKS_EXPLAINED)
     for sentence in figures.missing:
         print(f"Missing: {sentence}")
     if options.plot:

@@ -6,18 +6,25 @@ import typing
 
 #: a server that used less of its core than this was waiting for its load
 FULLY_BUSY = 0.9
+MARKS_EXPLAINED = (
+    "> at least, < at most, ~ about: the load was the limit, not the server.")
 NOTHING = "\\-"
+#: what the rows that stand together have in common, in the tables' order
+GROUPS = ("requests per second", "processor time per request", "latency",
+          "a large file", "TLS handshakes", "memory", "two workers")
 
 
 class Row(typing.NamedTuple):
     """One line of the tables."""
 
-    #: what the rows that stand together in a plot have in common
+    #: one of `GROUPS`
     group: str
     name: str
     unit: str = ""
     digits: int = 0
     more_is_better: bool = True
+    #: whether it says something beside that of another server
+    is_compared: bool = True
 
     @property
     def label(self):
@@ -43,8 +50,9 @@ class Figures:
             self._busy[row, server].append(busy)
 
     def rows(self):
-        """Return the rows with values, in the order of their first."""
-        return list(self._values)
+        """Return the rows with values, by groups, in the order of their
+        first."""
+        return sorted(self._values, key=lambda row: GROUPS.index(row.group))
 
     def median(self, row, server):
         """Return the median of the rounds, or None."""
@@ -59,9 +67,9 @@ class Figures:
 
     def times_as_good(self, row, ours, theirs):
         """Return how many times one server is as good as another, or None
-        if either has no value."""
+        either has no value or that would say nothing."""
         pair = self.median(row, ours), self.median(row, theirs)
-        if not all(pair):
+        if not all(pair) or not row.is_compared:
             return None
         return pair[0] / pair[1] if row.more_is_better else pair[1] / pair[0]
 
@@ -73,7 +81,7 @@ class Figures:
 
     def values_table(self, servers):
         """Return the table of all medians."""
-        return table(["", *servers], [
+        return table(["median of the rounds", *servers], [
             [row.label, *(self._cell(row, server) for server in servers)]
             for row in self.rows()])
 
@@ -89,7 +97,7 @@ class Figures:
         return table([f"{ours}, times as good as", *servers], [
             [row.name, *(self._ratio_cell(row, ours, server)
                          for server in servers)]
-            for row in self.rows()])
+            for row in self.rows() if row.is_compared])
 
     def _ratio_cell(self, row, ours, theirs):
         ratio = self.times_as_good(row, ours, theirs)

@@ -129,6 +129,8 @@ def load(server, path, options, *, streams=1, connections=CONNECTIONS,
         finally:
             server.forget_log()
         times = parse_times(log) if timed else ()
+    if not busy:
+        raise NoFigure(f"{server.name} had no processor time")
     figures = [parse(output, options.seconds) for output in outputs]
     return Load(sum(rate for rate, _ in figures),
                 sum(octets for _, octets in figures), busy, times)
