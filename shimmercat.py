@@ -6936,13 +6936,13 @@ class Consultant:
     def _connect(self, address):
         """A connected socket, with TLS where that is spoken."""
         if address.family == "unix":
-            sock = gevent.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock = _PatientSocket(socket.AF_UNIX, socket.SOCK_STREAM)
             place = address.path
         else:
             # Names are looked up each time: who they name may have moved.
             family, kind, _, _, place = gevent.socket.getaddrinfo(
                 address.host, address.port, type=socket.SOCK_STREAM)[0]
-            sock = gevent.socket.socket(family, kind)
+            sock = _PatientSocket(family, kind)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             sock.connect(place)
@@ -6972,6 +6972,90 @@ class Consultant:
         """The name that the certificate has to be for."""
         host = self.settings.use_host or ""
         return host.partition(":")[0] or address.host or "localhost"
+
+
+class _PatientSocket(gevent.socket.socket):
+    """A socket on which it costs little to wait for an answer.
+
+    Its watcher and its timer go on from one wait to the next: they are
+    stopped when they tell what nobody waits for.
+    """
+
+    def __init__(self, family, kind):
+        super().__init__(family, kind)
+        loop = self.hub.loop
+        self._watcher = loop.io(self.fileno(), _READABLE)
+        self._alarm = loop.timer(0)
+        #: who waits; till when, and when the alarm goes off
+        self._waiter, self._due, self._alarm_due = None, 0.0, math.inf
+        #: whether it was read to its end when it was last looked at
+        self._is_empty = True
+
+    def sendall(self, data, flags=0):
+        """As of any socket; the answer to it is yet to come."""
+        self._is_empty = True
+        try:
+            count = self._sock.send(data, flags)
+        except BlockingIOError:
+            count = 0
+        if count < len(data):
+            super().sendall(memoryview(data)[count:], flags)
+
+    def recv(self, size, flags=0):
+        """As of any socket."""
+        while True:
+            if self._is_empty:
+                self._await_octets()
+            try:
+                data = self._sock.recv(size, flags)
+            except BlockingIOError:
+                self._is_empty = True
+                continue
+            self._is_empty = len(data) < size
+            return data
+
+    def _await_octets(self):
+        """Waits until there are some, or the end; raises TimeoutError."""
+        self._due = time.monotonic() + self.timeout
+        if self._due < self._alarm_due:
+            self._set_alarm()
+        if not self._watcher.active:
+            self._watcher.start(self._hear)
+        waiter = self._waiter = gevent.hub.Waiter(self.hub)
+        try:
+            waiter.get()
+        finally:
+            self._waiter = None
+
+    def _set_alarm(self):
+        self._alarm.stop()
+        self._alarm_due = self._due
+        self._alarm = self.hub.loop.timer(self._due - time.monotonic())
+        self._alarm.start(self._ring)
+
+    def _hear(self):
+        if self._waiter is None:
+            self._watcher.stop()
+        else:
+            self._waiter.switch(None)
+
+    def _ring(self):
+        self._alarm_due = math.inf
+        if self._waiter is None:
+            return
+        if time.monotonic() < self._due:
+            self._set_alarm()
+        else:
+            self._waiter.throw(TimeoutError("timed out"))
+
+    def close(self):
+        """Ends it; who waits for it hears of that."""
+        self._watcher.close()
+        self._alarm.close()
+        if self._waiter is not None:
+            self.hub.loop.run_callback(self._waiter.throw, OSError(
+                errno.EBADF, "it was closed"))
+        super().close()
 
 
 def consultant_of(domain: DomainSettings) -> ConsultantSettings | None:
@@ -7053,6 +7137,7 @@ def _may_ask_again(question, error):
 
 
 _IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")
+_READABLE = 1
 #: failures in a row after which an address is left out
 _MOST_FAILURES = 3
 _LONGEST_PAUSE_SECONDS = 60
@@ -7082,12 +7167,13 @@ class HttpWire:
     def __init__(self, sock, upstream, consultant):
         self._socket, self._upstream = sock, upstream
         self._tunnel_seconds = consultant.tunnel_seconds
+        self._poll = _plain("select", "poll")()
+        self._poll.register(sock.fileno(), select.POLLIN)
+        self._answer = None
 
     def is_fit(self) -> bool:
         """Whether it is quiet: neither its end nor garbage waits there."""
-        poll = _plain("select", "poll")()
-        poll.register(self._socket.fileno(), select.POLLIN)
-        return not poll.poll(0)
+        return not self._poll.poll(0)
 
     def close(self) -> None:
         """Ends it; whoever waits for it hears of that."""
@@ -7115,14 +7201,20 @@ class HttpWire:
         return self._reply(answer)
 
     def _new_answer(self, question):
-        return _Answer(question)
+        answer = self._answer or _Answer()
+        answer.begin(question)
+        return answer
 
     def _send(self, question):
         # What is for a tunnel has to wait until that is open.
         body = None if question.upgrade else question.body
-        with self._or_failed():
-            self._socket.sendall(self._head(question, body))
+        head = self._head(question, body)
+        try:
+            self._socket.sendall(head)
+        except _CLOSED as error:
+            raise self._failure(error) from error
         if body is not None:
+            self._quiet = Deadline(0)
             self._sender = gevent.spawn(self._send_body, body)
 
     def _head(self, question, body):
@@ -7136,9 +7228,9 @@ class HttpWire:
         elif body is not None or question.method in ("POST", "PUT", "PATCH"):
             length = body.length if body else 0
             head.append((b"content-length", b"%d" % length))
-        return b"%b %b HTTP/1.1\r\n%b\r\n" % (
+        return b"%b %b HTTP/1.1\r\n%b\r\n\r\n" % (
             question.method.encode(), question.target.encode(),
-            b"".join(b"%b: %b\r\n" % field for field in head))
+            b"\r\n".join(map(b": ".join, head)))
 
     def _send_body(self, body):
         """Passes on a body as it comes; whether it was passed on whole."""
@@ -7148,6 +7240,7 @@ class HttpWire:
             while piece := body.read():
                 self._socket.sendall(self._framed(body, piece))
             self._socket.sendall(self._ending(body))
+            self._quiet = Deadline(self._socket.gettimeout())
         except ClientGone:
             # Whoever waits for the answer hears of it by this.
             self._question.withdraw()
@@ -7195,34 +7288,33 @@ class HttpWire:
         if self._answer.is_tunnel:
             return self._quiet.passed()
         # As long as we send, it may be silent.
-        return self._sender is None or self._sender.ready()
+        return self._sender is None or (
+            self._sender.ready() and self._quiet.passed())
 
     def _receive(self):
         """Takes what comes next; raises UpstreamFailed."""
-        with self._or_failed():
-            while True:
-                try:
-                    data = self._socket.recv(_READ_BYTES)
-                    break
-                except TimeoutError:
-                    if self._is_silent():
-                        raise
-            self._answer.feed(data)
-
-    @contextlib.contextmanager
-    def _or_failed(self):
-        """Translates what goes wrong on a connection."""
         try:
-            yield
-        except TimeoutError as error:
-            seconds = self._socket.gettimeout()
-            raise UpstreamSlow(f"{self._upstream}: silent for {seconds:g} s"
-                               ) from error
+            self._answer.feed(self._read())
         except (*_CLOSED, httptools.HttpParserError, _Garbled) as error:
             # A tunnel whose end we made is no failure.
             answer = self._answer
             if not (answer.is_tunnel and answer.is_complete):
-                raise UpstreamFailed(f"{self._upstream}: {error}") from error
+                raise self._failure(error) from error
+
+    def _read(self):
+        while True:
+            try:
+                return self._socket.recv(_READ_BYTES)
+            except TimeoutError:
+                if self._is_silent():
+                    raise
+
+    def _failure(self, error):
+        """What to raise for what went wrong on the connection."""
+        if isinstance(error, TimeoutError):
+            seconds = self._socket.gettimeout()
+            return UpstreamSlow(f"{self._upstream}: silent for {seconds:g} s")
+        return UpstreamFailed(f"{self._upstream}: {error}")
 
     def _reply(self, answer):
         fields = answer.end_to_end_fields()
@@ -7232,7 +7324,8 @@ class HttpWire:
             if answer.is_chunked and not answer.is_bodiless:
                 fields.append((b"content-length", b"%d" % len(body)))
             return Reply(answer.status, fields, body)
-        stream = Stream(self._pieces(), lambda: self._drop(answer))
+        stream = Stream(self._pieces(), functools.partial(
+            self._drop, self._question))
         stream.trailers = answer.trailers
         stream.is_framed = answer.is_framed
         return Reply(answer.status, fields, stream)
@@ -7253,9 +7346,9 @@ class HttpWire:
         is_sent = self._sender is None or self._sender.value
         self._leave(self._answer.is_clean and bool(is_sent))
 
-    def _drop(self, answer):
+    def _drop(self, question):
         """Ends an answer that nobody reads on, not one that came later."""
-        if answer is self._answer:
+        if question is self._question:
             self._leave(False)
 
     def _leave(self, is_reusable):
@@ -7270,18 +7363,29 @@ class _Garbled(ShimmerCatError):
 
 
 class _Answer:
-    """What has come of an answer; httptools calls the `on_...` methods."""
+    """What has come of an answer; httptools calls the `on_...` methods.
 
-    def __init__(self, question):
-        self._parser = httptools.HttpResponseParser(self)
+    One after the other, like the parser that goes on with the next.
+    """
+
+    def __init__(self):
+        self._parser, self._is_between = None, False
+
+    def begin(self, question):
+        """Takes the answer to a question from here on."""
+        if not self._is_between:
+            self._parser = httptools.HttpResponseParser(self)
         self._inform = question.inform
         self._is_for_head = question.method == "HEAD"
         self._may_be_tunnel = question.upgrade is not None
         #: whether all that comes behind the head is a tunnel's
         self.is_tunnel = False
         #: set when the application wants the body, or has answered
-        self.go_ahead = gevent.event.Event()
-        self.status, self.fields, self.trailers = 0, [], []
+        self.go_ahead = question.body and gevent.event.Event()
+        self.status, self.trailers = 0, []
+        #: fields of a head or trailer that is not complete, and those of the
+        #: last head that go to a client
+        self._lines, self._end_to_end = [], []
         self.pieces = collections.deque()
         #: octets so far, of the body and of all else; those since a piece
         self.size = self._overhead = 0
@@ -7334,74 +7438,79 @@ class _Answer:
 
     def end_to_end_fields(self):
         """Fields that are not about this one connection."""
-        named = [value for name, value in self.fields if name == b"connection"]
-        dropped = _OF_A_HOP
-        if named and named != [b"keep-alive"]:
-            words = b",".join(named).lower().split(b",")
-            dropped = {*map(bytes.strip, words), *_OF_A_HOP}
-        if self.status == 204:
-            # RFC 9110 section 8.6
-            dropped = {*dropped, b"content-length"}
-        return [field for field in self.fields if field[0] not in dropped]
+        return self._end_to_end
 
     def on_message_begin(self):
+        self._is_between = False
         if self.is_complete:
             # More than was asked for: nothing on this connection is sure.
             self.is_clean = False
 
     def on_header(self, name, value):
-        if self.is_complete:
-            return
-        field = name.lower(), value.strip(b" \t")
-        if not self.has_head:
-            self.fields.append(field)
-        elif not has_odd_field([field]):
-            self.trailers.append(field)
-        if len(self.fields) + len(self.trailers) > _MOST_FIELDS:
-            self._fault = f"more than {_MOST_FIELDS} fields"
+        self._lines.append((name, value))
 
     def on_headers_complete(self):
         if self.is_complete:
             return
-        status = self._parser.get_status_code()
-        self.go_ahead.set()
-        if status == 101 and self._may_be_tunnel:
-            self._take_tunnel()
+        status = self.status = self._parser.get_status_code()
+        get = self._take_head().get
+        if self.go_ahead:
+            self.go_ahead.set()
+        is_odd = has_odd_field(self._end_to_end)
+        if status < 200 and not (status == 101 and self._may_be_tunnel):
+            self._take_interim(status, is_odd)
             return
-        if status < 200:
-            self._take_interim(status)
-            return
-        self.has_head, self.status = True, status
+        self.has_head = True
+        if is_odd or status > 599:
+            self._fault = f"status {status} or a field that HTTP forbids"
+        if status == 101:
+            self._take_tunnel(get(b"upgrade", b""))
+        else:
+            self._take_framing(status, get(b"transfer-encoding"),
+                               get(b"content-length"))
+
+    def _take_lines(self):
+        """The fields since the last head or trailer; notes a fault."""
+        lines, self._lines = self._lines, []
+        if len(lines) > _MOST_FIELDS:
+            self._fault = f"more than {_MOST_FIELDS} fields"
+        return [(name.lower(), value.strip(b" \t")) for name, value in lines]
+
+    def _take_head(self):
+        """All fields, after noting which are not about this connection."""
+        fields = self._take_lines()
+        known = Headers(fields)
+        dropped, named = _OF_A_HOP, known.get(b"connection", b"keep-alive")
+        if named != b"keep-alive":
+            dropped = dropped.union(
+                map(bytes.strip, named.lower().split(b",")))
+        if self.status == 204:
+            # RFC 9110 section 8.6
+            dropped = dropped.union((b"content-length",))
+        self._end_to_end = [x for x in fields if x[0] not in dropped]
+        return known
+
+    def _take_framing(self, status, coding, length):
         self.is_clean = self._parser.should_keep_alive()
-        codings = [v.lower() for n, v in self.fields
-                   if n == b"transfer-encoding"]
-        self.is_chunked = codings == [b"chunked"]
-        self.is_framed = self.is_chunked or any(
-            name == b"content-length" for name, _ in self.fields)
+        self.is_chunked = coding is not None
+        self.is_framed = self.is_chunked or length is not None
         # These have no body, whatever their fields say.
         self.is_bodiless = self._is_for_head or status in (204, 304)
         self.is_complete = self.is_bodiless
-        if codings and not self.is_chunked:
-            self._fault = f"transfer coding {codings[0].decode('latin-1')}"
-        elif status > 599 or has_odd_field(self.end_to_end_fields()):
-            self._fault = f"status {status} or a field that HTTP forbids"
+        if coding and coding.lower() != b"chunked":
+            self._fault = f"transfer coding {coding.decode('latin-1')}"
 
-    def _take_tunnel(self):
-        upgrade = dict(self.fields).get(b"upgrade", b"").lower()
-        if not self._parser.should_upgrade() or upgrade != b"websocket":
+    def _take_tunnel(self, protocol):
+        if (not self._parser.should_upgrade()
+                or protocol.lower() != b"websocket"):
             self._fault = "changes the protocol to another"
-        elif has_odd_field(self.end_to_end_fields()):
-            self._fault = "a field that HTTP forbids"
-        self.has_head = self.is_tunnel = True
-        self.status = 101
+        self.is_tunnel = True
 
-    def _take_interim(self, status):
-        fields = self.end_to_end_fields()
-        self.fields = []
+    def _take_interim(self, status, is_odd):
         if status < 100:
             self._fault = f"status {status}"
-        elif status > 101 and not has_odd_field(fields):
-            self._inform(status, fields)
+        elif status > 101 and not is_odd:
+            self._inform(status, self._end_to_end)
 
     def on_body(self, piece):
         if self.is_complete:
@@ -7411,6 +7520,10 @@ class _Answer:
             self.pieces.append(piece)
 
     def on_message_complete(self):
+        self._is_between = True
+        if self._lines and not self.is_complete:
+            self.trailers += [field for field in self._take_lines()
+                              if not has_odd_field([field])]
         self.is_complete = self.has_head and not self.is_tunnel
 
 
@@ -7524,7 +7637,8 @@ class _RecordedAnswer:
 
     def __init__(self, question, tell):
         """`tell` is called with what the application complains of."""
-        self._http, self._tell = _Answer(question), tell
+        self._http, self._tell = _Answer(), tell
+        self._http.begin(question)
         self._octets = bytearray()
         #: the head so far; None when it is complete
         self._head = b""
@@ -7535,7 +7649,8 @@ class _RecordedAnswer:
         self.end_to_end_fields = self._http.end_to_end_fields
         # Nobody answers `Expect: 100-continue` here.
         self.go_ahead = self._http.go_ahead
-        self.go_ahead.set()
+        if self.go_ahead:
+            self.go_ahead.set()
 
     @property
     def has_head(self):

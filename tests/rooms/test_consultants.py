@@ -137,6 +137,55 @@ def test_connections_are_used_again():
         assert origin.accepted == 1
 
 
+@pytest.mark.parametrize("odd", [
+    ("HEAD", head(content_length=9)),
+    ("GET", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
+            + answer(b"early")),
+    ("GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 7\r\n\r\n"),
+    ("GET", b"HTTP/1.1 204 No Content\r\n\r\n"),
+    ("GET", head(transfer_encoding="chunked", trailer="X-T") + chunk(b"abc")
+            + b"0\r\nX-T: 1\r\n\r\n"),
+], ids=["HEAD", "103", "304", "204", "trailers"])
+def test_each_answer_on_a_connection_is_read_for_itself(odd):
+    method, octets = odd
+    with Origin(lambda asked: octets if asked.target == "/odd"
+                else answer(b"plain", x_own="1")) as origin:
+        app = consultant(origin)
+        for _ in range(2):
+            body_of(app.ask(question(method, "/odd")))
+            reply = app.ask(question())
+            assert (reply.status, reply.body) == (200, b"plain")
+            assert dict(reply.fields)[b"x-own"] == b"1"
+            assert b"x-t" not in dict(reply.fields)
+        assert origin.accepted == 1
+
+
+def test_time_for_an_answer_starts_anew_with_each_question():
+    with Origin(zoo.slow(lambda _: answer(b"late"), 0.2)) as origin:
+        app = consultant(origin)
+        for seconds in (30, 0.5, 30, 0.5):
+            reply = app.ask(question("POST", seconds=seconds))
+            assert body_of(reply) == b"late"
+        with pytest.raises(UpstreamSlow, match="silent for 0.05 s"):
+            app.ask(question("POST", seconds=0.05))
+        assert origin.accepted == 1
+
+
+def test_an_answer_that_drips_has_time_for_each_piece():
+    with Origin(zoo.dripping(b"x" * 12, 0.1)) as origin:
+        app = consultant(origin, first_byte_timeout=1)
+        assert body_of(app.ask(question("POST"))) == b"x" * 12
+
+
+def test_an_application_may_be_silent_while_a_body_is_sent():
+    gate = gevent.event.Event()
+    gevent.spawn_later(1, gate.set)
+    with Origin(zoo.slow(lambda asked: answer(asked.body), 0.2)) as origin:
+        app = consultant(origin, first_byte_timeout=0.8)
+        reply = app.ask(question("POST", body=Body(b"x", length=1, gate=gate)))
+        assert body_of(reply) == b"x"
+
+
 def test_a_connection_is_not_used_again_after_more_than_an_answer(said):
     with Origin(zoo.overlong(b"hello")) as origin:
         app = consultant(origin)
