@@ -52,6 +52,7 @@ EXTRAS_REQUIRE = {
         "ruff>=0.6",  # the linter that .ci/run asks
         "flask>=3.0",  # an application to stand in front of
         "gunicorn>=22",  # and the server that it runs in
+        "supervisor>=4.3",  # runs the example in conf
     ],
     "bench": [
         "hypercorn>=0.17",  # the peer in pure Python

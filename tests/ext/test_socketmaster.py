@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import http.client
+import itertools
 import os
 import pathlib
 import re
@@ -18,6 +19,8 @@ import pytest
 TOP = harness.PROGRAM.parent
 SERVER = pathlib.Path(__file__).parent / "fd3_server.py"
 RESTARTS = 50
+#: each of shimmercat takes seconds of a busy core
+OWN_RESTARTS = int(os.environ.get("SHIMMERCAT_TEST_RESTARTS", "4"))
 CLIENTS = 4
 
 
@@ -501,3 +504,38 @@ def answers(master, path, stop):
     while not stop.is_set():
         found.add(master.ask(path))
     return found
+
+
+def test_no_request_to_shimmercat_fails_through_restarts(tmp_path):
+    site = harness.make_site(tmp_path)
+    program = shell(tmp_path, (
+        f"exec {sys.executable} {harness.PROGRAM} internet --workers 2"
+        f" --working-dir {site}"))
+    with Master(tmp_path, "-start=1000", program=program) as master, \
+            concurrent.futures.ThreadPoolExecutor() as pool:
+        master.await_text("M50003")
+        stop = threading.Event()
+        clients = [pool.submit(pages, master, stop) for _ in range(CLIENTS)]
+        try:
+            for count in range(1, OWN_RESTARTS + 1):
+                master.send(signal.SIGHUP)
+                master.await_text("M50003", count + 1)
+                master.await_text("has ended", count)
+        finally:
+            stop.set()
+        assert sum(client.result(20) for client in clients) > OWN_RESTARTS
+
+
+def pages(master, stop):
+    """Ask for a page until it is enough; return how often."""
+    context = harness.trusting_context()
+    for count in itertools.count(1):
+        with context.wrap_socket(
+                master.connect(), server_hostname=harness.DOMAIN) as client:
+            client.sendall(f"GET / HTTP/1.1\r\nHost: {harness.DOMAIN}\r\n"
+                           "Connection: close\r\n\r\n".encode())
+            said = client.makefile("rb").read()
+        assert said.startswith(b"HTTP/1.1 200 ")
+        assert said.endswith(b"<h1>Hello</h1>\n")
+        if stop.is_set():
+            return count

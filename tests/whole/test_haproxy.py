@@ -1,6 +1,7 @@
 """HAProxy in front, which tells with the PROXY protocol who is behind it."""
 
 import shutil
+import signal
 import socket
 import subprocess
 
@@ -69,12 +70,48 @@ def haproxy():
     return program or pytest.skip("haproxy is not installed")
 
 
+SAMPLE = PROGRAM.parent / "conf" / "haproxy.cfg"
+
+
 def test_the_sample_is_right():
-    sample = PROGRAM.parent / "conf" / "haproxy.cfg"
-    done = subprocess.run([haproxy(), "-c", "-f", str(sample)],
+    done = subprocess.run([haproxy(), "-c", "-f", str(SAMPLE)],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
+
+
+def test_the_sample_serves_and_sees_who_is_well(tmp_path):
+    folder, front, said = (
+        make_site(tmp_path, tweaks=TWEAKS), free_port(), tmp_path / "said")
+    with Server(folder, mode="devlove") as hidden:
+        text = SAMPLE.read_text()
+        for old, new in (("bind :443", f"bind 127.0.0.1:{front}"),
+                         ("127.0.0.1:4043", f"127.0.0.1:{hidden.port}"),
+                         ("maxconn 20000", "maxconn 100"),
+                         ("inter 2s", "inter 100ms"),
+                         ("timeout check 5s", "timeout check 1s")):
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / "haproxy.cfg").write_text(text)
+        with (open(said, "wb") as output, subprocess.Popen(
+                [haproxy(), "-db", "-f", tmp_path / "haproxy.cfg"],
+                stderr=output) as process):
+            try:
+                hidden.await_line("M50001", 2)
+                assert b" 200 " in asked(front, "/?sample")
+                assert client_of(hidden, "/?sample") == VISITOR
+                (check, *_) = hidden.lines("M50001")
+                assert "health/.well-known/shimmercat/health 200" in (
+                    check.message)
+                assert "DOWN" not in said.read_text()
+                # Who does not answer is asked nothing, until he does.
+                hidden.signal(signal.SIGSTOP)
+                eventually(lambda: "here is DOWN" in said.read_text(), 20)
+                hidden.signal(signal.SIGCONT)
+                eventually(lambda: "here is UP, reason: Layer7 check passed"
+                           in said.read_text(), 20)
+            finally:
+                process.terminate()
 
 
 def is_open(port):
