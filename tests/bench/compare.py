@@ -14,7 +14,7 @@ rates
     Requests per second of small files, with the processor time (utime and
     stime of all processes of the server) that each took.
 latency
-    Of 1 KiB at one stream: at full load, where it is the number of
+    Of 1 KiB at one stream: at full load, where the mean is the number of
     connections divided by the rate, and at half of the server's own maximum.
     There each connection sends about every 10 ms what is due by then, so the
     99th percentile is that of bursts that overlap.
@@ -23,11 +23,12 @@ large
 handshakes
     TLS handshakes, full and resumed.  The client (handshakes.py, Python's
     ssl on eight threads) has to check what a server signs and so does more
-    than a server in C: what such a server can do is one over its processor
-    time for a handshake.
+    than a server in C; so there is, beside what one core of client brought
+    about, how many a server makes in a second of its processor time.
 memory
-    Of idle connections, the kernel's account (PSS) after minus before; of all
-    processes after each round; and what the worker shares with none.
+    Of idle connections, the kernel's account (PSS) after minus before; after
+    each round, that of all processes and of the worker, and what the worker
+    shares with none.
 workers
     With two cores there is none left for the load.  So each worker shares a
     core with a load of its own: one such pair on one core, then two on both.
@@ -100,10 +101,13 @@ class Bench:
         for name, length in ASSETS.items():
             body = bytes(letters.choices(b"abcdefgh =();\n", k=length))
             (self.www / name).write_bytes(body)
+        self._write_certificate()
+
+    def add_large(self):
+        """Write the large file."""
         with open(self.www / LARGE, "wb") as large:
             for _ in range(LARGE_OCTETS // 1_000_000):
-                large.write(letters.randbytes(1_000_000))
-        self._write_certificate()
+                large.write(random.randbytes(1_000_000))
 
     def _write_certificate(self):
         key = ec.generate_private_key(ec.SECP256R1())
@@ -200,16 +204,18 @@ def measure_handshakes(kind, server, options, figures):
         raise NoFigure("handshakes failed")
     figures.add(Row("TLS handshakes", f"handshakes, {kind}", "per second"),
                 server.name, int(count) / passed, spent / passed)
-    figures.add(Row("TLS handshakes", f"CPU, handshake, {kind}", "µs", 0,
-                    False), server.name, 1e6 * spent / int(count))
+    figures.add(Row("TLS handshakes", f"CPU, handshakes, {kind}",
+                    "per CPU second"), server.name, int(count) / spent)
 
 
 def measure_worker_memory(server, _options, figures):
     """Memory of a server that has had its loads."""
     figures.add(Row("memory", "all processes", "MiB", 1, False),
                 server.name, server.memory_bytes() / 2 ** 20)
-    figures.add(Row("memory", "worker, private", "MiB", 1, False),
-                server.name, server.private_bytes() / 2 ** 20)
+    for name, value in zip(("worker, PSS", "worker, private"),
+                           server.worker_bytes(), strict=True):
+        figures.add(Row("memory", name, "MiB", 1, False),
+                    server.name, value / 2 ** 20)
 
 
 def measure_workers(pairs, server, options, figures):
@@ -382,9 +388,9 @@ def start(kinds, bench, stack, workers=1, cores=None):
     servers = [stack.enter_context(kind(bench, free_port(), workers, cores))
                for kind in kinds]
     for server in servers:
-        for asset in (*ASSETS, LARGE):
-            if server.get(f"/{asset}") != (bench.www / asset).read_bytes():
-                raise RuntimeError(f"{server.name} alters {asset}")
+        for path in bench.www.iterdir():
+            if server.get(f"/{path.name}") != path.read_bytes():
+                raise RuntimeError(f"{server.name} alters {path.name}")
     return servers
 
 
@@ -419,6 +425,8 @@ def main(words):
     with tempfile.TemporaryDirectory(prefix="shimmercat-bench.") as folder:
         bench = Bench(Path(folder), options.server_core)
         bench.prepare()
+        if "large" in options.measure:
+            bench.add_large()
         figures = measure(bench, options)
     names = [kind.name for kind in installed(options.servers)]
     print(machine(options))
@@ -431,7 +439,8 @@ def main(words):
         print(f"Missing: {sentence}")
     if options.plot:
         import plot
-        plot.draw(figures, options.plot, machine(options).partition("\n")[0])
+        caption = "\n".join(machine(options).splitlines()[:2])
+        plot.draw(figures, options.plot, caption)
 
 
 if __name__ == "__main__":

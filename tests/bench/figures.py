@@ -7,7 +7,8 @@ import typing
 #: a server that used less of its core than this was waiting for its load
 FULLY_BUSY = 0.9
 MARKS_EXPLAINED = (
-    "> at least, < at most, ~ about: the load was the limit, not the server.")
+    "> at least, < at most, ~ not comparable: "
+    "the load was the limit, not the server.")
 NOTHING = "\\-"
 #: what the rows that stand together have in common, in the tables' order
 GROUPS = ("requests per second", "processor time per request", "latency",

@@ -8,7 +8,7 @@ BASE = "nginx"
 OURS = "shimmercat"
 COLOURS = {"h2o": "#c8553d", "nghttpd": "#7b5ea7", "caddy": "#3a7ca5"}
 MARKS = {"h2o": "D", "nghttpd": "s", "caddy": "o"}
-BETTER, WORSE = "#0b7a75", "#93c5c1"
+BETTER, WORSE, UNKNOWN = "#0b7a75", "#93c5c1", "#dfe3e8"
 INK, FAINT, QUIET = "#22272e", "#d0d7de", "#57606a"
 DOTS_PER_INCH = 150
 INCHES_WIDE, INCHES_PER_ROW, INCHES_AROUND = 8.2, 0.215, 1.4
@@ -59,16 +59,17 @@ def bounded(ratio):
 
 def draw_bars(axes, figures, rows, heights):
     """Draw shimmercat's bars, and in a column beside them their values."""
-    ratios = [figures.times_as_good(row, OURS, BASE) for row in rows]
-    axes.barh(heights, [bounded(ratio) - 1 for ratio in ratios], left=1,
-              height=0.66, zorder=2,
-              color=[BETTER if ratio >= 1 else WORSE for ratio in ratios])
-    for row, height, ratio in zip(rows, heights, ratios, strict=True):
+    for row, height in zip(rows, heights, strict=True):
+        ratio = figures.times_as_good(row, OURS, BASE)
         sign = figures.ratio_mark(row, OURS, BASE)
+        colour = BETTER if ratio >= 1 else WORSE
+        axes.barh(height, bounded(ratio) - 1, left=1, height=0.66, zorder=2,
+                  color=UNKNOWN if sign == "~" else colour)
         axes.annotate(f"{sign}{ratio:.2f}", (1.075, height), va="center",
                       xycoords=("axes fraction", "data"), ha="right",
                       fontweight="bold", annotation_clip=False,
-                      color=BETTER if ratio >= 1 else QUIET)
+                      color=BETTER if colour == BETTER and sign != "~"
+                      else QUIET)
 
 
 def draw_others(axes, figures, rows, heights):

@@ -104,13 +104,15 @@ class Server:
                 total += memory_of(pid, "Pss:")
         return total
 
-    def private_bytes(self):
-        """Return what the busiest process, a worker, shares with none."""
+    def worker_bytes(self):
+        """Return the proportional set size of the busiest process, which is
+        a worker, and what it shares with no other process."""
         spent = {}
         for pid in self.processes():
             with contextlib.suppress(FileNotFoundError):
                 spent[pid] = cpu_seconds(pid)
-        return memory_of(max(spent, key=spent.get), "Private_")
+        worker = max(spent, key=spent.get)
+        return memory_of(worker, "Pss:"), memory_of(worker, "Private_")
 
     def cpu_seconds(self):
         """Return the processor time of all processes until now."""
