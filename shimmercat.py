@@ -100,7 +100,7 @@ __all__ = [
     "is_malformed", "section_size", "has_odd_field",
     "RangeNotSatisfiable", "conditional", "byte_ranges", "content_range",
     "multipart_ranges", "choose",
-    "is_trusted", "upstream_fields", "forwarded_fields",
+    "is_trusted", "peer_of", "upstream_fields", "forwarded_fields",
     "RequestStarted", "RequestRefused", "BodyReceived", "RequestEnded",
     "StreamReset", "PriorityChanged", "PeerLeaving", "ProtocolFault",
     "StreamGone", "ErrorCode", "EngineLimits", "Engine",
@@ -151,7 +151,7 @@ __all__ = [
     "Statics",
     "Pages",
     "Board", "Health",
-    "Pace", "Service",
+    "Service", "ConnectionTable", "connection_limit", "Pace",
     "Conversation",
     "PlainWire", "TlsWire",
     "Connection",
@@ -204,6 +204,7 @@ import functools
 import gc
 import gzip
 import hashlib
+import heapq
 import html
 import http
 import importlib.util
@@ -667,6 +668,10 @@ MESSAGES = {
     40042: Message("{} is not kept: {}", "each client has it fetched anew"),
     40043: Message("changelist of {} cannot be read: {}",
                    "copies are served stale, and verified after tOld"),
+    40047: Message("{} connections at most for each worker, not {}: ulimit -n",
+                   "raise it (LimitNOFILE), or lower connections-per-worker"),
+    40048: Message("as many {} as allowed: {}",
+                   "often an attack; the limits are in tweaks.yaml"),
     50001: Message("{} {} {}{} {} {} B {} ms {} {} {}",
                    "a request was answered",
                    ("client", "method", "host", "path", "status", "bytes",
@@ -1214,8 +1219,10 @@ OPTIONS = (
            "Largest source that the artisan makes alternates of."),
     Option("connect-seconds", "tweak", "seconds", 5, (0.1, 60),
            "Time for a connection to an application, its TLS included."),
+    Option("connections-per-peer", "tweak", "count", 1000, (1, 10 ** 6),
+           "Open connections of an address (IPv6: a /64) to each worker."),
     Option("connections-per-worker", "tweak", "count", 20_000, (10, 10 ** 6),
-           "Open connections; above it none is accepted for a while."),
+           "Open connections; above it the oldest idle ones are closed."),
     Option("dictionaries", "tweak", "switch", True, (),
            "Whether versions of a text are sent as what changed (RFC 9842)."),
     Option("fetch-connections", "tweak", "count", 32, (1, 10_000),
@@ -1230,6 +1237,8 @@ OPTIONS = (
            "Time for requests in flight to end after TERM."),
     Option("handshake-seconds", "tweak", "seconds", 3, (0.1, 60),
            "Longest TLS handshake."),
+    Option("handshakes-per-worker", "tweak", "count", 1000, (1, 10 ** 6),
+           "TLS handshakes under way; above it the oldest are closed."),
     Option("header-seconds", "tweak", "seconds", 10, (0.1, 600),
            "Time for the head of a request to arrive; then 408."),
     Option("heartbeat-seconds", "tweak", "seconds", 20, (1, 3600),
@@ -2133,7 +2142,7 @@ def _read_weights(accepted):
 # ---------------------------------------------------------------------------
 # 4c. Forwarding: what an application gets to know of a request
 #
-#    Offers   is_trusted, upstream_fields, forwarded_fields
+#    Offers   is_trusted, peer_of, upstream_fields, forwarded_fields
 #    Uses     1 Words
 # ---------------------------------------------------------------------------
 #
@@ -2154,6 +2163,18 @@ def is_trusted(client: str, networks: tuple) -> bool:
         return client in networks
     return any(network != "unix" and address in network
                for network in networks)
+
+
+def peer_of(client: str, networks: tuple) -> object | None:
+    """Who answers for a client's connections: its address, or its /64.
+
+    That is the least that anybody has of IPv6.  None for proxies in the
+    networks and for peers on Unix sockets, behind whom there are many.
+    """
+    address = _address(client)
+    if address is None or is_trusted(client, networks):
+        return None
+    return int(address) >> 64 if address.version == 6 else str(address)
 
 
 def upstream_fields(request: Request, trusted: bool,
@@ -11110,8 +11131,8 @@ class Health:
 # ---------------------------------------------------------------------------
 # 16. Connections: one socket, one engine, many exchanges
 #
-#    Offers   Pace, Service
-#    Uses     1 Words, 3 Settings, 4 HTTP, 5 Engines, 15 Site
+#    Offers   Service, ConnectionTable, connection_limit, Pace
+#    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 5 Engines, 15 Site
 # ---------------------------------------------------------------------------
 #
 # A connection has no greenlet.  It is an object that the event loop calls
@@ -11161,7 +11182,9 @@ class Service:
             header_bytes=tweaks.max_header_bytes,
             header_count=tweaks.max_headers, streams=tweaks.max_streams)
         self.loop = gevent.get_hub().loop
-        self.connections, self.draining = set(), False
+        self.connections, self.draining = ConnectionTable(tweaks), False
+        #: turn of the loop, and handshakes in it
+        self._turn, self._handshakes = 0, 0
         #: exchanges that wait in greenlets
         self.waiting = 0
         self.crew = _Crew()
@@ -11206,6 +11229,18 @@ class Service:
         """Number of open connections."""
         return len(self.connections)
 
+    def may_shake_hands(self) -> bool:
+        """Whether this turn of the loop has time for one more handshake.
+
+        They are what costs most here, and strangers can ask for any number:
+        those who are served already must not wait for all of them.
+        """
+        turn = self.loop.now()
+        if turn != self._turn:
+            self._turn, self._handshakes = turn, 0
+        self._handshakes += 1
+        return self._handshakes <= _HANDSHAKES_A_TURN
+
     def drain(self) -> None:
         """Lets every connection finish what it has in hand, then leave."""
         self.draining = True
@@ -11216,6 +11251,111 @@ class Service:
         """Cuts what is left."""
         for connection in tuple(self.connections):
             connection.close()
+
+
+class ConnectionTable:
+    """The open connections of a process, and whose they are.
+
+    Where there are as many as there may be, those make way that have been
+    idle for longest: of all, of one peer, or of those in their handshake.
+    """
+
+    def __init__(self, tweaks: Tweaks):
+        self._tweaks, self._trusted = tweaks, tweaks.trusted_proxies
+        self._most = connection_limit(
+            tweaks, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        #: {connection: its peer}, and the other way round
+        self._open, self._by_peer = {}, {}
+        #: keys are those in their handshake, the oldest first
+        self._handshakes = {}
+        self._warnings = Repeats(40048)
+
+    def __len__(self):
+        return len(self._open)
+
+    def __iter__(self):
+        return iter(tuple(self._open))
+
+    def is_full(self) -> bool:
+        """Whether there are as many as there may be."""
+        return len(self._open) >= self._most
+
+    def has_room(self) -> bool:
+        """Whether one more may come, idle ones having made way for it."""
+        if not self.is_full():
+            return True
+        self._warnings.say("connections", f"{self._most}, idle ones make way")
+        return self.make_room(self._open)
+
+    def admits(self, client: str) -> bool:
+        """Whether one more of the client's may come, as in has_room."""
+        theirs = self._by_peer.get(peer_of(client, self._trusted), ())
+        most = self._tweaks.connections_per_peer
+        if len(theirs) < most:
+            return True
+        self._warnings.say(f"connections of {client}",
+                           f"{most}, idle ones make way or it is refused")
+        return self.make_room(theirs)
+
+    def make_room(self, among: typing.Iterable | None = None) -> bool:
+        """Has some that have been idle for longest leave; whether any did.
+
+        An eighth of them, 32 at the most, as in nginx: to look for each one
+        would cost more than it does.
+        """
+        idle = [x for x in among or self._open if x.idle_since() < math.inf]
+        longest = heapq.nsmallest(
+            max(1, min(_MOST_LEAVING, len(idle) // 8)), idle,
+            key=lambda x: x.idle_since())
+        return sum(x.make_way() for x in longest) > 0
+
+    def add(self, connection: object, client: str) -> None:
+        """Takes in one that begins its handshake."""
+        most = self._tweaks.handshakes_per_worker
+        if len(self._handshakes) >= most:
+            self._warnings.say("handshakes", f"{most}, the oldest make way")
+            next(iter(self._handshakes)).close()
+        self._handshakes[connection] = None
+        self._attribute(connection, client)
+
+    def end_handshake(self, connection: object) -> None:
+        """Tells that the connection's is over."""
+        self._handshakes.pop(connection, None)
+
+    def move(self, connection: object, client: str) -> None:
+        """Tells that the connection is this client's, behind a proxy."""
+        self._dismiss(connection)
+        self._attribute(connection, client)
+
+    def discard(self, connection: object) -> None:
+        """Takes out one that is closed; again does nothing."""
+        self.end_handshake(connection)
+        if connection in self._open:
+            self._dismiss(connection)
+
+    def _attribute(self, connection, client):
+        peer = self._open[connection] = peer_of(client, self._trusted)
+        if peer is not None:
+            self._by_peer.setdefault(peer, []).append(connection)
+
+    def _dismiss(self, connection):
+        peer = self._open.pop(connection)
+        if peer is not None:
+            theirs = self._by_peer[peer]
+            theirs.remove(connection)
+            if not theirs:
+                del self._by_peer[peer]
+
+
+def connection_limit(tweaks: Tweaks, descriptors: int) -> int:
+    """Connections that a worker may have, with so many file descriptors.
+
+    A quarter of these is for files and applications.
+    """
+    if descriptors == resource.RLIM_INFINITY:
+        return tweaks.connections_per_worker
+    return max(1, min(tweaks.connections_per_worker,
+                      descriptors - max(64, descriptors // 4)))
 
 
 class Pace:
@@ -11427,6 +11567,10 @@ class _Relay(_Outgoing):
 
 
 _SWEEP_SECONDS = 0.5
+#: idle connections that make way at a time
+_MOST_LEAVING = 32
+#: of a quarter of a millisecond each, or more where keys are long
+_HANDSHAKES_A_TURN = 16
 #: greenlets that are kept for more work
 _MOST_IDLE_GREENLETS = 256
 
@@ -12038,7 +12182,7 @@ class Connection:
         self._has_room = False
         #: the client's Pace, from sweep to sweep while there is a body to send
         self._pace = None
-        service.connections.add(self)
+        service.connections.add(self, ends.client)
         LOG.say(1, self._client)
 
     def _open(self, sock, context):
@@ -12067,6 +12211,10 @@ class Connection:
         if ends:
             LOG.say(7, self._client, ends.client)
             self._ends, self._client = ends, ends.client
+            if not self._service.connections.admits(ends.client):
+                self.close()
+                return
+            self._service.connections.move(self, ends.client)
         self._stage = self._handshake
         self._handshake()
 
@@ -12093,6 +12241,9 @@ class Connection:
             self.close()
 
     def _handshake(self):
+        if not self._service.may_shake_hands():
+            # The loop calls again, as long as there is something to read.
+            return
         is_done = self._wire.shake_hands()
         if not self._write():
             self._watch(_READ | _WRITE)
@@ -12115,6 +12266,7 @@ class Connection:
         self._conversation = Conversation(
             self._service, site, engine, self._ends, self.flush)
         self._stage = self._converse
+        self._service.connections.end_handshake(self)
         if self._service.draining:
             self.drain()
         self._converse()
@@ -12294,6 +12446,37 @@ class Connection:
         if self._conversation:
             self._guard(self._begin_farewell)
 
+    def idle_since(self) -> float:
+        """When the client began to let us wait; infinite while it does not."""
+        clock = self._clock if self._conversation else "handshake"
+        seconds = _IDLE_CLOCKS.get(clock)
+        if seconds is None:
+            return math.inf
+        return self._deadline.moment - getattr(self._service.tweaks, seconds)
+
+    def make_way(self) -> bool:
+        """Ends an idle connection at once; whether it was one.
+
+        It is not when its next request has come already.
+        """
+        try:
+            if self._socket.recv(1, socket.MSG_PEEK):
+                return False
+        except OSError:
+            # Nothing has come, or nothing will.
+            if self._conversation:
+                self._guard(self._say_goodbye)
+        self.close()
+        return True
+
+    def _say_goodbye(self):
+        engine = self._conversation.engine
+        engine.goodbye()
+        if data := engine.output():
+            self._wire.put(data)
+            self._wire.push()
+        self._wire.part()
+
     def _begin_farewell(self):
         # RFC 9113 section 6.8: requests that are under way while the client
         # has not heard of our leaving must not be lost.
@@ -12351,6 +12534,9 @@ class _PlainConnection(Connection):
 
 
 _READ, _WRITE = 1, 2
+#: tweaks for the times in which a connection costs no more than its place
+_IDLE_CLOCKS = {"handshake": "handshake_seconds", "head": "header_seconds",
+                "idle": "idle_seconds"}
 #: the answer to plain HTTP, for people whose browser left out the s
 _WRONG_SCHEME = (b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n"
                  b"This port speaks HTTPS: begin the address with https://\n")
@@ -12384,7 +12570,7 @@ class TlsListener:
         """`sock` is non-blocking and not patched."""
         self._socket, self._context, self._service = sock, context, service
         self._watcher = service.loop.io(sock.fileno(), _READ)
-        self._pause = None
+        self._pause, self._is_short = None, False
         if sock.family != socket.AF_UNIX:
             tcp, tweaks = socket.IPPROTO_TCP, service.tweaks
             sock.setsockopt(tcp, socket.TCP_NODELAY, 1)
@@ -12411,41 +12597,55 @@ class TlsListener:
 
     def _accept(self):
         """Takes a connection; whether there may be more of them."""
-        service = self._service
-        if service.active >= service.tweaks.connections_per_worker:
-            return self._rest("as many connections as allowed")
+        connections = self._service.connections
+        if not connections.has_room():
+            return self._rest("as many connections as allowed, none is idle")
         try:
             sock, address = self._socket.accept()
         except BlockingIOError:
+            self._go_on()
             return False
         except OSError as error:
             if error.errno in _OUT_OF_RESOURCES:
-                return self._rest(error)
+                return connections.make_room() or self._rest(error)
             # The client left while it was queued.
             LOG.say(3, "-", error)
             return True
+        self._go_on()
         ends = Ends()
         try:
             if address:
                 ends = Ends(address[0], str(address[1]), sock.getsockname()[0])
-            self._connection(sock, self._context, service, ends)
+            if connections.admits(ends.client):
+                self._connection(sock, self._context, self._service, ends)
+            else:
+                sock.close()
         except (ssl.SSLError, OSError) as error:
             LOG.say(3, ends.client, error)
             sock.close()
-        return True
+        # Idle ones make way for who is there, not for who may be.
+        return not connections.is_full()
 
     def _rest(self, reason):
         """Stops for a while; trying at once would burn the processor."""
-        LOG.say(40010, self._socket.getsockname(), reason)
+        if not self._is_short:
+            LOG.say(40010, self._socket.getsockname(), reason)
+        self._is_short = True
         self._watcher.stop()
-        self._pause = gevent.spawn_later(_PAUSE_SECONDS, self._resume)
+        self._pause = gevent.spawn_later(_PAUSE_SECONDS, self._try_again)
         return False
 
-    def _resume(self):
-        LOG.say(40011, self._socket.getsockname())
+    def _try_again(self):
         self._pause = None
         if not self._service.draining:
             self.start()
+            self._turn()
+
+    def _go_on(self):
+        """The shortage is over, if there was one."""
+        if self._is_short:
+            LOG.say(40011, self._socket.getsockname())
+            self._is_short = False
 
 
 class RedirectListener(TlsListener):
@@ -12810,6 +13010,11 @@ class Premises:
             LOG.say(10006, self._certificates.ca_file)
         for problem in self._certificates.problems():
             LOG.say(60011, problem)
+        wanted = settings.tweaks.connections_per_worker
+        most = connection_limit(
+            settings.tweaks, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        if most < wanted:
+            LOG.say(40047, most, wanted)
 
 
 def _hold_standard_streams():

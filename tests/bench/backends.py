@@ -95,7 +95,8 @@ class ShimmercatProxy(Shimmercat):
             "shimmercat-devlove:\n  domains:\n    api localhost:\n"
             f"      port: 127.0.0.1:{self.bench.application.port}\n")
         (self.folder / ".shimmercat.loves.devs/tweaks.yaml").write_text(
-            "max-body-bytes: 999 GiB\nmax-waiting: 2000\n")
+            "connections-per-peer: 20000\nmax-body-bytes: 999 GiB\n"
+            "max-waiting: 2000\n")
 
 
 class NginxProxy(Nginx):

@@ -186,6 +186,8 @@ class Shimmercat(Server):
         shutil.copy(self.bench.certificate, scratch / "cert.pem")
         for key in ("privkey.pem", "privkey.unencrypted-pkcs8.pem"):
             shutil.copy(self.bench.key, scratch / key)
+        # All of the load comes from one address.
+        (scratch / "tweaks.yaml").write_text("connections-per-peer: 20000\n")
 
     def command(self):
         """Internet mode with a log line per request."""

@@ -12,6 +12,7 @@ from shimmercat import (
     Request,
     forwarded_fields,
     is_trusted,
+    peer_of,
     upstream_fields,
 )
 
@@ -57,6 +58,24 @@ def test_a_client_is_trusted_when_it_lies_in_a_network(client, trusted):
 def test_unix_sockets_are_trusted_by_their_name():
     assert is_trusted("unix", (*NETWORKS, "unix"))
     assert not is_trusted("192.0.2.1", ("unix",))
+
+
+@pytest.mark.parametrize("one, other, same", [
+    ("192.0.2.1", "192.0.2.1", True),
+    ("192.0.2.1", "192.0.2.2", False),
+    ("192.0.2.1", "::ffff:192.0.2.1", True),
+    ("2a00:1:2:3::1", "2a00:1:2:3:ffff::2", True),
+    ("2a00:1:2:3::1", "2a00:1:2:4::1", False),
+    ("::1", "::2", True),
+    ("fe80::1%eth0", "fe80::2%eth1", True)])
+def test_a_peer_is_an_address_or_a_network_of_64_bits(one, other, same):
+    assert (peer_of(one, NETWORKS) == peer_of(other, NETWORKS)) is same
+    assert peer_of(one, NETWORKS) is not None
+
+
+@pytest.mark.parametrize("client", ["unix", "10.1.2.3", "2001:db8::9"])
+def test_behind_proxies_there_are_many_peers(client):
+    assert peer_of(client, NETWORKS) is None
 
 
 @pytest.mark.parametrize(("client", "address", "node"), [
