@@ -6848,6 +6848,9 @@ class Consultant:
         #: longest silence of a tunnel
         self.tunnel_seconds = tweaks.tunnel_idle_seconds
         self._places = gevent.lock.BoundedSemaphore(settings.max_connections)
+        #: for assets that wait for slow clients: others get the rest
+        self.slow_places = gevent.lock.BoundedSemaphore(
+            max(1, settings.max_connections // 2))
         self._context = None
 
     def ask(self, question: Question) -> Reply:
@@ -8024,16 +8027,18 @@ class Fetched:
     """An origin's answer, its body still to be read."""
 
     __slots__ = ("close", "headers", "is_framed", "length", "pieces",
-                 "status")
+                 "places", "status")
 
     def __init__(self, status: int, headers: Headers, length: int | None,
-                 pieces: typing.Iterator[bytes], close: typing.Callable):
+                 pieces: typing.Iterator[bytes], close: typing.Callable,
+                 places: gevent.lock.BoundedSemaphore):
         """`pieces` may wait and raise ShimmerCatError.
 
-        `close` is always called.
+        `close` is always called.  Who lets the origin wait for a client has
+        one of `places` meanwhile.
         """
         self.status, self.headers, self.length = status, headers, length
-        self.pieces, self.close = pieces, close
+        self.pieces, self.close, self.places = pieces, close, places
         #: whether a body that breaks off is told from one that ends
         self.is_framed = True
 
@@ -8051,9 +8056,13 @@ class HttpFetchBackend:
         named = address.host if address.family == "lookup" else domain
         self._host = remote.use_host or named
         self._seconds = tweaks.static_seconds
+        # urllib3's own limit loses count when a wait for it is cut short.
+        count = tweaks.fetch_connections
+        self._places = gevent.lock.BoundedSemaphore(count)
+        self._slow_places = gevent.lock.BoundedSemaphore(max(1, count // 2))
         self._pool = urllib3.HTTPConnectionPool(
             address.host or "localhost", address.port,
-            maxsize=tweaks.fetch_connections, block=True, retries=False,
+            maxsize=count, retries=False,
             timeout=urllib3.Timeout(connect=self._seconds,
                                     read=self._seconds))
         if address.family == "unix":
@@ -8071,15 +8080,20 @@ class HttpFetchBackend:
                 **{name.decode(): value.decode("latin-1")
                    for name, value in fields}}
         slow = OriginFailed(f"no answer within {self._seconds:g} s")
-        with gevent.Timeout(self._seconds, slow):
+        with (contextlib.ExitStack() as holding,
+              gevent.Timeout(self._seconds, slow)):
+            self._places.acquire()
+            holding.callback(self._places.release)
             answer = self._ask(self._prefix + target, sent)
+            place = holding.pop_all()
         fields = [(name.lower().encode("latin-1"), value.encode("latin-1"))
                   for name, value in answer.headers.items()]
         headers = Headers([x for x in fields if not has_odd_field([x])])
         pieces = _pieces(answer)
         fetched = Fetched(
             answer.status, headers, answer.length_remaining, pieces,
-            functools.partial(_give_back, answer, pieces))
+            functools.partial(_give_back, answer, pieces, place),
+            self._slow_places)
         fetched.is_framed = answer.chunked or fetched.length is not None
         if (answer.status == 200 and not fetched.is_framed
                 and answer.version == 11 and "close" not in answer.headers.get(
@@ -8095,7 +8109,7 @@ class HttpFetchBackend:
                 return self._pool.urlopen(
                     "GET", target, headers=fields, redirect=False,
                     assert_same_host=False, preload_content=False,
-                    decode_content=False, pool_timeout=self._seconds)
+                    decode_content=False)
             except urllib3.exceptions.HTTPError as error:
                 # The origin may close a kept connection as we use it.
                 is_cut = isinstance(error, urllib3.exceptions.ProtocolError)
@@ -8138,7 +8152,8 @@ class ConsultantBackend:
             body = Stream(iter((body,)))
             body.is_framed = is_framed
         fetched = Fetched(
-            reply.status, headers, length, _in_time(body.pieces), body.close)
+            reply.status, headers, length, _in_time(body.pieces), body.close,
+            self._consultant.slow_places)
         fetched.is_framed = body.is_framed
         return fetched
 
@@ -8166,7 +8181,7 @@ class _UnixConnection(urllib3.connection.HTTPConnection):
         return wire
 
 
-def _give_back(answer, pieces):
+def _give_back(answer, pieces, place):
     """Ends an answer; its connection is used again if little is unread."""
     if pieces.gi_running:
         # The greenlet that waits for more hears of it, and does the rest.
@@ -8180,6 +8195,7 @@ def _give_back(answer, pieces):
     answer.close()
     # urllib3 takes no connection back by itself that was closed unread.
     answer.release_conn()
+    place.close()
 
 
 def _pieces(answer):
@@ -8397,14 +8413,117 @@ def _new_kept(wanted, reply, sha, size, begun):
     return Kept(note, wanted.name, wanted.freshness)
 
 
-def _passing(reply):
-    """An answer as it comes, without what is for one hop or one client."""
-    fields = [(name, value) for name, value in reply.headers
-              if name in _PASSED_FIELDS]
-    if reply.length is not None:
-        fields.append((b"content-length", b"%d" % reply.length))
-    return Found(b"fwd=uri-miss; fwd-status=200", None, tuple(fields),
-                 Stream(reply.pieces, reply.close))
+class _Spool:
+    """What clients have not taken yet of answers for them alone, in octets."""
+
+    def __init__(self, limit, seconds):
+        #: how many more may wait; how long an origin may be kept waiting
+        #: while half of its connections are
+        self.left, self.seconds = limit, seconds
+
+    def passing(self, reply):
+        """An answer as it comes, without what is for one hop or client."""
+        fields = [(name, value) for name, value in reply.headers
+                  if name in _PASSED_FIELDS]
+        if reply.length is not None:
+            fields.append((b"content-length", b"%d" % reply.length))
+        ahead = _Ahead(reply, self)
+        return Found(b"fwd=uri-miss; fwd-status=200", None, tuple(fields),
+                     Stream(ahead.pieces(), ahead.close))
+
+
+class _Ahead:
+    """An answer that is read ahead of its client, to free the connection.
+
+    What waits is in a temporary file without a name.
+    """
+
+    def __init__(self, reply, spool):
+        self._reply, self._spool = reply, spool
+        self._file, self._at, self._size = _spooled_file(), 0, 0
+        self._is_over = self._has_place = False
+        self._patience, self._error = None, OriginFailed("broken off")
+        self._grown, self._taken = gevent.event.Event(), gevent.event.Event()
+        gevent.spawn(self._run)
+
+    def _run(self):
+        """Reads all that the origin sends; body of a greenlet."""
+        try:
+            for piece in self._reply.pieces:
+                self._await_room(len(piece))
+                if self._is_over:
+                    return
+                self._file.seek(self._size)
+                self._file.write(piece)
+                self._size += len(piece)
+                self._spool.left -= len(piece)
+                self._grown.set()
+            self._error = None
+        except ShimmerCatError as error:
+            self._error = error
+        except OSError as error:
+            self._error = StoreFull(f"temporary file: {error}")
+        finally:
+            if self._has_place:
+                self._reply.places.release()
+            self._reply.close()
+            self._is_over = True
+            self._grown.set()
+
+    def _await_room(self, count):
+        """Waits for the client if too much is ahead; raises OriginBusy.
+
+        It may be so slow in one of the places for that, which are few, or
+        for a moment.
+        """
+        places = self._reply.places
+        while self._lacks_room(count):
+            self._taken.clear()
+            if self._has_place:
+                self._taken.wait()
+                continue
+            self._patience = self._patience or Deadline(self._spool.seconds)
+            gevent.wait((places, self._taken), self._patience.left(), 1)
+            self._has_place = places.acquire(blocking=False)
+            if (not self._has_place and self._patience.passed()
+                    and self._lacks_room(count)):
+                raise OriginBusy("too many clients are too slow")
+
+    def _lacks_room(self, count):
+        return (self._at < self._size and self._spool.left < count
+                and not self._is_over)
+
+    def pieces(self):
+        """What came, as the client takes it; raises ShimmerCatError."""
+        while True:
+            if self._at < self._size:
+                self._file.seek(self._at)
+                piece = self._file.read(_PIECE_OCTETS)
+                self._take(len(piece))
+                yield piece
+            elif not self._is_over:
+                self._grown.clear()
+                self._grown.wait()
+            elif self._error:
+                raise self._error
+            else:
+                return
+
+    def _take(self, count):
+        self._at += count
+        self._spool.left += count
+        if self._at == self._size:
+            self._at = self._size = 0
+            self._file.seek(0)
+            self._file.truncate()
+        self._taken.set()
+
+    def close(self):
+        """Lets go of the answer, and of what nobody has taken."""
+        self._is_over = True
+        self._take(self._size - self._at)
+        self._file.close()
+        self._reply.close()
 
 
 def _forwarded(why, errand):
@@ -8414,6 +8533,8 @@ def _forwarded(why, errand):
 
 
 _UNKNOWN_TYPE = b"application/octet-stream"
+#: for an answer that waits for its client; more than this is on disk
+_spooled_file = functools.partial(tempfile.SpooledTemporaryFile, 256 * KIB)
 _PASSED_FIELDS = frozenset((
     b"cache-control", b"content-disposition", b"content-encoding",
     b"content-language", b"content-type", b"etag", b"expires",
@@ -8445,6 +8566,8 @@ _LONGEST_SLOT = 4 * MIB
 # by more than codings, or is too large, goes through to one client, and is
 # fetched by each: nothing that may be personal is shared.  Origins never see
 # a client's fields, cookies least of all, so there is little reason for that.
+# It is read ahead of its client (_Ahead), so that slow ones do not take the
+# connections of all others.
 
 
 class Larder:
@@ -8466,6 +8589,7 @@ class Larder:
         self._missing = collections.OrderedDict()
         self._passed = collections.OrderedDict()
         self._errands = {}
+        self._spool = _Spool(tweaks.fetch_limit_bytes, tweaks.static_seconds)
         self._absences, self._refusals = Repeats(40041), Repeats(40042)
 
     def obtain(self, wanted: Wanted) -> Found:
@@ -8602,7 +8726,7 @@ class Larder:
             return Found(_forwarded(why, errand) + b"; stored", errand.kept)
         live, errand.live = errand.live, None
         if live:
-            return _passing(live)
+            return self._spool.passing(live)
         if errand.error:
             raise _missing(str(errand.error), _is_gone(errand.error))
         return self._pass(wanted)
@@ -8616,7 +8740,7 @@ class Larder:
         if reply.status != 200:
             reply.close()
             raise AssetMissing(f"the origin answered {reply.status}")
-        return _passing(reply)
+        return self._spool.passing(reply)
 
     def _run(self, errand, wanted, kept):
         """Body of an errand's greenlet."""

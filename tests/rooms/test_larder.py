@@ -8,6 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
+import gevent
 import pytest
 import zoo
 from exchanges import body_of, request_for
@@ -23,6 +24,7 @@ from shimmercat import (
     OriginFailed,
     RemoteRoot,
     Repository,
+    ShimmerCatError,
     Site,
     load_settings,
 )
@@ -508,6 +510,26 @@ def test_an_answer_that_is_given_up_takes_no_connection_along(house, animal):
     here.origin.animal = zoo.Files(FILES)
     answer = backend.get("/a.css")
     assert b"".join(answer.pieces) == CSS
+
+
+@pytest.mark.parametrize("animal, is_whole", [
+    (lambda asked: zoo.answer(BIG, cache_control="no-store"), True),
+    (zoo.truncating(BIG, cache_control="no-store"), False)])
+@pytest.mark.parametrize("consultant", [False, True])
+def test_what_is_not_kept_is_read_ahead_and_its_end_is_told(
+        house, animal, is_whole, consultant):
+    here = house(animal, consultant=consultant)
+    for _ in range(3):
+        response = here.site.answer(request_for("/a.css"))
+        if is_whole:
+            assert body_of(response) == BIG
+        else:
+            with pytest.raises(ShimmerCatError):
+                body_of(response)
+    # Who leaves takes nothing along either.
+    here.site.answer(request_for("/a.css")).close()
+    eventually(lambda: gevent.sleep(0.01) or here.larder._spool.left
+               == here.settings.tweaks.fetch_limit_bytes)
 
 
 @pytest.mark.parametrize("value", ["a\r\n b", "x\x00y"])

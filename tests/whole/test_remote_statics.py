@@ -350,6 +350,47 @@ def test_a_generated_asset_that_takes_too_long_is_404(server, origin):
     assert server.await_line("M40041", about=f"{GENERATING} generated/made/sl")
 
 
+def personal_origin():
+    """An origin with an asset that is for each client alone."""
+    files = Files({"/a.css": CSS})
+    files.special["/own.bin"] = lambda asked: zoo.answer(
+        8 * BIG, cache_control="no-store")
+    return zoo.Origin(files)
+
+
+@contextlib.contextmanager
+def slow_reader(server):
+    """Ask for that asset and read its head only; give what reads on."""
+    with server.connect() as client:
+        client.sendall(f"GET /own.bin HTTP/1.1\r\nhost: {DOMAIN}\r\n"
+                       "connection: close\r\n\r\n".encode())
+        reader = client.makefile("rb")
+        assert reader.readline() == b"HTTP/1.1 200 OK\r\n"
+        yield reader
+
+
+def test_slow_clients_of_what_is_not_kept_leave_others_the_connections(
+        tmp_path):
+    with (personal_origin() as origin,
+          edge(tmp_path, origin.port, 1, fetch_connections=1) as server,
+          slow_reader(server), slow_reader(server) as reader):
+        assert server.fetch("/a.css").content == CSS
+        assert reader.read().endswith(b"\r\n\r\n" + 8 * BIG)
+
+
+def test_few_clients_may_be_slower_than_what_waits_for_them(tmp_path):
+    with (personal_origin() as origin,
+          edge(tmp_path, origin.port, 1, fetch_connections=2,
+               static_seconds=1, missing_seconds=0.1,
+               fetch_limit_bytes="1 MiB") as server,
+          slow_reader(server) as first, slow_reader(server) as second):
+        eventually(lambda: server.fetch("/a.css").content == CSS)
+        assert first.read().endswith(b"\r\n\r\n" + 8 * BIG)
+        assert 1 << 16 < len(second.read()) < 8 * len(BIG)
+        server.await_line("M40017", about=(
+            "/own.bin was cut off: too many clients are too slow"))
+
+
 def test_devlove_mode_tells_developers_why_an_asset_is_missing(tmp_path):
     files = Files({"/a.css": CSS})
     files.special["/slow.bin"] = zoo.in_chunks(BIG[:1000], 0.5, BIG[1000:])
