@@ -74,8 +74,8 @@ COMPILER_FLAGS = ["-std=c11", "-Wall", "-Wextra", "-fno-strict-aliasing"]
 
 NATIVE = Extension(
     "shimmercat_ext.native.engine",
-    ["shimmercat_ext/native/engine.c", "shimmercat_ext/native/hot.c"],
-    depends=["shimmercat_ext/native/hot.h"],
+    [f"shimmercat_ext/native/{name}.c" for name in ("engine", "hot", "wire")],
+    depends=["shimmercat_ext/native/hot.h", "shimmercat_ext/native/wire.h"],
     extra_compile_args=COMPILER_FLAGS, optional=True)
 
 #: lines of the log; needs nothing but a compiler

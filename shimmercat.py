@@ -2356,6 +2356,10 @@ class Engine:
     is_free = False
     #: newest stream that was answered so
     recalled = 0
+    #: takes a turn of a connection at rest by itself, where it can
+    turn = None
+    #: what `nuisance` was when somebody with a clock looked at it last
+    judged = 0
 
     def answer_from(self, table: object, client: str) -> None:
         """Lets it give answers of the table again, where it can, by itself.
@@ -3109,9 +3113,10 @@ except ImportError:
     NATIVE_ENGINE = None
 else:
     # None as well when it was built for other words (engine.c, ABI).
-    NATIVE_ENGINE = _bind(3, (
+    NATIVE_ENGINE = _bind(4, (
         RequestStarted, RequestRefused, BodyReceived, RequestEnded,
-        StreamReset, PriorityChanged, PeerLeaving, ProtocolFault), StreamGone)
+        StreamReset, PriorityChanged, PeerLeaving, ProtocolFault), StreamGone,
+        ssl.SSLWantReadError)
 
 
 def http2_engine(choice: str = "auto") -> type:
@@ -11737,10 +11742,15 @@ class Conversation:
 
     def receive(self, data: bytes) -> None:
         """Takes octets from the client and begins to answer."""
+        self.engine.is_free = not len(self._scheduler)
+        self.hear(self.engine.receive(data))
+
+    def hear(self, events: list) -> None:
+        """Begins to answer what octets from the client came to."""
         engine = self.engine
-        engine.is_free = not len(self._scheduler)
-        for event in engine.receive(data):
+        for event in events:
             _HANDLERS[type(event)](self, event)
+        engine.judged = engine.nuisance
         if not self._calm.bears(engine.nuisance):
             LOG.say(40012, self._client, "frames that cost")
             self.abandon_all()
@@ -12246,6 +12256,25 @@ class TlsWire(PlainWire):
                 rest = rest[self._tls.write(rest):]
         self._settle()
 
+    def turn(self, engine: Engine) -> list | bool:
+        """Has the engine take a turn by itself: `take`, `push` and all.
+
+        True when nothing is left to be done, False at the end of the socket,
+        else events.  Raises ssl.SSLError, OSError.
+        """
+        try:
+            done = engine.turn(
+                self._socket.fileno(), self._tls, _SEALED, _TO_SEND)
+        except (ssl.SSLError, OSError):
+            self._settle()
+            raise
+        if isinstance(done, bool):
+            return done
+        events, unsent, self.has_ended = done
+        if unsent:
+            self.pending = memoryview(unsent)
+        return events
+
     def part(self):
         # Nothing that comes instead of a close_notify matters now.
         with contextlib.suppress(ssl.SSLError):
@@ -12287,8 +12316,8 @@ class Connection:
 
     __slots__ = ("_client", "_clock", "_conversation", "_deadline", "_ends",
                  "_events", "_farewell", "_has_parted", "_has_room",
-                 "_pace", "_service", "_socket", "_stage", "_watcher",
-                 "_wire")
+                 "_has_stirred", "_is_resting", "_pace", "_service",
+                 "_socket", "_stage", "_watcher", "_wire")
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext,
                  service: Service, ends: Ends):
@@ -12297,6 +12326,9 @@ class Connection:
         self._conversation, self._socket = None, sock
         #: when the client must have heard that we leave; whether it has
         self._farewell, self._has_parted = None, False
+        #: whether nothing is to be done until the client says more, so that
+        #: the engine may take its turns alone; whether it did since the sweep
+        self._is_resting = self._has_stirred = False
         sock.setblocking(False)
         self._stage = self._open(sock, context)
         self._events = _READ
@@ -12344,8 +12376,25 @@ class Connection:
 
     def _turn(self, events):
         """Goes on after the loop said that the socket is ready."""
-        self._has_room = bool(events & _WRITE)
-        self._guard(self._stage)
+        if self._is_resting:
+            self._guard(self._turn_at_rest)
+        else:
+            self._has_room = bool(events & _WRITE)
+            self._guard(self._stage)
+
+    def _turn_at_rest(self):
+        """Has the engine take the turn, and does what it left."""
+        talk = self._conversation
+        events = self._wire.turn(talk.engine)
+        if events is True:
+            self._has_stirred = True
+            return
+        self._is_resting = False
+        if events is False:
+            self._converse()
+        else:
+            talk.hear(events)
+            self._send()
 
     def _guard(self, step):
         """Takes a step; whatever goes wrong ends this connection only."""
@@ -12443,6 +12492,7 @@ class Connection:
             return False
         self._clock = None
         self._set_clock("idle", self._service.tweaks.idle_seconds)
+        self._is_resting = self._conversation.engine.turn is not None
         return True
 
     def _hear_end(self):
@@ -12458,6 +12508,7 @@ class Connection:
         self._guard(self._send)
 
     def _send(self):
+        self._is_resting = False
         talk = self._conversation
         engine = talk.engine
         while self._write():
@@ -12539,6 +12590,9 @@ class Connection:
         if talk and (talk.part_with_answered(now)
                      or (talk.is_busy() and talk.part_with_slow())):
             self.flush()
+        if self._has_stirred and self._is_resting:
+            self._has_stirred, self._clock = False, None
+            self._set_clock("idle", self._service.tweaks.idle_seconds)
         if self._deadline.moment <= now or not self._is_read():
             LOG.say(6, self._client, self._clock)
             polite = self._clock in ("head", "idle")

@@ -24,13 +24,14 @@
  */
 
 #include "hot.h"
+#include "wire.h"
 
 #include <structmember.h>
 
 #include <string.h>
 
 /* Changes with all that shimmercat.py and this file say to each other. */
-#define ABI 3
+#define ABI 4
 
 /* Limits; those of shimmercat.py's room 5. */
 #define HEAD_BYTES 9
@@ -41,6 +42,8 @@
 #define CRUMB_BYTES 1024
 /* Output up to which the hot table is asked. */
 #define HOT_OUTPUT_BYTES (384 * 1024)
+/* Points that a peer may be ahead before somebody has to count them. */
+#define UNJUDGED_POINTS 4096
 #define NAME_BYTES 256
 #define FIRST_WINDOW 65535
 /* The connection's window in those of streams. */
@@ -115,6 +118,7 @@ typedef struct {
     PyObject *table;            /* HotTable */
     PyObject *events[EVENTS];   /* named tuples */
     PyObject *gone;             /* the exception StreamGone */
+    PyObject *wire[WIRE_WORDS];
 } words;
 
 typedef struct {
@@ -123,6 +127,7 @@ typedef struct {
     nghttp2_session *session;
     int64_t header_bytes, header_count, streams;
     long long nuisance;
+    long long judged;  /* what it was when our caller looked last */
     char closing;
     bool poisoned, busy, settled;
     size_t preface;    /* octets of it that are still due */
@@ -1805,13 +1810,9 @@ static PyObject *engine_consumed(engine *self, PyObject *const *args,
     return leave(self, result, result == GOOD ? Py_NewRef(Py_None) : NULL);
 }
 
-PyDoc_STRVAR(output_doc, "All that is to be written since the last call.");
-
-static PyObject *engine_output(engine *self, PyObject *nothing)
+/* Takes the output: a new bytes object, NULL with an error. */
+static PyObject *take_output(engine *self)
 {
-    (void)nothing;
-    if (enter(self) < 0)
-        return NULL;
     PyObject *written = self->out;
     self->out = NULL;
     if (written == NULL)
@@ -1819,7 +1820,89 @@ static PyObject *engine_output(engine *self, PyObject *nothing)
     else if ((size_t)PyBytes_GET_SIZE(written) != self->out_used)
         _PyBytes_Resize(&written, (Py_ssize_t)self->out_used);
     self->out_used = 0;
+    return written;
+}
+
+PyDoc_STRVAR(output_doc, "All that is to be written since the last call.");
+
+static PyObject *engine_output(engine *self, PyObject *nothing)
+{
+    (void)nothing;
+    if (enter(self) < 0)
+        return NULL;
+    PyObject *written = take_output(self);
     return leave(self, written ? GOOD : BROKEN, written);
+}
+
+/* Whether nothing is to be done until the peer says more. */
+static bool is_at_rest(const engine *self)
+{
+    return !self->open && !self->out && !self->rest.used &&
+           !self->block.used && !self->preface && !self->closing &&
+           self->nuisance <= self->judged &&
+           self->judged - self->nuisance < UNJUDGED_POINTS;
+}
+
+/* Takes what came and sends what that gives, unless there are events. */
+static outcome take_turn(engine *self, const wire *it, PyObject *data,
+                         PyObject *events, PyObject **unsent)
+{
+    outcome result = take_octets(
+        self, events, (const uint8_t *)PyBytes_AS_STRING(data),
+        (size_t)PyBytes_GET_SIZE(data));
+    if (result == FAULT)
+        result = end_with_fault(self, events);
+    if (result != GOOD || PyList_GET_SIZE(events))
+        return result;
+    PyObject *written = self->out ? take_output(self) : NULL;
+    if (PyErr_Occurred())
+        return BROKEN;
+    *unsent = wire_put(it, written);
+    Py_XDECREF(written);
+    return GOOD;
+}
+
+PyDoc_STRVAR(turn_doc,
+             "turn(socket, tls, sealed, to_send): a turn of a connection at "
+             "rest.\n\n"
+             "True: it is at rest again.  False: its socket has an end.  Else "
+             "a tuple of\nevents, what the socket did not take, and whether "
+             "TLS has ended.\nRaises ssl.SSLError, OSError.");
+
+static PyObject *engine_turn(engine *self, PyObject *const *args,
+                             Py_ssize_t count)
+{
+    PyObject *data = NULL, *unsent = NULL, *answer = NULL;
+    bool ended = false;
+    if (count != 4) {
+        PyErr_SetString(PyExc_TypeError,
+                        "expected (socket, tls, sealed, to_send)");
+        return NULL;
+    }
+    wire it = {_PyLong_AsInt(args[0]), args[1], args[2], args[3],
+               self->words->wire};
+    if (PyErr_Occurred() || enter(self) < 0)
+        return NULL;
+    self->is_free = 1;
+    PyObject *events = PyList_New(0);
+    wire_news news = events ? wire_take(&it, &data, &ended) : WIRE_BROKEN;
+    outcome result = GOOD;
+    if (news == WIRE_GAVE)
+        result = take_turn(self, &it, data, events, &unsent);
+    else if (news == WIRE_SILENT)
+        unsent = wire_put(&it, NULL);
+    if (news == WIRE_CLOSED)
+        answer = Py_NewRef(Py_False);
+    else if (unsent && !PyBytes_GET_SIZE(unsent) && !ended &&
+             is_at_rest(self))
+        answer = Py_NewRef(Py_True);
+    else if (result == GOOD && !PyErr_Occurred())
+        answer = Py_BuildValue("OOO", events, unsent ? unsent : Py_None,
+                               ended ? Py_True : Py_False);
+    Py_XDECREF(events);
+    Py_XDECREF(data);
+    Py_XDECREF(unsent);
+    return leave(self, result, answer);
 }
 
 PyDoc_STRVAR(answer_from_doc,
@@ -2069,12 +2152,15 @@ static PyMethodDef engine_methods[] = {
     METHOD(goodbye, METH_VARARGS | METH_KEYWORDS),
     METHOD(consumed, METH_FASTCALL),
     METHOD(output, METH_NOARGS),
+    METHOD(turn, METH_FASTCALL),
     METHOD(answer_from, METH_FASTCALL),
     {NULL, NULL, 0, NULL}};
 
 static PyMemberDef engine_members[] = {
     {"nuisance", T_LONGLONG, offsetof(engine, nuisance), 0,
      "sum of the points of what the peer sent"},
+    {"judged", T_LONGLONG, offsetof(engine, judged), 0,
+     "what `nuisance` was when somebody looked at it last"},
     {"closing", T_BOOL, offsetof(engine, closing), 0,
      "whether to close once `output` is written"},
     {"is_free", T_BOOL, offsetof(engine, is_free), 0,
@@ -2100,22 +2186,26 @@ static PyType_Spec engine_spec = {
     .slots = engine_slots};
 
 PyDoc_STRVAR(bind_doc,
-             "bind(abi, events, gone): the engine in the words of room 5.\n\n"
+             "bind(abi, events, gone, wants_read): the engine in the words of "
+             "room 5.\n\n"
              "`events` are its named tuples in their order, `gone` is its "
-             "StreamGone.\nNone when it was built for another ABI.");
+             "StreamGone,\n`wants_read` ssl.SSLWantReadError.\n"
+             "None when it was built for another ABI.");
 
 static PyObject *module_bind(PyObject *module, PyObject *args)
 {
     static const Py_ssize_t sizes[EVENTS] = {3, 2, 3, 2, 2, 2, 1, 2};
     words *state = PyModule_GetState(module);
-    PyObject *events, *gone;
+    PyObject *events, *gone, *wants_read = NULL;
     int abi;
-    if (!PyArg_ParseTuple(args, "iO!O", &abi, &PyTuple_Type, &events, &gone))
+    if (!PyArg_ParseTuple(args, "iO!O|O", &abi, &PyTuple_Type, &events, &gone,
+                          &wants_read))
         return NULL;
     if (abi != ABI)
         Py_RETURN_NONE;
     bool is_right = PyTuple_GET_SIZE(events) == EVENTS &&
-                    PyExceptionClass_Check(gone);
+                    PyExceptionClass_Check(gone) &&
+                    wants_read && PyExceptionClass_Check(wants_read);
     for (int n = 0; is_right && n < EVENTS; n++) {
         PyObject *event = PyTuple_GET_ITEM(events, n);
         PyObject *fields = PyObject_GetAttrString(event, "_fields");
@@ -2131,6 +2221,8 @@ static PyObject *module_bind(PyObject *module, PyObject *args)
     for (int n = 0; n < EVENTS; n++)
         Py_XSETREF(state->events[n], Py_NewRef(PyTuple_GET_ITEM(events, n)));
     Py_XSETREF(state->gone, Py_NewRef(gone));
+    if (wire_init(state->wire, wants_read) < 0)
+        return NULL;
     return Py_NewRef(state->type);
 }
 
@@ -2168,6 +2260,8 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->gone);
     for (int n = 0; n < EVENTS; n++)
         Py_VISIT(state->events[n]);
+    for (int n = 0; n < WIRE_WORDS; n++)
+        Py_VISIT(state->wire[n]);
     return 0;
 }
 
@@ -2179,6 +2273,8 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->gone);
     for (int n = 0; n < EVENTS; n++)
         Py_CLEAR(state->events[n]);
+    for (int n = 0; n < WIRE_WORDS; n++)
+        Py_CLEAR(state->wire[n]);
     return 0;
 }
 

@@ -329,19 +329,33 @@ static uint8_t *reserve_record(hot_table *self, size_t count)
     return (uint8_t *)PyBytes_AS_STRING(self->log) + self->log_used;
 }
 
+/* Milliseconds with one decimal; returns the number of octets. */
+static size_t write_spent(char *to, int64_t spent)
+{
+    char octets[24];
+    size_t at = sizeof(octets), length;
+    uint64_t tenths = spent > 0 ? ((uint64_t)spent + 50000) / 100000 : 0;
+    octets[--at] = (char)('0' + tenths % 10);
+    octets[--at] = '.';
+    do {
+        tenths /= 10;
+        octets[--at] = (char)('0' + tenths % 10);
+    } while (tenths >= 10);
+    length = sizeof(octets) - at;
+    memcpy(to, octets + at, length);
+    return length;
+}
+
 void hot_log(hot_table *self, const hot_answer *it, PyObject *client,
              int64_t start)
 {
-    char spent[32];
+    char spent[24];
     struct timespec now;
     if (!self->logs)
         return;
-    int64_t tenths = (hot_now() - start + 50000) / 100000;
-    int digits = PyOS_snprintf(spent, sizeof(spent), "%lld.%lld",
-                               (long long)(tenths / 10),
-                               (long long)(tenths % 10));
+    size_t digits = write_spent(spent, hot_now() - start);
     size_t length = (size_t)PyBytes_GET_SIZE(client) +
-                    (size_t)PyBytes_GET_SIZE(it->before) + (size_t)digits +
+                    (size_t)PyBytes_GET_SIZE(it->before) + digits +
                     (size_t)PyBytes_GET_SIZE(it->after) + 3;
     uint8_t *to = reserve_record(self, RECORD_BYTES + length);
     if (to == NULL) {
@@ -359,7 +373,7 @@ void hot_log(hot_table *self, const hot_answer *it, PyObject *client,
     *to++ = 0;
     to = put_piece(to, it->before);
     *to++ = 0;
-    memcpy(to, spent, (size_t)digits);
+    memcpy(to, spent, digits);
     to += digits;
     *to++ = 0;
     put_piece(to, it->after);

@@ -5,9 +5,12 @@ Run with a module that was compiled with sanitizers, by test_native.py.  With
 """
 
 import collections
+import contextlib
 import importlib.util
 import os
 import random
+import socket
+import ssl
 import sys
 import typing
 
@@ -39,6 +42,23 @@ class Gone(Exception):
     """Room 5's StreamGone."""
 
 
+class Clear:
+    """Stands in for TLS: octets stay as they are."""
+
+    def __init__(self):
+        self.sealed, self.to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
+
+    def read(self, count):
+        if data := self.sealed.read(count):
+            if data.startswith(b"end of TLS"):
+                return b""
+            return data
+        raise ssl.SSLWantReadError
+
+    def write(self, data):
+        return self.to_send.write(data[:16384])
+
+
 def load(path):
     """The extension from a file, with words of our own."""
     spec = importlib.util.spec_from_file_location("engine", path)
@@ -46,7 +66,7 @@ def load(path):
     spec.loader.exec_module(module)
     events = tuple(collections.namedtuple(*name.split(" ", 1))
                    for name in NAMES)
-    return module.bind(module.ABI, events, Gone)
+    return module.bind(module.ABI, events, Gone, ssl.SSLWantReadError)
 
 
 def identity(path):
@@ -91,11 +111,31 @@ def some_frames(dice):
     ])
 
 
+def take_turns(engine, dice):
+    """Turns that the engine takes alone, until nothing can be sent."""
+    tls, (ours, theirs) = Clear(), socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        for _ in range(dice.randrange(9)):
+            with contextlib.suppress(BlockingIOError):
+                theirs.send(dice.choice([some_frames(dice), b"end of TLS"]))
+                theirs.recv(dice.choice([1, 10_000]))
+            with contextlib.suppress(OSError):
+                engine.turn(ours.fileno(), tls, tls.sealed, tls.to_send)
+            engine.judged = engine.nuisance
+        theirs.close()
+        with contextlib.suppress(OSError):
+            engine.turn(ours.fileno(), tls, tls.sealed, tls.to_send)
+
+
 def converse(engine_class, dice):
     """A conversation of an engine's whole life, with all of its methods."""
     engine, table = engine_class(Limits()), make_table(engine_class, dice)
     engine.answer_from(dice.choice([table, table, None]), "a client")
     engine.receive(fr.PREFACE + fr.settings())
+    if dice.random() < 0.5:
+        take_turns(engine, dice)
     for _ in range(dice.randrange(25)):
         engine.is_free = dice.random() < 0.8
         octets, stream = some_frames(dice), dice.choice([1, 3, 5])

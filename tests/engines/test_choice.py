@@ -41,7 +41,7 @@ def test_a_native_engine_that_is_not_built_is_said_to_be_missing(run, mode):
 
 def test_an_engine_built_for_another_version_is_none(run, alone):
     (alone / "shimmercat_ext" / "native.py").write_text(
-        "def bind(abi, events, gone):\n    return None\n")
+        "def bind(abi, *words):\n    return None\n")
     assert run("devlove", "--engine", "native").returncode == 69
 
 

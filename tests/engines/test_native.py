@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import shutil
+import ssl
 import subprocess
 import sys
 import sysconfig
@@ -20,7 +21,7 @@ from shimmercat import NATIVE_ENGINE, EngineLimits
 
 HERE = pathlib.Path(__file__).parent
 SOURCES = [HERE.parent.parent / "shimmercat_ext" / "native" / name
-           for name in ("engine.c", "hot.c")]
+           for name in ("engine.c", "hot.c", "wire.c")]
 
 needs_native = pytest.mark.skipif(
     NATIVE_ENGINE is None, reason="the native engine is not built")
@@ -153,10 +154,11 @@ def test_an_empty_end_needs_no_window():
 def test_the_words_of_another_program_are_refused():
     native = importlib.import_module("shimmercat_ext.native")
     with pytest.raises(TypeError):
-        native.bind(
-            native.ABI, (shimmercat.RequestEnded,) * 8, shimmercat.StreamGone)
+        native.bind(native.ABI, (shimmercat.RequestEnded,) * 8,
+                    shimmercat.StreamGone, ssl.SSLWantReadError)
     with pytest.raises(TypeError):
-        native.bind(native.ABI, (), shimmercat.StreamGone)
+        native.bind(
+            native.ABI, (), shimmercat.StreamGone, ssl.SSLWantReadError)
     assert native.bind(native.ABI + 1, (), shimmercat.StreamGone) is None
 
 
