@@ -59,6 +59,7 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
    15b  Statics          answers from assets
    15c  Pages            what a view shows, with an application or without one
    15d  Health           whether this instance is well
+   15e  Warming          makes ahead what visitors would have made
     16  Connections      one socket, one engine, many exchanges
    16b  Conversations    the exchanges of one connection, without its socket
    16c  Wires of clients  octets of a conversation, with TLS or without
@@ -66,10 +67,10 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
    16e  Listeners        where clients are accepted
    16f  Proxies          who is behind a proxy in front of this server
     17  Worker           the life of a serving process
-   17b  Lone worker      one process that serves alone, for developers
-   17c  Supervision      what a supervisor hands over, and what it is told
+   17b  Supervision      what a supervisor hands over, and what it is told
     18  Arbiter          the life of the whole
    18b  Slots            places that processes hold, one after the other
+   18c  Lone worker      the life of devlove mode
     19  Command line     modes, options, exit codes
 """
 
@@ -109,8 +110,8 @@ __all__ = [
     "make_engine",
     "Urgency", "Scheduler",
     "ForbiddenPath", "RuleError", "Kind", "classify", "sound_path",
-    "plain_path", "url_path", "family", "asked_width", "RewriteRule",
-    "rewritten",
+    "plain_path", "url_path", "family", "asked_width", "WIDTHS",
+    "RewriteRule", "rewritten",
     "ViewMistaken", "View", "ViewFolder", "VIEW_NAMES", "VIEW_BYTES",
     "with_snippet",
     "PageFailed", "PageTemplate",
@@ -125,7 +126,7 @@ __all__ = [
     "StoreReader", "read_file", "PICTURE_FORMS",
     "AssetKey", "Kept", "Representation", "Asset", "dictionary",
     "formats_shown",
-    "Repository", "quick_form",
+    "Repository",
     "CHANGELIST_FOLDER", "SLOT_SECONDS", "Change", "slot_path",
     "slots_between", "changes_in", "TooManyChanges", "Verdict", "freshness",
     "Changes", "Lifetime", "Changelist",
@@ -140,29 +141,31 @@ __all__ = [
     "Wanted", "Found", "RemoteStatics",
     "Larder",
     "JobFailed", "stand_apart", "live_apart", "Workshop", "confine",
-    "exit_text", "Artisan", "Tally", "WarmUp", "lease_seconds",
+    "exit_text", "Artisan", "lease_seconds",
     "make_alternates",
     "PictureRefused", "similarity",
     "Form", "picture_forms",
-    "PressDoor", "Press", "PressLink",
+    "PressDoor", "Press", "PressLink", "quick_form",
     "urgency_of",
     "NotServed", "NotAsked", "Site", "RedirectSite", "error_page",
     "RESERVED", "NOT_ASKED",
     "Statics",
     "Pages",
     "Board", "Health",
+    "Tally", "WarmUp",
     "Service", "ConnectionTable", "connection_limit", "Pace",
     "Conversation",
     "PlainWire", "TlsWire",
     "Connection",
     "CannotListen", "TlsListener", "RedirectListener", "listen",
     "ProxyHeaderRefused", "ProxyHeader",
-    "PRESS_SECONDS", "CannotWriteLog", "WorkerLine", "Child", "Doors",
+    "QUICK_SECONDS", "PRESS_SECONDS", "CannotWriteLog", "WorkerLine",
+    "Child", "Doors",
     "Premises", "Worker",
-    "LoneWorker",
     "Supervisor",
     "BootFailure", "Arbiter",
     "Slot",
+    "LoneWorker",
     "main",
 ]
 
@@ -903,7 +906,7 @@ class Console:
         self._path, self._json, self._colour = path, form == "json", colour
         #: some lines each, and how many they are
         self._lines = collections.deque()
-        # Threads say things too (alternates in devlove mode).
+        # Threads say things too.
         self._lock = _plain("_thread", "RLock")()
         self._request_lines = _request_lines(self._json, colour)
         self._queued = self._lost = 0
@@ -3341,8 +3344,8 @@ def _read_urgency(field, default):
 # 7. Paths: what a URL means
 #
 #    Offers   ForbiddenPath, RuleError, Kind, classify, sound_path,
-#             plain_path, url_path, family, asked_width, RewriteRule,
-#             rewritten
+#             plain_path, url_path, family, asked_width, WIDTHS,
+#             RewriteRule, rewritten
 #    Uses     1 Words, 4 HTTP
 # ---------------------------------------------------------------------------
 
@@ -3456,7 +3459,7 @@ def asked_width(query: str | None, headers: Headers) -> int:
     if not _PIXELS.fullmatch(text) or not _DENSITY.fullmatch(density):
         return 0
     width = math.ceil(int(text) * float(density))
-    return next((step for step in _WIDTHS if step >= width > 0), 0)
+    return next((step for step in WIDTHS if step >= width > 0), 0)
 
 
 class RewriteRule(typing.NamedTuple):
@@ -3545,7 +3548,8 @@ _PLAIN_PATH = re.compile(
 _SC_WIDTH = re.compile(r"(?:^|&)sc-width=([0-9]{1,5})(?:&|$)")
 _PIXELS = re.compile(rb"[0-9]{1,5}")
 _DENSITY = re.compile(rb"[0-9](?:\.[0-9]{1,4})?")
-_WIDTHS = (160, 320, 480, 640, 960, 1280, 1920, 2560)
+#: pixels that images are scaled down to
+WIDTHS = (160, 320, 480, 640, 960, 1280, 1920, 2560)
 
 _LITERAL_PATH = re.compile(r"/[A-Za-z0-9._~!$&',;=@%/-]*")
 _HASH = re.compile(
@@ -5653,8 +5657,8 @@ PICTURE_FORMS = {
 # part 10d calls it fresh.
 #
 # Alternates come at two speeds.  The first visitor who wants a coding has it
-# made at a cheap level in a thread (brotli and zlib release the lock); the
-# artisan makes the best one, stores it, and announces the source's hash.
+# made at a cheap level by the press (13e); the artisan makes the best one,
+# stores it, and announces the source's hash.
 
 
 class AssetKey(typing.NamedTuple):
@@ -5854,8 +5858,7 @@ class Asset:
         memo = self.key.memo() if self.is_kept else None
         return {"sha": self.sha, "path": self.path, "memo": memo,
                 "place": self.key[:2], "kin": self.kin,
-                "type": self.type.decode(), "wanted": self.wanted,
-                "width": self.key.width}
+                "type": self.type.decode(), "wanted": self.wanted}
 
 
 def dictionary(headers: Headers) -> str | None:
@@ -5906,7 +5909,7 @@ _QUALITY = re.compile(rb"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
 # ---------------------------------------------------------------------------
 # 10c. Repository: the assets that a process knows
 #
-#    Offers   Repository, quick_form
+#    Offers   Repository
 #    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 7 Paths
 # ---------------------------------------------------------------------------
 
@@ -5914,14 +5917,15 @@ _QUALITY = re.compile(rb"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
 class Repository:
     """The assets that this process knows, least used forgotten first."""
 
-    def __init__(self, tweaks: Tweaks, store, jobs, press=None):
+    def __init__(self, tweaks: Tweaks, store, jobs,
+                 press: typing.Callable = lambda coding, body: b""):
         """`store` has the artisan's work, `jobs` takes orders for it.
 
-        `press(coding, body)` gives a cheap alternate, or None when it is
-        late; without it they are made by a thread of this process.
+        `press(coding, body)` gives a cheap alternate, empty when there is
+        none, or None when it is late.
         """
         self._tweaks, self._store, self._jobs = tweaks, store, jobs
-        self._press, self._press_rests = press or _press, Deadline(0)
+        self._press, self._press_rests = press, Deadline(0)
         #: called with the path of a source that is answered otherwise from
         #: here on; whether what it was answered with was of use meanwhile
         self.on_change = lambda path: None
@@ -6037,16 +6041,19 @@ class Repository:
                 if tweaks.dictionaries and zstandard and length >= KIB:
                     asset.family = pattern
             elif asset.key.pictures != "none":
-                level = round(tweaks.image_similarity * 10_000)
-                suffix = f"_{asset.key.width}" if asset.key.width else ""
-                forms = [(form + suffix, level)
-                         for form in PICTURE_FORMS.get(asset.type, ())]
+                forms = self._shown(asset.type, asset.key.width)
         if not (asset.key.is_removed or asset.key.width):
             asset.kin = asset.family and self._kin(asset)
             # What was fetched is kept already.
             asset.is_kept = asset.kept is None and bool(
                 asset.family or is_hashed and tweaks.keep_removed_days)
         return tuple(forms)
+
+    def _shown(self, kind, width=0):
+        """(form, level) of all that is made of an image for a width."""
+        level = round(self._tweaks.image_similarity * 10_000)
+        return tuple((f"{form}_{width}" if width else form, level)
+                     for form in PICTURE_FORMS.get(kind, ()))
 
     def _kin(self, asset):
         """What marks the members of the asset's family."""
@@ -6065,6 +6072,20 @@ class Repository:
                    if (form, level) not in settled}
         asset.best = not missing and self._is_kept(asset)
         asset.untried &= missing
+        if asset.key.width and asset.best and len(asset.representations) == 1:
+            self._fall_back(asset)
+
+    def _fall_back(self, asset):
+        """Offers an image in its own width: there is no smaller form of it.
+
+        It is an animation, or no wider than what it is asked for.
+        """
+        own = self._shown(asset.type)
+        if asset.wanted and not {*own} <= {*asset.wanted}:
+            asset.wanted += own
+            self._probe(asset)
+            if not asset.best:
+                self._jobs.put(asset.job())
 
     def _is_kept(self, asset):
         """Whether the store has what is needed once the asset is gone."""
@@ -6301,17 +6322,6 @@ class Repository:
                 self._dismiss(oldest)
 
 
-def quick_form(coding: str, body: bytes) -> bytes:
-    """A cheap alternate of a body; empty if it decodes to something else."""
-    encode, decode = _QUICK[coding]
-    quick = encode(body)
-    return quick if decode(quick) == body else b""
-
-
-def _press(coding, body):
-    return in_thread(lambda parts: quick_form(*parts), (coding, body))
-
-
 def _file_digest(fd):
     digest, at = hashlib.sha256(), 0
     while piece := os.pread(fd, _DIGEST_BYTES, at):
@@ -6329,14 +6339,6 @@ def _read_source(asset):
     return body if hashlib.sha256(body).hexdigest() == asset.sha else None
 
 
-#: {coding: (how it is made cheaply, how it is undone)}; mtime 0 gives equal
-#: octets each time
-_QUICK = {
-    "br": (lambda body: brotli.compress(body, quality=4),
-           lambda body: brotli.decompress(body)),
-    "zstd": (lambda body: zstandard.compress(body, 3),
-             lambda body: zstandard.decompress(body)),
-    "gzip": (lambda body: gzip.compress(body, 4, mtime=0), gzip.decompress)}
 #: pause after a cheap alternate came too late
 _REST_SECONDS = 1.0
 _HINTED = b"accept, sec-ch-width, sec-ch-dpr"
@@ -9001,9 +9003,9 @@ _MOST_KNOWN = 50_000
 # 13. Artisan: makes alternates, never serves
 #
 #    Offers   JobFailed, stand_apart, live_apart, Workshop, confine,
-#             exit_text, Artisan, Tally, WarmUp, lease_seconds
-#    Uses     1 Words, 2 Messages, 3 Settings, 7 Paths, 8 Scratch,
-#             9 Redis, 10 Representations, 12 Fetch backends
+#             exit_text, Artisan, lease_seconds
+#    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 9 Redis,
+#             10 Representations
 # ---------------------------------------------------------------------------
 
 #: option of prctl(2): a signal when the parent dies
@@ -9014,8 +9016,6 @@ _TRIES = 2
 _WAIT_SECONDS = 1
 #: time to store what was made, and to begin, on top of that for the work
 _LEASE_SECONDS = 30
-#: pause before somebody else's lease is asked for again
-_LEASE_PAUSE_SECONDS = 0.2
 _LONGEST_RECORD = 128 * KIB
 #: a skippable frame that holds the 32 octets of the dictionary's hash
 _DCZ_HEAD = bytes.fromhex("5e2a4d1820000000")
@@ -9262,185 +9262,6 @@ class Artisan:
             LOG.say(60001, f"job {job}: {error!r}", traceback.format_exc())
 
 
-class Tally(typing.NamedTuple):
-    """What a warm-up has found of one content type."""
-
-    files: int = 0
-    before: int = 0  #: bytes of the sources
-    after: int = 0  #: bytes of the smallest forms
-
-
-class WarmUp:
-    """Makes the alternates of all files ahead of their visitors.
-
-    What is in the store already is not made again: a warm-up that was broken
-    off goes on.  With a running instance no source is worked on twice.
-    """
-
-    def __init__(self, settings: Settings, folder: Path, again: bool = False):
-        """Looks at the files that domains serve, if `folder` holds them.
-
-        `again` tries too what was found not to be had.
-        """
-        self._settings, self._is_again = settings, again
-        self._folder = Path(os.path.abspath(settings.working_dir / folder))
-        scratch, tweaks = ScratchFolder(settings.scratch_dir), settings.tweaks
-        # If there is an instance, its leases hold for us.
-        scratch.holder()
-        link = RedisLink(scratch.redis_socket)
-        self._store = AlternateStore(scratch.cache)
-        self._workshop = Workshop(self._store, tweaks)
-        self._workshop.marks_attempts = False
-        self._jobs = JobQueue(link, lease_seconds=lease_seconds(tweaks))
-        self._news = Announcements(link)
-        #: orders go nowhere: we do them ourselves
-        self._repository = Repository(tweaks, self._store, LocalJobQueue(
-            lambda job: None, 0))
-        self.tallies = collections.defaultdict(Tally)
-        self.total, self.done, self.failures = 0, 0, []
-        #: one file at a time of those with the same content
-        self._turns = collections.defaultdict(gevent.lock.Semaphore)
-        self._pool = gevent.pool.Pool(len(os.sched_getaffinity(0)))
-        #: the signal that has ended it before its time, or 0
-        self.broken_off = 0
-
-    def run(self) -> None:
-        """Works through all files, as many at a time as there are cores."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            gevent.signal_handler(number, self.break_off, number)
-        found = list(self._files())
-        self.total = len(found)
-        if not found:
-            self.failures.append(f"no file below {self._folder} is served")
-        for place in found:
-            self._pool.wait_available()
-            if self.broken_off:
-                break
-            self._pool.spawn(self._warm, *place)
-        self._pool.join()
-
-    def break_off(self, number: int) -> None:
-        """Ends what is being done, as if it had not been begun."""
-        self.broken_off = number
-        self._pool.kill(block=False)
-
-    def saved(self) -> int:
-        """Bytes that the smallest forms so far save."""
-        return sum(x.before - x.after for x in self.tallies.values())
-
-    def left_out(self) -> typing.Iterator[str]:
-        """Lines on what visitors may ask for and is not made ahead."""
-        for name, domain in self._settings.domains.items():
-            if domain.root_dir is None:
-                yield f"{name}: left out, has no files on this machine"
-                continue
-            if domain.change_url:
-                yield (f"{name}: change-url gives files other URLs; versions"
-                       " of these are told apart from their first visit on")
-            if self._images(domain) == "scale":
-                yield (f"{name}: images are made in their own width; others"
-                       " follow when they are asked for")
-
-    def _images(self, domain):
-        return domain.images or self._settings.tweaks.images
-
-    def _files(self):
-        """(backend, components, keys) of all files that are served."""
-        for domain in self._settings.domains.values():
-            if domain.root_dir is None:
-                continue
-            backend = FilesystemBackend(
-                domain.root_dir, (self._settings.scratch_dir,))
-            for path in self._below(domain.root_dir):
-                components = path.relative_to(domain.root_dir).parts
-                keys = [AssetKey(backend.root, name, self._images(domain))
-                        for name in _url_paths(components)]
-                if keys:
-                    yield backend, components, keys
-
-    def _below(self, root):
-        """Paths of the files in a folder that we are to look at."""
-        for folder, folders, names in os.walk(root):
-            folders[:] = [name for name in folders if name[0] != "."
-                          or Path(folder, name) == root / ".well-known"]
-            for path in (Path(folder, name) for name in sorted(names)):
-                if self._folder in (path, *path.parents):
-                    yield path
-
-    def _warm(self, backend, components, keys):
-        """Has the alternates of a file made, and adds it to its tally."""
-        try:
-            for key in keys:
-                asset = self._repository.find(
-                    key, lambda: backend.fetch(components))
-                with self._turns[asset.sha]:
-                    trouble = self._make(asset, key is keys[0])
-                if trouble:
-                    self.failures.append(f"{asset.path}: {trouble}")
-            self._count(asset)
-        except ShimmerCatError as error:
-            self.failures.append(str(error))
-        self.done += 1
-
-    def _make(self, asset, is_first):
-        """Why not all could be made, or nothing."""
-        if self._is_again and is_first:
-            for mark in self._store.find(asset.sha, Mark.DECLINED):
-                self._store.remove(mark)
-        elif asset.best:
-            return ""
-        # One with the same content may have been worked on meanwhile.
-        self._repository.refresh(asset.sha)
-        if asset.best:
-            return ""
-        job = asset.job()
-        try:
-            has_redis = self._lease(job)
-        except RedisAway:
-            # No instance is running here: nobody else can be at it.
-            has_redis = False
-        try:
-            return self._workshop.do(job)
-        finally:
-            with contextlib.suppress(RedisAway):
-                # It may have ended meanwhile.
-                if has_redis:
-                    self._jobs.done(job)
-                    self._news.publish(job["sha"])
-
-    def _lease(self, job):
-        """Waits until the artisan, if it is at the source, has done with it.
-
-        True, or raises JobFailed or RedisAway.
-        """
-        deadline = Deadline(lease_seconds(self._settings.tweaks))
-        while not self._jobs.lease(job):
-            if deadline.passed():
-                raise JobFailed(f"{job['path']}: somebody else works on it")
-            gevent.sleep(_LEASE_PAUSE_SECONDS)
-        return True
-
-    def _count(self, asset):
-        self._repository.refresh(asset.sha)
-        kind = asset.type.partition(b";")[0].decode()
-        smallest = next(iter(asset.representations.values())).length
-        tally = self.tallies[kind]
-        self.tallies[kind] = Tally(
-            tally.files + 1, tally.before + asset.identity[2],
-            tally.after + smallest)
-
-
-def _url_paths(components):
-    """The URL paths of a file; none if there cannot be one."""
-    path = url_path(components)
-    with contextlib.suppress(ForbiddenPath):
-        # Such as a name that is not UTF-8: nobody can ask for it.
-        plain_path(path)
-        folder = path.removesuffix("/index.html")
-        return [path] if folder == path else [f"{folder}/", path]
-    return []
-
-
 def lease_seconds(tweaks: Tweaks) -> float:
     """How long a source may be worked on before its artisan counts as dead."""
     return _TRIES * tweaks.artisan_job_seconds + _LEASE_SECONDS
@@ -9530,13 +9351,16 @@ def _delta(source, job, wanted, store, _tweaks):
 
 def _painted(source, job, wanted, _store, tweaks):
     """Forms of a picture; a broken one is not looked at again."""
-    width = job["width"]
-    names = {name.partition("_")[0]: name for name in wanted}
+    widths = collections.defaultdict(dict)
+    for name in wanted:
+        form, _, width = name.partition("_")
+        widths[int(width or 0)][form] = name
     try:
-        for made in picture_forms(
-                source, job["type"], tweaks.image_similarity,
-                tweaks.image_pixels, width or None, names):
-            yield made._replace(form=names[made.form])
+        for width, names in widths.items():
+            for made in picture_forms(
+                    source, job["type"], tweaks.image_similarity,
+                    tweaks.image_pixels, width, names):
+                yield made._replace(form=names[made.form])
     except PictureRefused as error:
         LOG.say(60010, job["path"], error)
         for form in wanted:
@@ -9923,24 +9747,29 @@ class Form(typing.NamedTuple):
 
 def picture_forms(
         source: bytes, kind: str, threshold: float, most_pixels: int,
-        width: int | None = None, wanted: typing.Container | None = None
+        width: int = 0, wanted: typing.Container | None = None
         ) -> typing.Iterator[Form]:
     """Yields the forms of an image as they are finished, cheapest first.
 
-    Forms are of the image scaled down to `width` if that is less than its
-    own; then the first is offered whatever its size, and is what others have
-    to be smaller than.  `wanted` leaves out others.  Raises PictureRefused.
+    With a `width` they are of the image scaled down to it: the first is
+    offered whatever its size, and is what others have to be smaller than.
+    There are none of an animation, or an image that is no wider.  `wanted`
+    leaves out others.  Raises PictureRefused.
     """
     forms = PICTURE_FORMS.get(kind.encode())
     if forms is None:
         raise PictureRefused(f"{kind} is not worked on")
     picture, limit = _read_picture(source, kind, most_pixels), len(source)
-    if width is not None and width < picture.frames[0].width:
+    own, count = picture.frames[0].width, len(picture.frames)
+    reason = (f"it is {own} pixels wide" if own <= width else
+              "an animation is not scaled" if width and count > 1 else "")
+    if width and not reason:
         picture, limit = _scaled(picture, width), None
     for form in forms:
         if wanted is not None and form not in wanted:
             continue
-        made = _form(picture, form, threshold, limit)
+        made = (Form(form, None, reason) if reason
+                else _form(picture, form, threshold, limit))
         yield made
         if limit is None and made.body is not None:
             limit = len(made.body)
@@ -9961,9 +9790,7 @@ def _form(picture, form, threshold, limit):
 
 
 def _scaled(picture, width):
-    """The picture at a smaller width; an animation stays as it is."""
-    if len(picture.frames) > 1:
-        return picture._replace(origin=None)
+    """A picture that does not move, at a smaller width."""
     frame = picture.frames[0]
     height = max(1, round(frame.height * width / frame.width))
     # Colours below transparent pixels have no weight: Pillow sees to that.
@@ -9974,8 +9801,6 @@ def _scaled(picture, width):
 def _approve(picture, form):
     """Raises _Unfit if a form cannot hold the picture."""
     space = (picture.profile or b"")[16:20]
-    if len(picture.frames) > 1 and picture.origin is None:
-        raise _Unfit("an animation is not scaled")
     if len(picture.frames) > 1 and form == "png":
         raise _Unfit("an animation needs webp or avif")
     if form == "avif" and len(picture.frames) > 1 and picture.plays:
@@ -10194,7 +10019,7 @@ def _expect(name, found, expected):
 # ---------------------------------------------------------------------------
 # 13e. Press: makes cheap forms while their first visitors wait
 #
-#    Offers   PressDoor, Press, PressLink
+#    Offers   PressDoor, Press, PressLink, quick_form
 #    Uses     1 Words, 8 Scratch, 10 Representations
 # ---------------------------------------------------------------------------
 #
@@ -10306,7 +10131,22 @@ class PressLink:
             return gevent.socket.socket(fileno=line.detach())
 
 
+def quick_form(coding: str, body: bytes) -> bytes:
+    """A cheap alternate of a body; empty if it decodes to something else."""
+    encode, decode = _QUICK[coding]
+    quick = encode(body)
+    return quick if decode(quick) == body else b""
+
+
 _AT_ONCE_BYTES = 256 * KIB
+#: {coding: (how it is made cheaply, how it is undone)}; mtime 0 gives equal
+#: octets each time
+_QUICK = {
+    "br": (lambda body: brotli.compress(body, quality=4),
+           lambda body: brotli.decompress(body)),
+    "zstd": (lambda body: zstandard.compress(body, 3),
+             lambda body: zstandard.decompress(body)),
+    "gzip": (lambda body: gzip.compress(body, 4, mtime=0), gzip.decompress)}
 
 
 # ---------------------------------------------------------------------------
@@ -10392,10 +10232,8 @@ class Site:
             for named in (*domain.consultants.values(),
                           *filter(None, [consultant_of(domain)]))}
         self._views = {
-            name: ViewFolder(domain.views_dir, domain.consultants,
-                             FilesystemBackend(domain.views_dir, (
-                                 settings.scratch_dir,)).fetch)
-            for name, domain in settings.domains.items() if domain.views_dir}
+            name: views for name, domain in settings.domains.items()
+            if (views := _view_folder(domain, settings))}
         self._rules = {
             name: tuple(map(RewriteRule.parse, domain.change_url))
             for name, domain in settings.domains.items()}
@@ -10574,7 +10412,7 @@ class Site:
             return self._ask(request, domain, view.consultant, target)
         if kind is Kind.GENERATED:
             return self._generated(request, domain, view, target)
-        if not self._is_page(request, domain, view):
+        if not _is_page(domain, view):
             return self._pages.answer(request, domain, view, target)
         if view.page is None:
             return self._statics.page(request, domain, view)
@@ -10591,18 +10429,6 @@ class Site:
         else:
             request.note(f"no view for {path} below {domain.views_dir}")
         return view
-
-    def _is_page(self, request, domain, view):
-        """Whether a view is the page itself, and nobody is asked.
-
-        An index.html without instructions among the statics is one of them.
-        """
-        if (view.consultant or view.content_disposition != "replace"
-                or request.upgrade):
-            return False
-        is_static = (view.page is None and view.place[-1] == "index.html"
-                     and domain.views_dir == domain.root_dir)
-        return is_static or consultant_of(domain) is None
 
     def _ask(self, request, domain, name, target):
         """What a consultant says; None names the domain's own."""
@@ -10676,6 +10502,25 @@ class RedirectSite(Site):
         place = f"https://{request.host}{suffix}{target}".encode()
         fields = ((b"location", place), (b"content-length", b"0"))
         return Response(301, fields, b"", "redirect", "https")
+
+
+def _view_folder(domain, settings):
+    """The views of a domain; None when it has no folder of them."""
+    folder, closed = domain.views_dir, (settings.scratch_dir,)
+    return folder and ViewFolder(folder, domain.consultants,
+                                 FilesystemBackend(folder, closed).fetch)
+
+
+def _is_page(domain, view):
+    """Whether a view is the page itself, and nobody is asked.
+
+    An index.html without instructions among the statics is one of them.
+    """
+    if view.consultant or view.content_disposition != "replace":
+        return False
+    is_static = (view.page is None and view.place[-1] == "index.html"
+                 and domain.views_dir == domain.root_dir)
+    return is_static or consultant_of(domain) is None
 
 
 def error_page(status: int, trail: tuple[str, ...]) -> bytes:
@@ -10762,7 +10607,8 @@ class Statics:
         if domain.remote_root:
             return self.fetched(request, backend.wanted(key, components))
         file = os.path.join(backend.root, *components)
-        self._hide_view(domain, file)
+        if _is_hidden(self._views[domain.name], file):
+            raise NotServed(404, f"{file} is a view, and no static")
         request.note("file " + file)
         return self.send(request, key, lambda: backend.fetch(components))
 
@@ -10770,13 +10616,9 @@ class Statics:
              view: View) -> Response:
         """The answer from a view file that is a page as it is."""
         views = self._views[domain.name]
-        # Under the URL path of its folder, where it stands for that alone.
-        name = view.place[-1].removeprefix("index.html")
         request.note("file " + view.path)
         return self.send(
-            request, self._asset_key(
-                request, views.folder, self._images[domain.name],
-                url_path((*view.place[:-1], name))),
+            request, _page_key(views, view, self._images[domain.name]),
             lambda: views.fetch(view.place))
 
     def send(self, request: Request, key: AssetKey,
@@ -10791,17 +10633,6 @@ class Statics:
                 return self._send_asset(
                     request, *self._find(request, key, fetch))
         raise NotServed(503, "the file does not hold still", _SOON)
-
-    def _hide_view(self, domain, file):
-        """Refuses a file with instructions, which are nobody's business."""
-        name = os.path.basename(file)
-        views = self._views[domain.name]
-        folder = os.path.join(views.folder, "")
-        if name not in VIEW_NAMES or not file.startswith(folder):
-            return
-        view = views.read(tuple(file.removeprefix(folder).split("/")))
-        if view and (view.page is not None or name == "__index.html"):
-            raise NotServed(404, f"{file} is a view, and no static")
 
     def fetched(self, request: Request, wanted: Wanted) -> Response:
         """The answer from what is fetched from an origin."""
@@ -10948,6 +10779,22 @@ class Statics:
         body = (body[start:stop] if isinstance(body, bytes)
                 else Chain([body.part(start, stop)], body))
         return Response(206, tuple(fields.items()), body, "static", name)
+
+
+def _page_key(views, view, images):
+    """What a view file that is a page as it is is known by."""
+    # Under the URL path of its folder, where it stands for that alone.
+    name = view.place[-1].removeprefix("index.html")
+    return AssetKey(views.folder, url_path((*view.place[:-1], name)), images)
+
+
+def _is_hidden(views, file):
+    """Whether a file is a view with instructions, nobody's business."""
+    name, folder = os.path.basename(file), os.path.join(views.folder, "")
+    if name not in VIEW_NAMES or not file.startswith(folder):
+        return False
+    view = views.read(tuple(file.removeprefix(folder).split("/")))
+    return view and (view.page is not None or name == "__index.html")
 
 
 def _refuse_writing(request):
@@ -11255,6 +11102,221 @@ class Health:
         except RedisAway:
             return "away"
         return "ok"
+
+
+# ---------------------------------------------------------------------------
+# 15e. Warming: makes ahead what visitors would have made
+#
+#    Offers   Tally, WarmUp
+#    Uses     1 Words, 3 Settings, 7 Paths, 8 Scratch, 9 Redis,
+#             10 Representations, 12 Fetch backends, 13 Artisan
+# ---------------------------------------------------------------------------
+
+#: pause before somebody else's lease is asked for again
+_LEASE_PAUSE_SECONDS = 0.2
+
+
+class Tally(typing.NamedTuple):
+    """What a warm-up has found of one content type."""
+
+    files: int = 0
+    before: int = 0  #: bytes of the sources
+    after: int = 0  #: bytes of the smallest forms; of images, in own width
+
+
+class WarmUp:
+    """Makes the alternates of all files ahead of their visitors.
+
+    What is in the store already is not made again: a warm-up that was broken
+    off goes on.  With a running instance no source is worked on twice.
+    """
+
+    def __init__(self, settings: Settings, folder: Path, again: bool = False):
+        """Looks at the files that domains serve, if `folder` holds them.
+
+        `again` tries too what was found not to be had.
+        """
+        self._settings, self._is_again = settings, again
+        self._folder = Path(os.path.abspath(settings.working_dir / folder))
+        scratch, tweaks = ScratchFolder(settings.scratch_dir), settings.tweaks
+        # If there is an instance, its leases hold for us.
+        scratch.holder()
+        link = RedisLink(scratch.redis_socket)
+        self._store = AlternateStore(scratch.cache)
+        self._workshop = Workshop(self._store, tweaks)
+        self._workshop.marks_attempts = False
+        self._jobs = JobQueue(link, lease_seconds=lease_seconds(tweaks))
+        self._news = Announcements(link)
+        #: orders go nowhere: we do them ourselves
+        self._repository = Repository(tweaks, self._store, LocalJobQueue(
+            lambda job: None, 0))
+        self.tallies = collections.defaultdict(Tally)
+        self.total, self.done, self.failures = 0, 0, []
+        #: one file at a time of those with the same content
+        self._turns = collections.defaultdict(gevent.lock.Semaphore)
+        self._pool = gevent.pool.Pool(len(os.sched_getaffinity(0)))
+        #: the signal that has ended it before its time, or 0
+        self.broken_off = 0
+
+    def run(self) -> None:
+        """Works through all files, as many at a time as there are cores."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            gevent.signal_handler(number, self.break_off, number)
+        found = list(self._files())
+        self.total = len(found)
+        if not found:
+            self.failures.append(f"no file below {self._folder} is served")
+        for place in found:
+            self._pool.wait_available()
+            if self.broken_off:
+                break
+            self._pool.spawn(self._warm, *place)
+        self._pool.join()
+
+    def break_off(self, number: int) -> None:
+        """Ends what is being done, as if it had not been begun."""
+        self.broken_off = number
+        self._pool.kill(block=False)
+
+    def saved(self) -> int:
+        """Bytes that the smallest forms so far save."""
+        return sum(x.before - x.after for x in self.tallies.values())
+
+    def left_out(self) -> typing.Iterator[str]:
+        """Lines on what visitors may ask for and is not made ahead."""
+        for name, domain in self._settings.domains.items():
+            if domain.root_dir is None:
+                yield f"{name}: left out, has no statics on this machine"
+
+    def _files(self):
+        """(path, assets of the file) of all that may be served."""
+        for domain in self._settings.domains.values():
+            shelf = _Shelf(domain, self._settings, self._repository)
+            for path in shelf.paths():
+                if self._folder in (path, *path.parents):
+                    yield path, functools.partial(shelf.assets, path)
+
+    def _warm(self, path, assets):
+        """Has the alternates of a file made, and adds it to its tally."""
+        is_first = True
+        try:
+            for key, fetch in assets():
+                asset = self._repository.find(key, fetch)
+                with self._turns[asset.sha]:
+                    trouble = self._make(asset, is_first)
+                if trouble:
+                    self.failures.append(f"{path}: {trouble}")
+                if is_first:
+                    self._count(asset)
+                is_first = False
+        except ShimmerCatError as error:
+            self.failures.append(str(error))
+        self.done += 1
+
+    def _make(self, asset, is_first):
+        """Why not all could be made, or nothing."""
+        if self._is_again and is_first:
+            for mark in self._store.find(asset.sha, Mark.DECLINED):
+                self._store.remove(mark)
+        elif asset.best:
+            return ""
+        # One with the same content may have been worked on meanwhile.
+        self._repository.refresh(asset.sha)
+        if asset.best:
+            return ""
+        job = asset.job()
+        try:
+            has_redis = self._lease(job)
+        except RedisAway:
+            # No instance is running here: nobody else can be at it.
+            has_redis = False
+        try:
+            return self._workshop.do(job)
+        finally:
+            with contextlib.suppress(RedisAway):
+                # It may have ended meanwhile.
+                if has_redis:
+                    self._jobs.done(job)
+                    self._news.publish(job["sha"])
+
+    def _lease(self, job):
+        """Waits until the artisan, if it is at the source, has done with it.
+
+        True, or raises JobFailed or RedisAway.
+        """
+        deadline = Deadline(lease_seconds(self._settings.tweaks))
+        while not self._jobs.lease(job):
+            if deadline.passed():
+                raise JobFailed(f"{job['path']}: somebody else works on it")
+            gevent.sleep(_LEASE_PAUSE_SECONDS)
+        return True
+
+    def _count(self, asset):
+        self._repository.refresh(asset.sha)
+        kind = asset.type.partition(b";")[0].decode()
+        smallest = next(iter(asset.representations.values())).length
+        tally = self.tallies[kind]
+        self.tallies[kind] = Tally(
+            tally.files + 1, tally.before + asset.identity[2],
+            tally.after + smallest)
+
+
+class _Shelf:
+    """The files of a domain, as the assets that requests make of them."""
+
+    def __init__(self, domain, settings, repository):
+        self._domain, self._repository = domain, repository
+        self._images = domain.images or settings.tweaks.images
+        self._views = _view_folder(domain, settings)
+        self._backend = domain.root_dir and FilesystemBackend(
+            domain.root_dir, (settings.scratch_dir,))
+
+    def paths(self):
+        """All files, those of views among them, each once."""
+        statics, views = (
+            _below(folder) if folder else ()
+            for folder in (self._domain.root_dir, self._domain.views_dir))
+        return dict.fromkeys(itertools.chain(statics, (
+            path for path in views if path.name in VIEW_NAMES)))
+
+    def assets(self, path):
+        """(key, fetch) of each asset, an image in its own width first."""
+        root, views = self._domain.root_dir, self._domain.views_dir
+        if path.name in VIEW_NAMES and path.is_relative_to(views):
+            yield from self._page(path.relative_to(views).parts)
+        if root and path.is_relative_to(root) and not _is_hidden(
+                self._views, str(path)):
+            yield from self._static(path.relative_to(root).parts)
+
+    def _page(self, place):
+        """The page of a view, if there is one for all who come."""
+        view = self._views.read(place)
+        is_page = view and _is_page(self._domain, view)
+        if is_page and view.page is None:
+            yield (_page_key(self._views, view, self._images),
+                   functools.partial(self._views.fetch, place))
+        elif is_page or view and view.content_disposition == "consult":
+            yield self._repository.made(place, view.page)
+
+    def _static(self, components):
+        """A file under its own path, if there can be one."""
+        path = url_path(components)
+        with contextlib.suppress(ForbiddenPath):
+            # Such as a name that is not UTF-8: nobody can ask for it.
+            plain_path(path)
+            is_scaled = (self._images == "scale"
+                         and path.lower().endswith(_IMAGES))
+            for width in (0, *(WIDTHS if is_scaled else ())):
+                yield (AssetKey(self._backend.root, path, self._images, width),
+                       functools.partial(self._backend.fetch, components))
+
+
+def _below(root):
+    """Paths of the files in a folder that may be served."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name[0] != "."
+                      or Path(folder, name) == root / ".well-known"]
+        yield from (Path(folder, name) for name in sorted(names))
 
 
 # ---------------------------------------------------------------------------
@@ -12988,8 +13050,8 @@ _PROXY_BYTES = 2048
 # ---------------------------------------------------------------------------
 # 17. Worker: the life of a serving process
 #
-#    Offers   PRESS_SECONDS, CannotWriteLog, WorkerLine, Child,
-#             Doors, Premises, Worker
+#    Offers   QUICK_SECONDS, PRESS_SECONDS, CannotWriteLog, WorkerLine,
+#             Child, Doors, Premises, Worker
 #    Uses     1 Words, 2 Messages, 3 Settings, 5 Engines, 8 Scratch,
 #             9 Redis, 10 Representations, 12 Fetch backends, 13 Artisan,
 #             15 Site, 16 Connections
@@ -12998,7 +13060,7 @@ _PROXY_BYTES = 2048
 #: seconds between two signs of life
 _BEAT_SECONDS = 1.0
 #: seconds that connections have after a signal to leave at once
-_QUICK_SECONDS = 1.0
+QUICK_SECONDS = 1.0
 #: seconds that log records of the hot table gather; 16 MiB have room there
 _HITS_SECONDS = 0.05
 #: names of purged assets that a worker tells
@@ -13215,7 +13277,7 @@ class Worker:
     """
 
     def __init__(self, premises: Premises, doors: typing.Iterable[Doors],
-                 name: str = "devlove", line: WorkerLine | None = None):
+                 name: str, line: WorkerLine | None):
         """Accepts at `doors`; `line` leads to the arbiter."""
         self._premises = premises
         self._settings = premises.settings
@@ -13255,7 +13317,7 @@ class Worker:
             signal.signal(number, signal.SIG_IGN)
         gevent.signal_handler(signal.SIGTERM, self._finish,
                               self._settings.tweaks.replacement_seconds)
-        gevent.signal_handler(signal.SIGQUIT, self._finish, _QUICK_SECONDS)
+        gevent.signal_handler(signal.SIGQUIT, self._finish, QUICK_SECONDS)
         # The arbiter has them blocked: none was lost till here.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
@@ -13366,7 +13428,7 @@ class Worker:
         """Says the last words."""
         if self._table is not None:
             self._log_hits_so_far()
-        lost = self._tap.flush(Deadline(_QUICK_SECONDS))
+        lost = self._tap.flush(Deadline(QUICK_SECONDS))
         if lost:
             LOG.configure(sink=Console(2).write)
             LOG.say(60006, lost, "Redis was away at the end")
@@ -13380,70 +13442,7 @@ class Worker:
 
 
 # ---------------------------------------------------------------------------
-# 17b. Lone worker: one process that serves alone, for developers
-#
-#    Offers   LoneWorker
-#    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 10 Representations,
-#             12 Fetch backends, 13 Artisan, 15 Site
-# ---------------------------------------------------------------------------
-
-
-class LoneWorker(Worker):
-    """The one process of devlove mode: no arbiter, no Redis."""
-
-    def __init__(self, settings: Settings):
-        """Occupies the premises and listens; raises ShimmerCatError."""
-        self._born = time.monotonic()
-        settings = Supervisor(os.environ).settings(settings)
-        super().__init__(Premises(settings), Doors.open(settings))
-
-    def _take_signals(self):
-        """The second INT or TERM leaves less time."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
-            gevent.signal_handler(number, lambda: self._finish(
-                _QUICK_SECONDS if self._leaving.is_set()
-                else self._settings.tweaks.graceful_seconds))
-        gevent.signal_handler(signal.SIGHUP, LOG.say, 40001)
-        gevent.signal_handler(signal.SIGUSR1, self._premises.console.reopen)
-
-    def _join(self):
-        """Stands in for Redis and press: all is done for this process."""
-        tweaks = self._settings.tweaks
-        LOG.configure(worker=self._name)
-
-        workshop = Workshop(self._store, tweaks)
-        workshop.marks_attempts = False
-
-        def work(job):
-            try:
-                workshop.do(job)
-            except StoreFull as error:
-                LOG.say(error.message_code, error)
-            repository.refresh(job["sha"])
-
-        self._jobs = LocalJobQueue(work, tweaks.artisan_queue_jobs)
-        repository = Repository(tweaks, self._store, self._jobs)
-        return (repository, Larder(tweaks, self._store, LocalNotes()),
-                Health(self._premises.board, self._store))
-
-    def _report_ready(self):
-        """Tells the developer."""
-        self._premises.board.write("ready", 1)
-        self._premises.announce()
-        LOG.say(50003, "1 process", os.getpid())
-
-    def _finish(self, seconds):
-        self._premises.board.write("draining", 1)
-        super()._finish(seconds)
-
-    def _part(self):
-        self._jobs.close()
-        LOG.say(40005, int(time.monotonic() - self._born))
-        self._premises.console.close()
-
-
-# ---------------------------------------------------------------------------
-# 17c. Supervision: what a supervisor hands over, and what it is told
+# 17b. Supervision: what a supervisor hands over, and what it is told
 #
 #    Offers   Supervisor
 #    Uses     1 Words, 3 Settings, 16 Connections
@@ -13833,14 +13832,19 @@ class Arbiter:
         else:
             doors = Doors.open(self._settings, check=not doors)
         tweaks = self._settings.tweaks
-        slot = Slot(f"w{next(self._numbers)}", lambda name, line: Worker(
-            self._premises, slot.doors, name, line).run(),
-            self._patience, failure)
+        slot = Slot(f"w{next(self._numbers)}", lambda name, line: self._serve(
+            slot, name, line), self._patience, failure)
         slot.doors, slot.farewell_seconds = doors, tweaks.replacement_seconds
         self._slots.append(slot)
 
+    def _serve(self, slot, name, line):
+        """A worker's life."""
+        _change_hub()
+        return Worker(self._premises, slot.doors, name, line).run()
+
     def _encode(self, _name, line):
         """The artisan's life; a kill costs a job, never a file."""
+        _change_hub()
         stand_apart(signal.SIGKILL)
         Artisan(self._settings, self._premises.scratch, line.end).run()
         return 0
@@ -14016,20 +14020,131 @@ def _fork(name, live, private):
 
 def _live(name, live, line, private):
     """The life of a child; its exit status."""
-    _leave_hub()
-    # The second loop takes SIGCHLD, and would reap jobs before we do.
-    gevent.get_hub()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     LOG.configure(worker=name, sink=Console(2).write)
     for source in private:
         source.close()
     return live(name, line)
 
 
+def _change_hub():
+    """Gives a child a loop of its own, for greenlets."""
+    _leave_hub()
+    # The second loop takes SIGCHLD, and would reap jobs before we do.
+    gevent.get_hub()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def _leave_hub():
     """Ends gevent's loop in this process; urllib3's import makes one."""
     if gevent.hub._get_hub() is not None:
         gevent.get_hub().destroy(destroy_loop=True)
+
+
+# ---------------------------------------------------------------------------
+# 18c. Lone worker: the life of devlove mode
+#
+#    Offers   LoneWorker
+#    Uses     1 Words, 2 Messages, 3 Settings, 9 Redis, 10 Representations,
+#             12 Fetch backends, 13 Artisan, 15 Site, 17 Worker
+# ---------------------------------------------------------------------------
+#
+# Arbiter and worker in one process, without Redis: a loop that stalls, or a
+# request that ends it, is what a developer has to see.  Encoding is left to
+# others all the same: to the press, which is a child in a slot, and to a
+# process for each job of the artisan.  These are forked in the midst of
+# serving; they inherit a hub, and never run it.
+
+#: seconds between two looks at the press
+_TEND_SECONDS = 1.0
+
+
+class LoneWorker(Worker):
+    """The one process that serves in devlove mode."""
+
+    def __init__(self, settings: Settings):
+        """Occupies the premises and listens; raises ShimmerCatError."""
+        self._born = time.monotonic()
+        settings = Supervisor(os.environ).settings(settings)
+        super().__init__(Premises(settings), Doors.open(settings), "devlove",
+                         None)
+        door = PressDoor(self._premises.scratch.press_socket)
+        self._press = Slot(
+            "press", functools.partial(self._live_as_press, door),
+            settings.tweaks.heartbeat_seconds)
+        self._press.doors = [door]
+
+    def _take_signals(self):
+        """The second INT or TERM leaves less time."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
+            gevent.signal_handler(number, lambda: self._finish(
+                QUICK_SECONDS if self._leaving.is_set()
+                else self._settings.tweaks.graceful_seconds))
+        gevent.signal_handler(signal.SIGHUP, LOG.say, 40001)
+        gevent.signal_handler(signal.SIGUSR1, self._premises.console.reopen)
+
+    def _join(self):
+        """Stands in for Redis: the artisan's jobs are done from here."""
+        tweaks = self._settings.tweaks
+        LOG.configure(worker=self._name)
+
+        workshop = Workshop(self._store, tweaks)
+        workshop.marks_attempts = False
+
+        def work(job):
+            try:
+                workshop.do(job)
+            except StoreFull as error:
+                LOG.say(error.message_code, error)
+            repository.refresh(job["sha"])
+
+        self._jobs = LocalJobQueue(work, tweaks.artisan_queue_jobs)
+        repository = Repository(
+            tweaks, self._store, self._jobs,
+            PressLink(self._premises.scratch.press_socket).press)
+        self._spawn(self._tend_press)
+        return (repository, Larder(tweaks, self._store, LocalNotes()),
+                Health(self._premises.board, self._store))
+
+    def _report_ready(self):
+        """Tells the developer."""
+        self._premises.board.write("ready", 1)
+        self._premises.announce()
+        LOG.say(50003, "1 process", os.getpid())
+
+    def _finish(self, seconds):
+        self._premises.board.write("draining", 1)
+        super()._finish(seconds)
+
+    def _tend_press(self):
+        """Sees to it that there is a press, until we leave."""
+        while not self._leaving.is_set():
+            self._press.attend()
+            self._press.tend(list)
+            self._leaving.wait(_TEND_SECONDS)
+
+    def _live_as_press(self, door, _name, line):
+        """The life of the press, which holds nothing of ours but its door."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT,
+                       signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        # A connection stays open as long as anybody has it.  The collector
+        # must not close them again, when others have their numbers.
+        gc.freeze()
+        for low, high in itertools.pairwise(sorted((
+                2, door.socket.fileno(), line.end.fileno(),
+                os.sysconf("SC_OPEN_MAX")))):
+            os.closerange(low + 1, high)
+        limit = self._settings.tweaks.quick_compress_limit_bytes
+        return Press(door, line.end, limit).run()
+
+    def _part(self):
+        self._jobs.close()
+        self._press.retire(PRESS_SECONDS / 4)
+        while self._press.children:
+            self._press.attend()
+            gevent.sleep(_TURN_SECONDS / 5)
+        LOG.say(40005, int(time.monotonic() - self._born))
+        self._premises.console.close()
 
 
 # ---------------------------------------------------------------------------
@@ -14194,7 +14309,8 @@ def _explain(flags):
     store = StoreReader(ScratchFolder(settings.scratch_dir).cache)
     site = Site(
         settings,
-        Repository(settings.tweaks, store, LocalJobQueue(lambda job: None, 0)),
+        Repository(settings.tweaks, store,
+                   LocalJobQueue(lambda job: None, 0), quick_form),
         Larder(settings.tweaks, store, LocalNotes(), asks=False), asks=False)
     response = site.answer(request)
     print("\n".join(request.trail))

@@ -24,6 +24,7 @@ from shimmercat import (
     Workshop,
     dictionary,
     family,
+    quick_form,
 )
 
 #: text that no coding makes much smaller, so that only its past helps
@@ -108,7 +109,8 @@ class Shelf:
         self.store = AlternateStore(folder / "r-cache")
         self._tweaks = Tweaks(artisan_nice=0, **tweaks)
         self.jobs = []
-        self.repository = Repository(self._tweaks, self.store, self)
+        self.repository = Repository(
+            self._tweaks, self.store, self, quick_form)
         self._backend = FilesystemBackend(self.folder, ())
 
     def put(self, job, weight=1):

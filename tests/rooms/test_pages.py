@@ -22,6 +22,7 @@ from shimmercat import (
     Site,
     StoreReader,
     load_settings,
+    quick_form,
 )
 
 HTML = b"<!doctype html>\n<body>\n<p>Hello</p>\n</body>\n</html>\n"
@@ -103,8 +104,8 @@ class House:
         wanted = load_settings(argparse.Namespace(
             mode=mode, working_dir=str(folder)))
         store = (AlternateStore if asks else StoreReader)(folder / "r-cache")
-        self.site = Site(wanted, Repository(wanted.tweaks, store, self),
-                         asks=asks)
+        self.site = Site(wanted, Repository(
+            wanted.tweaks, store, self, quick_form), asks=asks)
 
     def put(self, job, weight=1):
         """Takes orders for the artisan, who has the day off."""

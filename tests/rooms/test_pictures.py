@@ -52,7 +52,7 @@ made_once = functools.cache(made)
 
 
 def forms(source, kind="image/png", threshold=THRESHOLD,
-          most_pixels=50_000_000, width=None):
+          most_pixels=50_000_000, width=0):
     return made_once(source, kind, threshold, most_pixels, width)
 
 
@@ -383,7 +383,7 @@ def test_a_higher_threshold_does_not_make_smaller_files():
 def test_the_same_source_gives_the_same_bytes():
     source = saved(photo(), "PNG")
     assert forms(source) == made(
-        source, "image/png", THRESHOLD, 50_000_000, None)
+        source, "image/png", THRESHOLD, 50_000_000, 0)
 
 
 def test_what_is_not_smaller_is_not_offered():
@@ -671,8 +671,9 @@ def test_a_width_is_to_be_had_at_any_threshold(threshold):
 @pytest.mark.parametrize("width", [80, 5000])
 def test_nothing_is_scaled_up(width):
     source = saved(photo(), "JPEG", quality=97)
-    assert forms(source, "image/jpeg", width=width) == forms(
-        source, "image/jpeg")
+    found = forms(source, "image/jpeg", width=width)
+    assert {form.body for form in found.values()} == {None}
+    assert {form.reason for form in found.values()} == {"it is 80 pixels wide"}
 
 
 def test_the_width_is_that_of_the_turned_photograph():

@@ -146,25 +146,48 @@ def is_quick(server, n):
     return visit(server, n).headers["etag"].endswith('-br-quick"')
 
 
-def test_first_visitors_have_texts_pressed_and_workers_do_not_do_it(
-        tmp_path):
+@pytest.fixture(params=["internet", "devlove"])
+def server(request, tmp_path):
+    """A server of each mode, and its press at work."""
     make_site(tmp_path)
-    with Server(tmp_path, "--workers", "1") as server:
-        press, numbers = press_of(server), itertools.count()
-        os.kill(server.artisan(), signal.SIGSTOP)
-        try:
-            eventually(lambda: is_quick(server, next(numbers)))
-            os.kill(press, signal.SIGSTOP)
-            answer = visit(server, next(numbers))
-            assert "content-encoding" not in answer.headers
-            os.kill(press, signal.SIGCONT)
-            eventually(lambda: is_quick(server, next(numbers)))
-            os.kill(press, signal.SIGKILL)
-            visit(server, next(numbers))
-            eventually(lambda: is_quick(server, next(numbers)), 20)
-            assert press_of(server) != press
-        finally:
-            os.kill(server.artisan(), signal.SIGCONT)
+    with Server(tmp_path, mode=request.param) as running:
+        running.await_line("M20002", about="press")
+        yield running
+
+
+def test_first_visitors_have_texts_pressed_and_who_serves_does_not_do_it(
+        server):
+    press, numbers = press_of(server), itertools.count()
+    eventually(lambda: is_quick(server, next(numbers)))
+    os.kill(press, signal.SIGSTOP)
+    assert not is_quick(server, next(numbers))
+    os.kill(press, signal.SIGCONT)
+    eventually(lambda: is_quick(server, next(numbers)))
+    os.kill(press, signal.SIGKILL)
+    visit(server, next(numbers))
+    eventually(lambda: is_quick(server, next(numbers)), 20)
+    assert press_of(server) != press
+
+
+@pytest.mark.parametrize("server", ["devlove"], indirect=True)
+def test_a_press_that_came_later_has_no_connection_of_clients(server):
+    with server.client() as client:
+        assert client.get("/").status_code == 200
+        os.kill(press_of(server), signal.SIGKILL)
+        server.await_line("M20002", 2, about="press")
+        door, = sockets_of(server.pid) & sockets_of(press_of(server))
+        assert client.get("/").status_code == 200
+    eventually(lambda: is_quick(server, 0), 20)
+
+
+def sockets_of(pid):
+    """The kernel's names of a process's sockets."""
+    found = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            # Closed since it was listed.
+            found.add(os.readlink(fd))
+    return {name for name in found if name.startswith("socket:")}
 
 
 def press_of(server):

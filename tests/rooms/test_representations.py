@@ -28,6 +28,7 @@ from shimmercat import (
     content_type,
     formats_shown,
     is_compressible,
+    quick_form,
     true_type,
 )
 
@@ -46,7 +47,8 @@ class Shelf:
         self.store = AlternateStore(folder / "r-cache")
         self.jobs, self.weights = [], []
         self.fetched = 0
-        self.repository = Repository(Tweaks(**tweaks), self.store, self)
+        self.repository = Repository(
+            Tweaks(**tweaks), self.store, self, quick_form)
         self._backend = FilesystemBackend(self.folder, ())
 
     def put(self, job, weight=1):

@@ -26,6 +26,7 @@ from shimmercat import (
     error_page,
     http_date,
     load_settings,
+    quick_form,
 )
 
 PAGE = b"<h1>Hello</h1>\n"
@@ -66,7 +67,8 @@ class House:
         configured = load_settings(argparse.Namespace(
             mode=mode, working_dir=str(folder)))
         self.repository = Repository(
-            configured.tweaks, AlternateStore(folder / "r-cache"), self)
+            configured.tweaks, AlternateStore(folder / "r-cache"), self,
+            quick_form)
         self.site = Site(configured, self.repository)
 
     def put(self, job, weight=1):

@@ -34,6 +34,14 @@ def test_all_children_leave_when_the_arbiter_is_killed(server):
     eventually(lambda: not server.processes(), 10)
 
 
+def test_no_press_stays_when_devlove_mode_is_killed(site):
+    with Server(site, mode="devlove") as server:
+        server.await_line("M20002", about="press")
+        assert len(server.processes()) == 2
+        killed(server)
+        eventually(lambda: not server.processes(), 10)
+
+
 def test_a_download_in_flight_is_finished_after_the_arbiter_is_killed(
         tmp_path):
     make_site(tmp_path, {"big.bin": BIG})

@@ -165,9 +165,10 @@ def test_a_warm_up_that_was_killed_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize("number, status", [
     (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_warm_up_may_be_ended_any_number_of_times(tmp_path, number, status):
-    source = photograph(1, (128, 96))
-    make_site(tmp_path, {"photo.jpg": source})
-    for _ in range(2):
+    files = {f"{n}.jpg": photograph(n, (128, 96)) for n in range(2)}
+    for name, source in files.items():
+        # On a busy machine what comes first may be made before the end.
+        make_site(tmp_path, {name: source})
         with subprocess.Popen(command("warm"), cwd=tmp_path,
                               stdout=subprocess.DEVNULL,
                               stderr=subprocess.DEVNULL) as process:
@@ -176,7 +177,8 @@ def test_a_warm_up_may_be_ended_any_number_of_times(tmp_path, number, status):
             assert process.wait(10) == status
     done = run(tmp_path, "warm")
     assert (done.returncode, "died" in done.stderr) == (0, False)
-    assert {"jpeg", "webp", "avif"} <= stored(tmp_path, source).keys()
+    for source in files.values():
+        assert {"jpeg", "webp", "avif"} <= stored(tmp_path, source).keys()
 
 
 def children(pid):
@@ -234,22 +236,130 @@ def test_copies_of_a_file_do_not_get_into_each_others_way(tmp_path):
 
 
 def test_what_is_not_made_ahead_is_said(tmp_path):
-    (tmp_path / "www").mkdir()
-    (tmp_path / "www" / "a.css").write_bytes(TEXT)
-    (tmp_path / "devlove.yaml").write_text("""
-shimmercat-devlove:
-  domains:
-    api api.test: {port: 9000}
-    elec plain.test: {root-dir: www}
-    elec moved.test: {root-dir: www, change-url: [/a -> /b], images: scale}
-""")
+    make_site(tmp_path, {"a.css": TEXT})
+    with (tmp_path / "devlove.yaml").open("a") as stream:
+        stream.write("    api api.test: {port: 9000}\n")
     done = run(tmp_path, "warm")
     assert done.returncode == 0
-    said = [line for line in done.stderr.splitlines() if ".test: " in line]
-    assert [line.partition(": ")[0] for line in said] == [
-        "api.test", "moved.test", "moved.test"]
-    assert "no files" in said[0]
-    assert "change-url" in said[1] and "width" in said[2]
+    said, = (line for line in done.stderr.splitlines() if ".test: " in line)
+    assert said == "api.test: left out, has no statics on this machine"
+
+
+def assert_warm(server, answers):
+    """Each target is answered from what was made, and nothing is made.
+
+    `answers` are {(target, Accept): (start of its ETag's last part, width)}.
+    """
+    made = kept(server.folder)
+    for (target, accept), (form, width) in answers.items():
+        answer = ask(server, target, accept=accept)
+        assert answer.status_code == 200
+        assert re.search(rf'-{form}-\d+"', answer.headers["etag"]), target
+        if width:
+            assert opened(answer).width == width, target
+    # What is asked for last is made last.
+    (server.folder / "www" / "late.css").write_bytes(TEXT + b"late")
+    eventually(lambda: ask(server, "/late.css") and server.lines("M20004"), 20)
+    assert all("late.css" in x.message for x in server.lines("M20004"))
+    assert made.items() <= kept(server.folder).items()
+
+
+def opened(answer):
+    return Image.open(io.BytesIO(answer.content))
+
+
+def test_all_widths_of_images_are_made_ahead(tmp_path):
+    files = {"photo.jpg": photograph(1, (400, 60)), "style.css": TEXT,
+             "moving.gif": animation()}
+    make_site(tmp_path, files, {"images": "scale"})
+    with subprocess.Popen(command("warm"), cwd=tmp_path,
+                          stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL) as process:
+        eventually(lambda: "avif_160" in stored(tmp_path, files["photo.jpg"]),
+                   30)
+        process.kill()
+    before = kept(tmp_path)
+    done = run(tmp_path, "warm")
+    assert done.returncode == 0
+    assert before.items() <= kept(tmp_path).items()
+    found = stored(tmp_path, files["photo.jpg"])
+    assert found.keys() >= {
+        f"{form}{width}" for form in ("jpeg", "avif")
+        for width in ("", "_160", "_320")}
+    # An image counts once, in its own width.
+    counted = table(done.stdout)
+    assert counted["image/jpeg"] == (
+        1, len(files["photo.jpg"]),
+        min(found[form] for form in FORMS[".jpg"] & found.keys()))
+    assert "3/3 files" in done.stderr.splitlines()[-1]
+    assert run(tmp_path, "warm").stdout == done.stdout
+    everything, modern = CHROMIUM["accept"], "(avif|webp)"
+    with Server(tmp_path, "--workers", "2") as server:
+        assert_warm(server, {
+            ("/photo.jpg", everything): (modern, 400),
+            ("/photo.jpg?sc-width=100", everything): (f"{modern}_160", 160),
+            ("/photo.jpg?sc-width=320", "*/*"): ("jpeg_320", 320),
+            ("/photo.jpg?sc-width=399", everything): (modern, 400),
+            ("/photo.jpg?sc-width=2560", "*/*"): ("jpeg", 400),
+            ("/moving.gif?sc-width=16", everything): (modern, 48)})
+
+
+def animation():
+    """A GIF of colours that take each other's places."""
+    stream, frames = io.BytesIO(), [
+        Image.linear_gradient("L").rotate(30 * n).resize((48, 48))
+        for n in range(6)]
+    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:],
+                   loop=0, duration=100)
+    return stream.getvalue()
+
+
+VIEWS = {
+    "about/index.html": "cache-seconds: 60",
+    "shop/__index.html": "content-disposition: consult\n  consultant: shop",
+    "data/index.html": "content-disposition: use-json\n  consultant: shop",
+    "app/index.html": "consultant: shop"}
+
+
+def test_pages_of_views_are_made_ahead_where_they_are_kept(tmp_path):
+    views = {name: f"<p>{name}\n<!--\nshimmercat:\n  {words}\n-->\n".encode()
+             + TEXT for name, words in VIEWS.items()}
+    make_site(tmp_path, {"plain/index.html": TEXT + b"plain",
+                         "v2/style.css": TEXT, **views})
+    with (tmp_path / "devlove.yaml").open("a") as stream:
+        # Two are named, so that neither is the domain's own.
+        stream.write("      change-url: [/v1 -> /v2/+common]\n"
+                     "      consultants:\n"
+                     "        shop: {connect-to: 127.0.0.1:1}\n"
+                     "        other: {connect-to: 127.0.0.1:1}\n")
+    done = run(tmp_path, "warm")
+    assert (done.returncode, done.stderr.count(".html")) == (0, 0)
+    assert table(done.stdout)["text/html"][0] == 3
+    for name, content in views.items():
+        # Nobody is sent the instructions.
+        assert not stored(tmp_path, content), name
+    with Server(tmp_path) as server:
+        assert_warm(server, {
+            (path, "*/*"): ("br", None) for path in (
+                "/about/", "/plain/", "/plain/index.html", "/v1/style.css")})
+    page = page_of(views["shop/__index.html"])
+    assert stored(tmp_path, page).keys() == CODINGS
+    for name in ("data/index.html", "app/index.html"):
+        assert not stored(tmp_path, page_of(views[name])), name
+
+
+def page_of(content):
+    """A view without its instructions."""
+    head, _, rest = content.partition(b"<!--")
+    return head + rest.partition(b"-->\n")[2]
+
+
+def test_a_view_with_mistakes_is_named(tmp_path):
+    make_site(tmp_path, {"style.css": TEXT, "bad/index.html":
+                         b"<!--\nshimmercat:\n  consultant: none\n-->\n"})
+    done = run(tmp_path, "warm")
+    assert done.returncode == 78
+    assert "bad/index.html" in done.stderr
 
 
 def test_what_took_too_long_is_named_and_what_was_refused_is_not(tmp_path):
