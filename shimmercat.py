@@ -135,7 +135,7 @@ __all__ = [
     "Consultant", "consultant_of",
     "HttpWire",
     "FastCgiWire",
-    "open_tunnel",
+    "open_tunnel", "TlsTunnel",
     "AssetMissing", "OriginFailed", "OriginBusy", "FilesystemBackend",
     "Fetched", "HttpFetchBackend", "ConsultantBackend",
     "Wanted", "Found", "RemoteStatics",
@@ -6915,7 +6915,8 @@ class Consultant:
 
     def _ask_one(self, upstream, question):
         """The answer of one upstream, over a connection that works."""
-        while (wire := upstream.idle_wire()) is not None:
+        # A tunnel has a connection of its own, with TLS of another kind.
+        while not question.upgrade and (wire := upstream.idle_wire()):
             try:
                 return self._ask_over(wire, upstream, question)
             except UpstreamFailed as error:
@@ -6958,13 +6959,14 @@ class Consultant:
         late = TimeoutError(f"no connection within {seconds:g} s")
         try:
             with gevent.Timeout(seconds, late):
-                return kind(self._connect(upstream.address), upstream, self)
+                sock = self._connect(upstream.address, question.upgrade)
+                return kind(sock, upstream, self)
         except TimeoutError as error:
             raise UpstreamSlow(f"{upstream}: {error}") from error
         except OSError as error:
             raise UpstreamFailed(f"{upstream}: {error}") from error
 
-    def _connect(self, address):
+    def _connect(self, address, is_tunnel):
         """A connected socket, with TLS where that is spoken."""
         if address.family == "unix":
             sock = _PatientSocket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -6978,8 +6980,9 @@ class Consultant:
         try:
             sock.connect(place)
             if self.settings.application_protocol == "https":
-                sock = self._tls().wrap_socket(
-                    sock, server_hostname=self._tls_name(address))
+                context, name = self._tls(), self._tls_name(address)
+                sock = (TlsTunnel(context, sock, name) if is_tunnel
+                        else context.wrap_socket(sock, server_hostname=name))
         except BaseException:
             sock.close()
             raise
@@ -7304,11 +7307,8 @@ class HttpWire:
             while body is not None and (piece := body.read()):
                 self._socket.sendall(piece)
                 self._quiet = Deadline(self._tunnel_seconds)
-            if not hasattr(self._socket, "unwrap"):
-                self._socket.shutdown(socket.SHUT_WR)
-                return
-            # Python's TLS has no end in one direction.
-            self._answer.is_complete = True
+            self._socket.shutdown(socket.SHUT_WR)
+            return
         except (ClientGone, *_CLOSED):
             # Who reads at the other end hears of it by this.
             pass
@@ -7327,10 +7327,7 @@ class HttpWire:
         try:
             self._answer.feed(self._read())
         except (*_CLOSED, httptools.HttpParserError, _Garbled) as error:
-            # A tunnel whose end we made is no failure.
-            answer = self._answer
-            if not (answer.is_tunnel and answer.is_complete):
-                raise self._failure(error) from error
+            raise self._failure(error) from error
 
     def _read(self):
         while True:
@@ -7900,7 +7897,7 @@ _WIRES = {"fastcgi": FastCgiWire, "http": HttpWire, "https": HttpWire}
 # ---------------------------------------------------------------------------
 # 11d. Tunnels: WebSockets between clients and applications
 #
-#    Offers   open_tunnel
+#    Offers   open_tunnel, TlsTunnel
 #    Uses     2 Messages, 4 HTTP
 # ---------------------------------------------------------------------------
 #
@@ -7946,12 +7943,82 @@ def open_tunnel(consultant: Consultant, protocol: str, question: Question
     return reply
 
 
+class TlsTunnel:
+    """A socket with TLS of which one direction can end before the other.
+
+    Python's SSLSocket has none: it waits for the other end.  To TLS 1.2 and
+    before, an end is one of both directions (RFC 8446 section 6.1).
+    """
+
+    def __init__(self, context: ssl.SSLContext, sock: socket.socket,
+                 server_hostname: str):
+        """Shakes hands over a connected socket; raises OSError."""
+        sock.settimeout(_HANDSHAKE_SECONDS)
+        self._socket, self._sending = sock, gevent.lock.RLock()
+        self._came, self._to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
+        #: what was opened before somebody wanted it
+        self._early = collections.deque()
+        self._tls = context.wrap_bio(
+            self._came, self._to_send, server_hostname=server_hostname)
+        self.fileno, self.close = sock.fileno, sock.close
+        self.settimeout, self.gettimeout = sock.settimeout, sock.gettimeout
+        self._await(self._tls.do_handshake)
+
+    def recv(self, count: int) -> bytes:
+        """What came, at most `count` octets; none at the end."""
+        if self._early:
+            return self._early.popleft()
+        try:
+            return self._await(self._tls.read, count)
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            return b""
+
+    def sendall(self, data: bytes) -> None:
+        """Sends all of it."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._tls.write(rest):]
+        self._flush()
+
+    def shutdown(self, _how: int) -> None:
+        """Says that no more is sent; what comes is read on."""
+        with contextlib.suppress(ssl.SSLError):
+            # What is there now would be an error to unwrap().
+            while piece := self._tls.read(_READ_BYTES):
+                self._early.append(piece)
+        with contextlib.suppress(ssl.SSLError):
+            # It says so, and wants to wait for the other end's word.
+            self._tls.unwrap()
+        self._flush()
+
+    def _await(self, work, *words):
+        """What OpenSSL makes, as soon as it has got what it needs."""
+        while True:
+            try:
+                return work(*words)
+            except ssl.SSLWantReadError:
+                self._flush()
+                if piece := self._socket.recv(_READ_BYTES):
+                    self._came.write(piece)
+                else:
+                    self._came.write_eof()
+            finally:
+                self._flush()
+
+    def _flush(self):
+        if self._to_send.pending:
+            with self._sending:
+                # Records must not be mixed, whoever sends them.
+                self._socket.sendall(self._to_send.read())
+
+
 def _accepted(key):
     """What proves that a handshake was understood (RFC 6455 4.2.2)."""
     return base64.b64encode(hashlib.sha1(key + _RFC6455).digest())
 
 
 _RFC6455 = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+_HANDSHAKE_SECONDS = 60
 _SWITCHED = [(b"connection", b"upgrade"), (b"upgrade", b"websocket")]
 
 

@@ -497,9 +497,15 @@ def certificate(tmp_path_factory):
     return folder / "cert.pem", folder / "privkey.pem", store.ca_file
 
 
+def say_hello(tls):
+    """Answer each request, to the end of the connection."""
+    while tls.recv(65_536):
+        tls.sendall(answer(b"hello"))
+
+
 @contextlib.contextmanager
-def tls_origin(certificate):
-    """The port of an origin that speaks TLS and says hello."""
+def tls_origin(certificate, talk=say_hello):
+    """The port of an origin that speaks TLS."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificate[:2])
     ended = threading.Event()
@@ -507,8 +513,7 @@ def tls_origin(certificate):
     def serve(wire):
         with (contextlib.suppress(OSError),
               context.wrap_socket(wire, server_side=True) as tls):
-            while tls.recv(65_536):
-                tls.sendall(answer(b"hello"))
+            talk(tls)
 
     def run():
         with contextlib.suppress(OSError):
@@ -560,6 +565,38 @@ def test_a_question_that_is_withdrawn_as_it_is_answered_ends(certificate):
         asking.join(5)
         assert asking.successful() or isinstance(
             asking.exception, ClientGone)
+
+
+@pytest.mark.parametrize("unread", [b"", b"u" * 100_000])
+def test_a_tunnel_with_tls_ends_one_way_and_then_the_other(
+        certificate, unread):
+    heard = []
+
+    def talk(tls):
+        tls.recv(65_536)
+        tls.sendall(head("101 Switching Protocols", upgrade="websocket",
+                         connection="upgrade") + b"early")
+        while piece := tls.recv(65_536):
+            heard.append(piece)
+            if len(heard) == 1:
+                tls.sendall(unread)
+        # The end has come, and there is more to say.
+        for n in range(200):
+            tls.sendall(b"%d," % n)
+
+    with tls_origin(certificate, talk) as port:
+        app = consultant(port, use_host="app.example", ca_file=certificate[2],
+                         application_protocol="https")
+        reply = app.ask(question(
+            upgrade="websocket", body=Body(b"said" * 50_000, b"last")))
+        assert reply.status == 101
+        # What the application sends has come before our end, or comes after.
+        eventually(lambda: gevent.sleep(0.01) or b"".join(heard).endswith(
+            b"last"))
+        said = body_of(reply)
+    assert b"".join(heard) == b"said" * 50_000 + b"last"
+    assert said == b"early" + unread + b"".join(
+        b"%d," % n for n in range(200))
 
 
 def test_an_application_may_be_at_a_unix_socket(tmp_path):
