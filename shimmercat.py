@@ -34,6 +34,7 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
     7b  Views            what answers a path that is no file's
     7c  Templates        pages made of what an application says
      8  Scratch          the scratch folder, certificates and TLS contexts
+    8b  Files            how they are written, and what is said if not
      9  Redis            the one link to Redis, and the log that goes over it
     9b  Jobs             work for the artisan, and news for all
     9c  Notes            what all processes of an instance know for a while
@@ -116,7 +117,8 @@ __all__ = [
     "with_snippet",
     "PageFailed", "PageTemplate",
     "ScratchFolder", "ScratchError", "ScratchBusy", "CertificateStore",
-    "CertificateError", "write_atomically",
+    "CertificateError",
+    "write_atomically", "make_folder", "DiskTrouble",
     "RedisAway", "RedisMissing", "RedisServer", "RedisLink", "LogTap",
     "LogSubscription", "JobQueue", "LocalJobQueue", "Announcements",
     "Notes", "LocalNotes",
@@ -648,6 +650,7 @@ MESSAGES = {
     40012: Message("connection from {} ended: too many {}",
                    "a client broke a limit of tweaks.yaml; often an attack"),
     40013: Message("corrupt alternate {} removed", "it is made again"),
+    40014: Message("r-cache takes files again", "60014 is over"),
     40015: Message("{} log lines may appear twice", "Redis broke off"),
     40016: Message("connection from {} refused: {}",
                    "see proxy-protocol and trusted-proxies in tweaks.yaml"),
@@ -667,6 +670,8 @@ MESSAGES = {
                    "what a FastCGI application wrote to STDERR"),
     40032: Message("no development CA in {} ({}): it is made in {}",
                    "browsers must trust one CA for each scratch folder"),
+    40033: Message("scratch folder {} was removed: it is made anew",
+                   "Redis and the press are started again"),
     40041: Message("{}: {}", "not to be had from its origin; 404 or stale"),
     40042: Message("{} is not kept: {}", "each client has it fetched anew"),
     40043: Message("changelist of {} cannot be read: {}",
@@ -691,7 +696,8 @@ MESSAGES = {
     60010: Message("no alternate of {}: {}", "the asset is served as it is"),
     60011: Message("certificate: {}", "clients complain; renew or replace it"),
     60012: Message("{} is not forked: {}", "out of memory or processes"),
-    60014: Message("r-cache takes no more files: {}", "disk full?"),
+    60014: Message("r-cache takes no more files: {}", "disk full?"
+                   " What is not there is served from its source"),
     60025: Message("mistake in a view: {}", "its requests end in 500"),
     60026: Message("no page: {}", "what the application said does not fit"),
 }
@@ -4196,7 +4202,7 @@ _TEMPLATE_FAULTS = (
 # 8. Scratch: the scratch folder, certificates and TLS contexts
 #
 #    Offers   ScratchFolder, ScratchError, ScratchBusy, CertificateStore,
-#             CertificateError, write_atomically
+#             CertificateError
 #    Uses     1 Words, 2 Messages
 # ---------------------------------------------------------------------------
 
@@ -4245,6 +4251,8 @@ class ScratchFolder:
         self.sni_certificates = self.path / "sni-certs"
         self.redis_socket = self.path / "redis.sock"
         self.press_socket = self.path / "press.sock"
+        #: shared with all processes forked later
+        self.trouble = DiskTrouble()
         #: descriptor of the file whose lock keeps others out
         self._lock, self._door = None, ""
         longest = self._of_process(self.redis_socket, 2 ** 22)
@@ -4270,9 +4278,7 @@ class ScratchFolder:
                 self._of_process(place, os.getpid())
                 for place in (self.redis_socket, self.press_socket))
         try:
-            for folder in (self.path, self.cache, self.sni_certificates,
-                           self.redis_socket.parent):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make_folders()
             if not self.claim():
                 holder, _, theirs = self._said()
                 if not door or door != theirs:
@@ -4284,6 +4290,29 @@ class ScratchFolder:
         except OSError as error:
             raise ScratchError(
                 f"scratch folder {self.path}: {error}") from error
+
+    def restore(self) -> None:
+        """Makes it once more after somebody has removed it.
+
+        Raises ScratchError.
+        """
+        try:
+            self._make_folders()
+            self.release()
+            self.claim()
+        except OSError as error:
+            raise ScratchError(
+                f"scratch folder {self.path}: {error}") from error
+
+    def is_whole(self) -> bool:
+        """Whether nobody has removed what an instance at work needs there."""
+        return all(map(os.path.exists, (
+            self.path / "lock", self.redis_socket, self.press_socket)))
+
+    def _make_folders(self):
+        for folder in (self.path, self.cache, self.sni_certificates,
+                       self.redis_socket.parent):
+            make_folder(folder)
 
     @staticmethod
     def _of_process(socket_path, pid):
@@ -4452,25 +4481,6 @@ class CertificateStore:
                 ", ".join(self._domains))
 
 
-def write_atomically(path: Path, content: bytes,
-                     place: typing.Callable = os.replace) -> None:
-    """Readers find the old file or the whole new one, for the owner only.
-
-    With os.link as `place` an old file stays and FileExistsError is raised.
-    """
-    descriptor, draft = tempfile.mkstemp(prefix=".draft-", dir=path.parent)
-    try:
-        with open(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(descriptor)
-        place(draft, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            # Not there: it was renamed, as it should.
-            os.unlink(draft)
-
-
 def _tls_context(folder, minimum):
     """Context with the certificate in `folder`; raises CertificateError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -4626,6 +4636,73 @@ def _user_folder():
 
 def _from_now(**span):
     return datetime.datetime.now(datetime.UTC) + datetime.timedelta(**span)
+
+
+# ---------------------------------------------------------------------------
+# 8b. Files: how they are written, and what is said if not
+#
+#    Offers   write_atomically, make_folder, DiskTrouble
+#    Uses     2 Messages
+# ---------------------------------------------------------------------------
+
+#: where the time of the last failure lies in a page of memory
+_MOMENT, _MOMENT_PLACE = struct.Struct("=d"), 2048
+
+
+class DiskTrouble:
+    """Why r-cache cannot be written; each cause is said by one process.
+
+    Shares memory with all that are forked after it was made.
+    """
+
+    #: s without a failure after which a file that is stored ends it
+    calm_seconds = 5.0
+
+    def __init__(self):
+        # A byte for each errno that was said; then the time of the last.
+        self._page = mmap.mmap(-1, mmap.PAGESIZE)
+
+    def note(self, place: Path, error: OSError) -> None:
+        """Says why nothing can be written there, unless that was said."""
+        number = error.errno or 0
+        is_known = self._page[number]
+        self._page[number] = 1
+        _MOMENT.pack_into(self._page, _MOMENT_PLACE, time.monotonic())
+        if not is_known:
+            LOG.say(60014, f"{place}: {error.strerror or error}")
+
+    def end(self) -> None:
+        """Something could be stored; says so when that is news."""
+        (moment,) = _MOMENT.unpack_from(self._page, _MOMENT_PLACE)
+        if moment and time.monotonic() - moment > self.calm_seconds:
+            self._page[:] = bytes(len(self._page))
+            LOG.say(40014)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, where missing, for the owner only."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
+def write_atomically(path: Path, content: bytes,
+                     place: typing.Callable = os.replace) -> None:
+    """Readers find the old file or the whole new one, for the owner only.
+
+    With os.link as `place` an old file stays and FileExistsError is raised.
+    """
+    descriptor, draft = tempfile.mkstemp(prefix=".draft-", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(descriptor)
+        place(draft, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            # Not there: it was renamed, as it should.
+            os.unlink(draft)
 
 
 # ---------------------------------------------------------------------------
@@ -5306,9 +5383,10 @@ def is_compressible(kind: bytes) -> bool:
 
 
 class StoreFull(ShimmerCatError):
-    """The folder of alternates takes no more files; the text says why."""
+    """The folder of alternates takes no more files; the text says why.
 
-    message_code = 60014
+    The log has been told.
+    """
 
 
 class Mark(enum.Enum):
@@ -5354,9 +5432,9 @@ class AlternateStore:
         rf"\.(?:({'|'.join(mark.value for mark in Mark)})\.)?"
         r"([a-z0-9_]+)-(\d{1,5})\.(\d{1,12})\.([0-9a-f]{16})"))
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, trouble: DiskTrouble | None = None):
         """Keeps the files in `folder`, which need not exist."""
-        self._folder = Path(folder)
+        self._folder, self._trouble = Path(folder), trouble or DiskTrouble()
         self._root = self._folder / "v3"
         #: bytes that may come before the limit is looked at again
         self._unchecked_bytes = 0
@@ -5367,9 +5445,10 @@ class AlternateStore:
         digest, word = _body_digest(body), f"{mark.value}." if mark else ""
         path = self._folder_of(source_sha) / (
             f"{source_sha}.{word}{form}-{level}.{len(body)}.{digest}")
-        with self._or_full():
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self.or_full():
+            make_folder(path.parent)
             write_atomically(path, body)
+        self._trouble.end()
         self._unchecked_bytes -= len(body)
         return StoredFile(form, level, len(body), digest, path, mark)
 
@@ -5378,16 +5457,17 @@ class AlternateStore:
 
         Whoever has it closes it, and keeps or removes it.  Raises StoreFull.
         """
-        with self._or_full():
-            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self.or_full():
+            make_folder(self._root)
             return tempfile.mkstemp(prefix=".draft-", dir=self._root)
 
     def keep(self, draft: str, source_sha: str, size: int) -> None:
         """Makes a whole draft the original of its hash; raises StoreFull."""
         path = self.original(source_sha, size)
-        with self._or_full():
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self.or_full():
+            make_folder(path.parent)
             os.replace(draft, path)
+        self._trouble.end()
         self._unchecked_bytes -= size
 
     def original(self, source_sha: str, size: int) -> Path:
@@ -5507,7 +5587,7 @@ class AlternateStore:
     def trouble(self) -> str:
         """Why nothing can be stored just now; empty when something can."""
         try:
-            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self._root)
             with tempfile.TemporaryFile(dir=self._root) as probe:
                 probe.write(bytes(_PROBE_BYTES))
         except OSError as error:
@@ -5515,10 +5595,12 @@ class AlternateStore:
         return ""
 
     @contextlib.contextmanager
-    def _or_full(self):
+    def or_full(self) -> typing.Iterator[None]:
+        """Tells of what is not written, and raises StoreFull for OSError."""
         try:
             yield
         except OSError as error:
+            self._trouble.note(self._root, error)
             raise StoreFull(f"{self._root}: {error}") from error
 
     def _folder_of(self, source_sha):
@@ -8891,9 +8973,9 @@ class Larder:
         """Asks the origin; raises ShimmerCatError, which all get to know."""
         try:
             self._ask_once(errand, wanted, kept)
-        except StoreFull as error:
+        except StoreFull:
             # That says nothing of the asset: who waits has it passed on.
-            LOG.say(error.message_code, error)
+            pass
         except ShimmerCatError as error:
             key, seconds = wanted.key, self._tweaks.missing_seconds
             self._absences.say(f"{key.root}{key.path}", str(error))
@@ -8960,8 +9042,7 @@ class Larder:
         """Stores a body while others follow it; raises ShimmerCatError."""
         try:
             fd, draft = self._store.draft()
-        except StoreFull as error:
-            LOG.say(error.message_code, error)
+        except StoreFull:
             self._let_pass(errand, wanted, reply, "r-cache is full")
             return
         try:
@@ -8969,12 +9050,13 @@ class Larder:
             errand.path = draft
             errand.seen.set()
             sha = self._receive(fd, errand, wanted, reply)
-            in_thread(os.fsync, fd)
+            with self._store.or_full():
+                in_thread(os.fsync, fd)
             self._store.keep(draft, sha, errand.size)
         finally:
             os.close(fd)
-            with contextlib.suppress(FileNotFoundError):
-                # It was kept, as it should.
+            with contextlib.suppress(OSError):
+                # It was kept, as it should, or nothing can be removed now.
                 os.unlink(draft)
         self._remember(errand, wanted, _new_kept(
             wanted, reply, sha, errand.size, begun))
@@ -8987,11 +9069,12 @@ class Larder:
             digest.update(piece)
             errand.size += len(piece)
             try:
-                while piece := piece[os.write(fd, piece):]:
-                    continue
-            except OSError as error:
+                with self._store.or_full():
+                    while piece := piece[os.write(fd, piece):]:
+                        continue
+            except StoreFull:
                 self._pass_for_a_while(wanted)
-                raise StoreFull(str(error)) from error
+                raise
             errand.grow()
             if errand.size > limit:
                 self._pass_for_a_while(wanted)
@@ -9009,11 +9092,10 @@ class Larder:
             return
         _put(self._kept, wanted.key[:2], kept)
         self._missing.pop(wanted.key[:2], None)
-        try:
+        with contextlib.suppress(StoreFull):
+            # It is known until this process ends.
             in_thread(self._store.remember, wanted.key.memo(),
                    _note(wanted.key, kept))
-        except StoreFull as error:
-            LOG.say(error.message_code, error)
 
     def _forget(self, wanted, kept):
         """Lets a copy go; keep-removed-days may hold on to it."""
@@ -9233,9 +9315,9 @@ class Workshop:
             make_alternates(job, self._store, self._tweaks)
         except MemoryError:
             return errno.ENOMEM
-        except StoreFull as error:
+        except StoreFull:
             # What is missing is asked for again by a later visitor.
-            LOG.say(error.message_code, error)
+            pass
         return 0
 
 
@@ -9266,7 +9348,8 @@ class Artisan:
         link = RedisLink(scratch.redis_socket)
         self._tweaks, self._line = settings.tweaks, line
         self._workshop = Workshop(
-            AlternateStore(scratch.cache), self._tweaks, self._beat)
+            AlternateStore(scratch.cache, scratch.trouble), self._tweaks,
+            self._beat)
         self._jobs = JobQueue(link, self._tweaks.artisan_queue_jobs,
                               lease_seconds(self._tweaks))
         self._news = Announcements(link)
@@ -9322,8 +9405,8 @@ class Artisan:
     def _work(self, job):
         try:
             self._workshop.do(job)
-        except StoreFull as error:
-            LOG.say(error.message_code, error)
+        except StoreFull:
+            pass  # It is asked for again, as above.
         except Exception as error:
             # Whatever a job is made of, the next one is done.
             LOG.say(60001, f"job {job}: {error!r}", traceback.format_exc())
@@ -13352,7 +13435,8 @@ class Worker:
         self._name, self._line = name, line
         #: answers that the native engine gives again by itself
         self._table = None
-        self._store = AlternateStore(premises.scratch.cache)
+        scratch = premises.scratch
+        self._store = AlternateStore(scratch.cache, scratch.trouble)
         self._leaving = gevent.event.Event()
         self._limit = Deadline(math.inf)
 
@@ -13620,8 +13704,8 @@ def _with_port(address):
 # 18. Arbiter: the life of the whole
 #
 #    Offers   BootFailure, Arbiter
-#    Uses     1 Words, 2 Messages, 3 Settings, 9 Redis, 13 Artisan,
-#             16 Connections, 17 Worker
+#    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 9 Redis,
+#             13 Artisan, 16 Connections, 17 Worker
 # ---------------------------------------------------------------------------
 #
 # The arbiter owns what must outlive a worker: listening sockets, TLS ticket
@@ -13828,6 +13912,7 @@ class Arbiter:
             return
         # A predecessor may have left it.
         self._premises.scratch.claim()
+        self._mend()
         self._redis.tend(self._private)
         # Nothing that a child says may be lost: first we listen.
         if not self._redis.is_proven:
@@ -13849,6 +13934,28 @@ class Arbiter:
         self._premises.board.write(state, sum(
             child.stage != "starting" for slot in self._slots + self._closed
             for child in slot.children))
+
+    def _mend(self):
+        """Makes the scratch folder anew that was removed under our hands.
+
+        Redis and the press begin anew as well: their sockets were in it.
+        """
+        scratch = self._premises.scratch
+        if not self._redis.find("serving") or scratch.is_whole():
+            return
+        try:
+            scratch.restore()
+            door = PressDoor(scratch.press_socket)
+        except ScratchError as error:
+            scratch.trouble.note(scratch.path, error.__cause__)
+            return
+        LOG.say(40033, scratch.path)
+        for old in self._press.doors:
+            old.close()
+        self._press.doors = [door]
+        for slot in (self._redis, self._press):
+            # With any other signal they would remove the next one's socket.
+            slot.retire(0, signal.SIGKILL)
 
     def _empty_closed(self):
         """Lets workers of closed slots go once others have their doors."""
@@ -14158,10 +14265,9 @@ class LoneWorker(Worker):
         workshop.marks_attempts = False
 
         def work(job):
-            try:
+            with contextlib.suppress(StoreFull):
+                # What is missing is asked for again by a later visitor.
                 workshop.do(job)
-            except StoreFull as error:
-                LOG.say(error.message_code, error)
             repository.refresh(job["sha"])
 
         self._jobs = LocalJobQueue(work, tweaks.artisan_queue_jobs)

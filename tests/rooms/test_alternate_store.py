@@ -146,13 +146,15 @@ try:
     shimmercat.AlternateStore(Path(sys.argv[1])).put(
         "ab" * 32, "br", 11, bytes(5000))
 except shimmercat.StoreFull as error:
-    print(error.message_code)
+    print(error)
 """
-    printed = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", text, str(tmp_path)], check=True, timeout=60,
         capture_output=True, text=True,
-        cwd=Path(shimmercat.__file__).parent).stdout
-    assert printed == "60014\n"
+        cwd=Path(shimmercat.__file__).parent)
+    assert "File too large" in done.stdout
+    assert f"M60014 main     r-cache takes no more files: {tmp_path}/" in (
+        done.stderr)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

@@ -110,7 +110,7 @@ def test_a_store_that_cannot_be_written_is_told(server):
         store.unlink()
         store.with_name("away").rename(store)
     assert answer.status_code == 200
-    assert answer.json()["store"] == "Not a directory"
+    assert answer.json()["store"] == "File exists"
 
 
 @pytest.mark.parametrize("mode", ["internet", "devlove"])

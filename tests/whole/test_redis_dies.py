@@ -1,8 +1,10 @@
 """Redis goes and comes; serving goes on."""
 
 import os
+import pathlib
 import shutil
 import signal
+import tempfile
 
 import redis
 from harness import PROGRAM, Server, eventually, make_site, running_redis
@@ -53,12 +55,15 @@ def test_redis_has_no_port_and_writes_no_file(server):
     assert not list(scratch.glob("*.rdb")) + list(scratch.glob("*.aof"))
 
 
-def test_a_redis_left_over_is_asked_to_end(site):
-    scratch = site / ".shimmercat.loves.devs"
-    scratch.mkdir(mode=0o700)
-    with running_redis(scratch) as path, Server(site) as server:
-        with redis.Redis(unix_socket_path=str(path)) as link:
-            assert link.info("server")["process_id"] == server.redis()
+def test_a_redis_left_over_is_asked_to_end():
+    # With a longer path the socket would be elsewhere.
+    with tempfile.TemporaryDirectory() as folder:
+        site = make_site(pathlib.Path(folder))
+        scratch = site / ".shimmercat.loves.devs"
+        scratch.mkdir(mode=0o700)
+        with running_redis(scratch) as path, Server(site) as server:
+            with redis.Redis(unix_socket_path=str(path)) as link:
+                assert link.info("server")["process_id"] == server.redis()
 
 
 def test_the_redis_of_the_pip_package_serves_where_there_is_no_other(site):
