@@ -1411,9 +1411,9 @@ class DomainSettings:
     remote_root: RemoteRoot | None = None
     views_dir: Path | None = None
     images: str | None = None  #: policy; None leaves it to the tweaks
-    #: the one under the key `consultant` has the name "default"
+    #: the one under the key `consultant` has the name "default", that of an
+    #: API domain the domain's
     consultants: dict = dataclasses.field(default_factory=dict)
-    port: NetworkAddress | None = None
     change_url: tuple[str, ...] = ()
     cache_key: str | None = None
     changelist_settings: tuple[float, float] | None = None  #: tOld, tNew
@@ -1550,10 +1550,19 @@ class _DevloveSchema:
         if not re.fullmatch(DOMAIN_NAME, name):
             entry.blame(f"got {name!r:.60}, expected a domain name of ASCII"
                         " letters, digits, hyphens and dots")
-        values = self._electric(entry) if kind != "api" else entry.read(
-            {"port": _key("address")}, ("port",))
+        values = (self._electric if kind != "api" else self._api)(entry)
         return DomainSettings(
             name.lower(), kind, f"{entry.sheet.path}:{entry.line}", **values)
+
+    def _api(self, entry):
+        """Values of an API domain: its consultant, whose address is `port`."""
+        keys = {**self._consultant_keys, "port": lambda entry: (
+            _key("address")(entry),)}
+        del keys["connect-to"]
+        values = entry.read(keys, ("port",))
+        values["connect_to"] = values.pop("port", ())
+        name = entry.keys[-1].rpartition(" ")[2].lower()
+        return {"consultants": {name: ConsultantSettings(name, **values)}}
 
     def _electric(self, entry):
         """Values of an electric domain, which must agree with each other."""
@@ -7177,12 +7186,9 @@ class _PatientSocket(gevent.socket.socket):
 def consultant_of(domain: DomainSettings) -> ConsultantSettings | None:
     """The application that answers a domain's dynamic requests.
 
-    An API domain has its `port`; an electric one the consultant without a
-    name, or the only one that it names.  None when it has neither or the
+    The one without a name, or the only one.  None when there is none or the
     choice is up to views.
     """
-    if domain.kind == "api":
-        return ConsultantSettings(name=domain.name, connect_to=(domain.port,))
     if len(domain.consultants) == 1:
         return next(iter(domain.consultants.values()))
     return domain.consultants.get("default")
@@ -7872,12 +7878,14 @@ def _variables(question, settings):
     host = next((value for name, value in fields if name == b"host"), b"")
     place = urllib.parse.urlsplit(b"//" + host)
     ends = request.ends if request else Ends()
+    client = request.client if request else "127.0.0.1"
     variables = _field_variables(fields)
     variables |= {
         "DOCUMENT_URI": script + rest,
         "GATEWAY_INTERFACE": "CGI/1.1", "HTTPS": "on", "PATH_INFO": rest,
         "QUERY_STRING": query, "REDIRECT_STATUS": "200",
-        "REMOTE_ADDR": request.client if request else "127.0.0.1",
+        # RFC 3875 section 4.1.9: the address, where no name was looked up.
+        "REMOTE_ADDR": client, "REMOTE_HOST": client,
         "REMOTE_PORT": ends.port,
         "REQUEST_METHOD": question.method, "REQUEST_SCHEME": "https",
         # As the client has it: rewriting is our business.

@@ -135,7 +135,10 @@ shimmercat-devlove:
         "connect-to": ["127.0.0.1:8080", "[::1]:81"],
         "max-connections": 256, "first-byte-timeout": 300}
     assert api == {
-        "name": "api.a.test", "kind": "api", "port": "127.0.0.1:9000",
+        "name": "api.a.test", "kind": "api", "consultants": {"api.a.test": {
+            "name": "api.a.test", "connect-to": ["127.0.0.1:9000"],
+            "application-protocol": "http", "verify": True,
+            "max-connections": 256, "first-byte-timeout": 300}},
         "place": f"{folder}/devlove.yaml:10", "prob-accelerator-kicks-in": 1,
         "bot-protection-enabled": False}
 

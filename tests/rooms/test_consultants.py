@@ -52,14 +52,6 @@ def test_an_electric_domain_is_answered_by_one_consultant(names, expected):
     assert (consultant and consultant.name) == expected
 
 
-def test_an_api_domain_is_answered_by_its_port():
-    settings = DomainSettings("api.example", "api", "devlove.yaml:5",
-                              port=PORT)
-    consultant = consultant_of(settings)
-    assert consultant.connect_to == (PORT,)
-    assert consultant.name == "api.example"
-
-
 def consultant(*origins, **settings):
     """A consultant of some origins or ports."""
     addresses = [NetworkAddress.parse(str(getattr(x, "port", x)))

@@ -100,7 +100,20 @@ def test_public_examples_load_unchanged(load, text, expected):
 def test_an_old_entry_of_an_api_has_a_local_port(load):
     domain = load(electric("port: 8080", name="api.httpdos.com")).domains[
         "api.httpdos.com"]
-    assert domain.port == NetworkAddress("inet", "127.0.0.1", 8080)
+    assert domain.consultants["api.httpdos.com"].connect_to == (
+        NetworkAddress("inet", "127.0.0.1", 8080),)
+
+
+def test_an_api_may_speak_what_consultants_do(load):
+    domain = load(electric(
+        "port: unix:///run/api.sock", "application-protocol: fastcgi",
+        "document-root: /srv/api", "script-name: /index.php",
+        name="api Api.test")).domains["api.test"]
+    (consultant,) = domain.consultants.values()
+    assert (consultant.name, consultant.application_protocol,
+            consultant.document_root, consultant.script_name) == (
+        "api.test", "fastcgi", "/srv/api", "/index.php")
+    assert str(consultant.connect_to[0]) == "unix:///run/api.sock"
 
 
 def test_a_domain_with_nothing_but_statics_has_all_defaults(load, site):
@@ -344,7 +357,8 @@ def test_an_unknown_kind_of_domain_is_named(refuse):
     ("{port: }", "port: got nothing, expected an address"),
     ("{port: [80]}", "port: got a list, expected an address"),
     ("{port: 99999}", "port: got '99999', expected an address like"),
-    ("{port: 80, root-dir: www}", "root-dir: unknown key, expected port"),
+    ("{port: 80, views-dir: www}", "views-dir: unknown key, "),
+    ("{port: 80, connect-to: 81}", "connect-to: unknown key, "),
 ])
 def test_a_mistake_in_an_api_domain_is_named(refuse, value, mistake):
     found = refuse("shimmercat-devlove:\n  domains:\n"

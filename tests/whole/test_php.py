@@ -118,6 +118,10 @@ shimmercat-devlove:
         document-root: {folder}/app
         first-byte-timeout: 2
         {more}
+    api.example.test:
+      port: {address}
+      application-protocol: {protocol}
+      document-root: {folder}/app
 """)
 
 
@@ -141,6 +145,11 @@ def test_a_folder_is_answered_by_its_index(server):
     assert answer.text == "home of /?a=b"
 
 
+def test_all_of_an_api_domain_may_be_of_php(server):
+    answer = server.fetch("/index.php/style.css", domain="api.example.test")
+    assert answer.text == "home of /index.php/style.css"
+
+
 def test_statics_are_not_asked_for(server):
     assert server.fetch("/style.css").headers["content-type"].startswith(
         "text/css")
@@ -155,7 +164,7 @@ def test_variables_are_those_that_php_needs(server, home):
     assert {name: told.get(name) for name in (
         "SCRIPT_NAME", "SCRIPT_FILENAME", "DOCUMENT_ROOT", "PATH_INFO",
         "QUERY_STRING", "REQUEST_URI", "REQUEST_METHOD", "HTTPS",
-        "SERVER_NAME", "SERVER_PORT", "REMOTE_ADDR", "GATEWAY_INTERFACE",
+        "SERVER_NAME", "SERVER_PORT", "REMOTE_HOST", "GATEWAY_INTERFACE",
         "REDIRECT_STATUS", "HTTP_HOST", "HTTP_X_ONE", "HTTP_COOKIE",
         "HTTP_AUTHORIZATION", "PHP_AUTH_USER", "HTTP_X_FORWARDED_PROTO",
         "HTTP_ACCEPT_LANGUAGE")} == {
@@ -166,7 +175,7 @@ def test_variables_are_those_that_php_needs(server, home):
         "REQUEST_URI": "/vars.php/a%20b/c/?x=1&y=%20",
         "REQUEST_METHOD": "GET", "HTTPS": "on",
         "SERVER_NAME": harness.DOMAIN, "SERVER_PORT": "443",
-        "REMOTE_ADDR": "127.0.0.1", "GATEWAY_INTERFACE": "CGI/1.1",
+        "REMOTE_HOST": "127.0.0.1", "GATEWAY_INTERFACE": "CGI/1.1",
         "REDIRECT_STATUS": "200", "HTTP_HOST": harness.DOMAIN,
         "HTTP_X_ONE": "1", "HTTP_COOKIE": "a=1; b=2",
         "HTTP_AUTHORIZATION": "Basic eDp5", "PHP_AUTH_USER": "x",
