@@ -255,26 +255,25 @@ def steps_of_a_round(measures):
     return steps
 
 
-def run_rounds(steps, servers, options, figures):
+def run_rounds(steps, servers, rounds, options, figures):
     """Take all steps with all servers in turn, some times over."""
-    for turn in range(options.rounds):
+    for turn in range(rounds):
         order = servers[turn % len(servers):] + servers[:turn % len(servers)]
         for number, step in enumerate(steps, 1):
-            note(f"round {turn + 1}/{options.rounds}, "
-                 f"step {number}/{len(steps)}")
+            name = getattr(step, "func", step).__name__
+            note(f"round {turn + 1}/{rounds}, step {number}/{len(steps)}: "
+                 f"{name}")
             for server in order:
                 try:
                     step(server, options, figures)
                 except (NoFigure, subprocess.TimeoutExpired) as error:
-                    what = step.func if hasattr(step, "func") else step
-                    figures.missing.append(
-                        f"{server.name}, round {turn + 1}: {error} "
-                        f"({what.__name__})")
+                    figures.missing.append(f"{server.name}, {name} of round "
+                                           f"{turn + 1}: {error}")
                     note(figures.missing[-1])
 
 
-def measure_memory(server, options):
-    """Return bytes per idle connection."""
+def measure_idle(server, options, figures):
+    """Memory per idle connection."""
     before = settled_memory(server)
     limit = 60 + options.idle * OPEN_SECONDS
     words = ["taskset", "-c", options.client_core, "timeout", limit,
@@ -284,12 +283,16 @@ def measure_memory(server, options):
                           stdout=subprocess.PIPE, text=True) as client:
         try:
             if client.stdout.readline() != f"open {options.idle}\n":
-                raise RuntimeError(f"{server.name} did not hold them")
+                raise NoFigure("idle connections were refused")
             after = settled_memory(server)
         finally:
             client.stdin.close()
     server.forget_log()
-    return (after - before) / options.idle
+    if client.returncode:
+        raise NoFigure("idle connections were closed")
+    figures.add(Row("memory", f"{options.idle:,} idle connections",
+                    "KiB each", 1, False),
+                server.name, (after - before) / options.idle / 1024)
 
 
 def settled_memory(server):
@@ -397,23 +400,21 @@ def start(kinds, bench, stack, workers=1, cores=None):
 def measure(bench, options):
     """Return all figures that are asked for."""
     kinds, figures = installed(options.servers), Figures()
+    if "memory" in options.measure:
+        # By servers of their own: not all give back what they took for it.
+        with contextlib.ExitStack() as stack:
+            run_rounds([measure_idle], start(kinds, bench, stack), 1,
+                       options, figures)
     with contextlib.ExitStack() as stack:
         servers = start(kinds, bench, stack)
-        if "memory" in options.measure:
-            row = Row("memory", f"{options.idle:,} idle connections",
-                      "KiB each", 1, False)
-            for server in servers:
-                note(f"idle connections of {server.name}")
-                figures.add(row, server.name,
-                            measure_memory(server, options) / 1024)
-        run_rounds(steps_of_a_round(options.measure), servers, options,
-                   figures)
+        run_rounds(steps_of_a_round(options.measure), servers,
+                   options.rounds, options, figures)
         if "workers" in options.measure:
             both = f"{options.server_core},{options.client_core}"
             pairs = {server.name: server for server in start(
                 kinds, bench, stack, 2, both)}
             run_rounds([functools.partial(measure_workers, pairs)], servers,
-                       options, figures)
+                       options.rounds, options, figures)
     return figures
 
 

@@ -3,10 +3,12 @@
 Each connection makes its TLS handshake, asks for one small asset, reads it,
 and then does nothing.  The TLS state on this side is dropped, the TCP
 connection stays: ten thousand cost this process next to nothing.  Prints
-`open COUNT` when all are there, and ends when its stdin does.
+`open COUNT` when all are there, and ends when its stdin does; with an error
+if the server has closed any meanwhile.
 """
 
 import resource
+import select
 import socket
 import ssl
 import struct
@@ -67,6 +69,11 @@ def main(port, count, ca_file):
             for _ in range(count)]
     print("open", len(held), flush=True)
     sys.stdin.read()
+    watched = select.poll()
+    for descriptor in held:
+        watched.register(descriptor, select.POLLRDHUP)
+    if closed := len(watched.poll(0)):
+        sys.exit(f"{closed} of {count} were closed by the server")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ class Server:
         self.folder = bench.folder / f"{self.name}-{workers}"
         self.log = self.folder / "access.log"
         self.process = None
+        #: {process id: processor seconds} when it began to serve
+        self.start_cost = {}
 
     @classmethod
     def program(cls):
@@ -69,10 +71,12 @@ class Server:
         except BaseException:
             self.stop()
             raise
+        self.start_cost = self.cpu_by_process()
         return self
 
     def __exit__(self, *_):
         self.stop()
+        shutil.rmtree(self.folder)
 
     def stop(self):
         """End the server and whatever it started."""
@@ -105,22 +109,24 @@ class Server:
         return total
 
     def worker_bytes(self):
-        """Return the proportional set size of the busiest process, which is
-        a worker, and what it shares with no other process."""
-        spent = {}
-        for pid in self.processes():
-            with contextlib.suppress(FileNotFoundError):
-                spent[pid] = cpu_seconds(pid)
-        worker = max(spent, key=spent.get)
+        """Return the proportional set size of the process that was busiest
+        with serving, a worker, and what it shares with no other process."""
+        spent = self.cpu_by_process()
+        worker = max(spent, key=lambda pid:
+                     spent[pid] - self.start_cost.get(pid, 0))
         return memory_of(worker, "Pss:"), memory_of(worker, "Private_")
 
     def cpu_seconds(self):
         """Return the processor time of all processes until now."""
-        total = 0
+        return sum(self.cpu_by_process().values())
+
+    def cpu_by_process(self):
+        """Return {process id: processor seconds until now}."""
+        spent = {}
         for pid in self.processes():
             with contextlib.suppress(FileNotFoundError):
-                total += cpu_seconds(pid)
-        return total
+                spent[pid] = cpu_seconds(pid)
+        return spent
 
     def forget_log(self):
         """Make the access log empty, so that no disk fills."""
