@@ -380,6 +380,33 @@ def test_a_higher_threshold_does_not_make_smaller_files():
     assert all(each == sorted(each) for each in sizes.values())
 
 
+def icon(size=48):
+    """A disc cut out of a photograph."""
+    image = photo((size, size)).copy()
+    image.putalpha(Image.radial_gradient("L").resize((size, size)).point(
+        lambda level: 255 * (level < 120)))
+    return image
+
+
+KINDS = {
+    "photograph": lambda: saved(photo((160, 120), "drop"), "JPEG", quality=92),
+    "page of text": lambda: saved(page(10, (240, 160)), "PNG"),
+    "icon": lambda: saved(icon(), "PNG")}
+
+
+@pytest.mark.parametrize("what", KINDS)
+def test_a_lower_threshold_takes_away_more_and_never_more_than_it_says(what):
+    source, best = KINDS[what](), []
+    kind = "image/jpeg" if what == "photograph" else "image/png"
+    for threshold in (0.98, 0.99, 0.995):
+        found = forms(source, kind, threshold)
+        check(source, kind, found, threshold)
+        best.append(min(len(form.body) for form in found.values()
+                        if form.body))
+    assert best == sorted(best)
+    assert best[1] < 0.6 * len(source)
+
+
 def test_the_same_source_gives_the_same_bytes():
     source = saved(photo(), "PNG")
     assert forms(source) == made(
