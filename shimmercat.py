@@ -128,7 +128,7 @@ __all__ = [
     "StoreReader", "read_file", "PICTURE_FORMS",
     "AssetKey", "Kept", "Representation", "Asset", "dictionary",
     "formats_shown",
-    "Repository",
+    "Repository", "MOST_DELTAS",
     "CHANGELIST_FOLDER", "SLOT_SECONDS", "Change", "slot_path",
     "slots_between", "changes_in", "TooManyChanges", "Verdict", "freshness",
     "Changes", "Lifetime", "Changelist",
@@ -5541,6 +5541,19 @@ class AlternateStore:
             if self._source_form.fullmatch(memo):
                 yield memo, self.recall(memo)
 
+    def families(self) -> dict[str, list[str]]:
+        """{hash of a family: hashes of its members, the latest first}."""
+        found = []
+        for path in self._root.glob(f"??/*.{Mark.KIN.value}.*"):
+            with contextlib.suppress(FileNotFoundError):
+                # Evicted just now.
+                if match := self._file_form.fullmatch(path.name):
+                    found.append((path.stat().st_mtime, match[2], path.name))
+        families = collections.defaultdict(list)
+        for _, kin, name in sorted(found, reverse=True):
+            families[kin].append(name.partition(".")[0])
+        return families
+
     def wipe(self, source_sha: str) -> int:
         """Removes all that there is under a hash; returns bytes freed."""
         found = self._list(source_sha)
@@ -5951,6 +5964,11 @@ class Asset:
                 "place": self.key[:2], "kin": self.kin,
                 "type": self.type.decode(), "wanted": self.wanted}
 
+    def delta_job(self, sha: str) -> dict:
+        """What it is asked for on behalf of clients with a dictionary."""
+        return {**self.job(), "memo": None, "dictionary": sha,
+                "wanted": ((f"dcz_{sha[:16]}", _BEST["dcz"]),)}
+
 
 def dictionary(headers: Headers) -> str | None:
     """SHA-256 of the dictionary that a client has for us (RFC 9842 2.2).
@@ -6000,7 +6018,7 @@ _QUALITY = re.compile(rb"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
 # ---------------------------------------------------------------------------
 # 10c. Repository: the assets that a process knows
 #
-#    Offers   Repository
+#    Offers   Repository, MOST_DELTAS
 #    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 7 Paths
 # ---------------------------------------------------------------------------
 
@@ -6247,10 +6265,11 @@ class Repository:
 
     def relate(self, asset: Asset, sha: str) -> None:
         """Finds, or has made, what the dictionary `sha` makes of an asset."""
-        if len(asset.deltas) >= _MOST_DELTAS:
+        if len(asset.deltas) >= MOST_DELTAS:
             asset.deltas.clear()
         asset.deltas[sha] = None
-        name, level = f"dcz_{sha[:16]}", _BEST["dcz"]
+        job = asset.delta_job(sha)
+        (name, level), = job["wanted"]
         found = {stored[:2]: stored for stored in self._store.find(asset.sha)}
         if stored := found.get((name, level)):
             body = in_thread(self._store.load, stored)
@@ -6261,8 +6280,7 @@ class Repository:
                 self._account(asset)
         elif (sha != asset.sha and self._is_of(sha, self._kin(asset))
               and (name, level) not in self._store.settled(asset.sha)):
-            self._jobs.put({**asset.job(), "wanted": ((name, level),),
-                            "memo": None, "dictionary": sha})
+            self._jobs.put(job)
 
     def find_removed(self, key: AssetKey) -> Asset | None:
         """What was served under a key and is gone since a short time."""
@@ -6434,7 +6452,7 @@ def _read_source(asset):
 _REST_SECONDS = 1.0
 _HINTED = b"accept, sec-ch-width, sec-ch-dpr"
 #: versions of an asset that clients may have at a time
-_MOST_DELTAS = 16
+MOST_DELTAS = 16
 _FORMATS = {form: b"image/" + form.encode()
             for form in ("jpeg", "png", "webp", "avif")}
 #: octets below which no coding pays for its own header
@@ -11308,6 +11326,8 @@ class WarmUp:
         #: orders go nowhere: we do them ourselves
         self._repository = Repository(tweaks, self._store, LocalJobQueue(
             lambda job: None, 0))
+        #: versions of texts that clients may hold
+        self._families = self._store.families()
         self.tallies = collections.defaultdict(Tally)
         self.total, self.done, self.failures = 0, 0, []
         #: one file at a time of those with the same content
@@ -11376,13 +11396,24 @@ class WarmUp:
         if self._is_again and is_first:
             for mark in self._store.find(asset.sha, Mark.DECLINED):
                 self._store.remove(mark)
-        elif asset.best:
-            return ""
-        # One with the same content may have been worked on meanwhile.
-        self._repository.refresh(asset.sha)
-        if asset.best:
-            return ""
-        job = asset.job()
+        if self._is_again or not asset.best:
+            # One with the same content may have been worked on meanwhile.
+            self._repository.refresh(asset.sha)
+        jobs = [] if asset.best else [asset.job()]
+        troubles = map(self._do, [*jobs, *self._deltas(asset)])
+        return "; ".join(filter(None, troubles))
+
+    def _deltas(self, asset):
+        """Jobs for those who hold one of its versions, unless all is done."""
+        settled = self._store.settled(asset.sha)
+        for sha in self._families.get(asset.kin, ())[:MOST_DELTAS]:
+            job = asset.delta_job(sha)
+            if sha != asset.sha and not {*job["wanted"]} <= settled and (
+                    self._store.find(sha, Mark.ORIGINAL)):
+                yield job
+
+    def _do(self, job):
+        """Why a job came to nothing, or nothing."""
         try:
             has_redis = self._lease(job)
         except RedisAway:

@@ -1,5 +1,6 @@
 """`warm` makes ahead what visitors would have made; `explain` says why."""
 
+import base64
 import collections
 import functools
 import hashlib
@@ -352,6 +353,26 @@ def page_of(content):
     """A view without its instructions."""
     head, _, rest = content.partition(b"<!--")
     return head + rest.partition(b"-->\n")[2]
+
+
+def test_what_changed_in_a_text_is_made_ahead_for_those_who_hold_the_old_one(
+        tmp_path):
+    old, new = TEXT + b"old", TEXT + b"p.added { margin: 0 }\n"
+    make_site(tmp_path, {"style.css": old, "photo.jpg": photograph(1)})
+    assert run(tmp_path, "warm").returncode == 0
+    make_site(tmp_path, {"style.css": new})
+    for _ in range(2):
+        done = run(tmp_path, "warm")
+        assert (done.returncode, "2/2 files" in done.stderr) == (0, True)
+    held = hashlib.sha256(old).digest()
+    assert f"dcz_{held.hex()[:16]}" in stored(tmp_path, new)
+    with Server(tmp_path) as server:
+        answer = ask(server, "/style.css", **{
+            "accept-encoding": "dcz, br", "available-dictionary":
+            f":{base64.b64encode(held).decode()}:"})
+        assert answer.headers["content-encoding"] == "dcz"
+        assert int(answer.headers["content-length"]) < 200
+        assert not server.lines("M20004")
 
 
 def test_a_view_with_mistakes_is_named(tmp_path):
