@@ -52,6 +52,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -421,6 +422,8 @@ def measure(bench, options):
 def main(words):
     """Measure what is asked for, print the tables and draw the plot."""
     options = parse(words)
+    # Ended by `timeout`, it still ends the servers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with tempfile.TemporaryDirectory(prefix="shimmercat-bench.") as folder:
