@@ -33,8 +33,9 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
      7  Paths            what a URL means
     7b  Views            what answers a path that is no file's
     7c  Templates        pages made of what an application says
-     8  Scratch          the scratch folder, certificates and TLS contexts
-    8b  Files            how they are written, and what is said if not
+     8  Scratch          the scratch folder, and who may use it
+    8b  Certificates     what TLS contexts are made of, and when it changes
+    8c  Files            how they are written, and what is said if not
      9  Redis            the one link to Redis, and the log that goes over it
     9b  Jobs             work for the artisan, and news for all
     9c  Notes            what all processes of an instance know for a while
@@ -68,7 +69,8 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
    16e  Listeners        where clients are accepted
    16f  Proxies          who is behind a proxy in front of this server
     17  Worker           the life of a serving process
-   17b  Supervision      what a supervisor hands over, and what it is told
+   17b  Premises         what stands before anything is served
+   17c  Supervision      what a supervisor hands over, and what it is told
     18  Arbiter          the life of the whole
    18b  Slots            places that processes hold, one after the other
    18c  Lone worker      the life of devlove mode
@@ -89,7 +91,7 @@ __all__ = [
     "KIB", "MIB", "GIB", "DOMAIN_NAME", "ShimmerCatError",
     "ConfigurationError", "Deadline", "NetworkAddress", "YamlSheet",
     "YamlEntry", "http_date", "parse_http_date", "parse_size", "size_text",
-    "file_identity", "nearest", "in_thread",
+    "file_identity", "file_state", "exit_text", "nearest", "in_thread",
     "MESSAGES", "Severity", "Message", "LogRecord", "MalformedRecord",
     "CodeSet", "Console", "wants_colour", "Log", "LOG",
     "Repeats",
@@ -116,8 +118,8 @@ __all__ = [
     "ViewMistaken", "View", "ViewFolder", "VIEW_NAMES", "VIEW_BYTES",
     "with_snippet",
     "PageFailed", "PageTemplate",
-    "ScratchFolder", "ScratchError", "ScratchBusy", "CertificateStore",
-    "CertificateError",
+    "ScratchFolder", "ScratchError", "ScratchBusy",
+    "CertificateStore", "CertificateError",
     "write_atomically", "make_folder", "DiskTrouble",
     "RedisAway", "RedisMissing", "RedisServer", "RedisLink", "LogTap",
     "LogSubscription", "JobQueue", "LocalJobQueue", "Announcements",
@@ -143,7 +145,7 @@ __all__ = [
     "Wanted", "Found", "RemoteStatics",
     "Larder",
     "JobFailed", "stand_apart", "live_apart", "Workshop", "confine",
-    "exit_text", "Artisan", "lease_seconds",
+    "Artisan", "lease_seconds",
     "make_alternates",
     "PictureRefused", "similarity",
     "Form", "picture_forms",
@@ -161,9 +163,9 @@ __all__ = [
     "Connection",
     "CannotListen", "TlsListener", "RedirectListener", "listen",
     "ProxyHeaderRefused", "ProxyHeader",
-    "QUICK_SECONDS", "PRESS_SECONDS", "CannotWriteLog", "WorkerLine",
-    "Child", "Doors",
-    "Premises", "Worker",
+    "QUICK_SECONDS", "PRESS_SECONDS", "WorkerLine", "Child", "Terms",
+    "Worker",
+    "CannotWriteLog", "Doors", "Premises", "Watch",
     "Supervisor",
     "BootFailure", "Arbiter",
     "Slot",
@@ -306,7 +308,7 @@ _plain = functools.cache(gevent.monkey.get_original)
 #    Offers   KIB, MIB, GIB, DOMAIN_NAME, ShimmerCatError,
 #             ConfigurationError, Deadline, NetworkAddress, YamlSheet,
 #             YamlEntry, http_date, parse_http_date, parse_size, size_text,
-#             file_identity, nearest, in_thread
+#             file_identity, file_state, exit_text, nearest, in_thread
 #    Uses     no other room
 # ---------------------------------------------------------------------------
 
@@ -562,6 +564,21 @@ def file_identity(status: os.stat_result) -> tuple:
             status.st_ctime_ns)
 
 
+def file_state(path: Path) -> object:
+    """What is another when the file at a path has come, changed or gone."""
+    try:
+        return file_identity(os.stat(path))
+    except OSError as error:
+        return error.errno
+
+
+def exit_text(status: int) -> str:
+    """How a process ended, to go on after `died` or `left`."""
+    if os.WIFSIGNALED(status):
+        return f"by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"with status {os.WEXITSTATUS(status)}"
+
+
 def nearest(word: str, known: typing.Iterable[str]) -> str | None:
     """The known word that `word` most likely misspells, or None."""
     folded = {name.lower().replace("_", "-"): name for name in known}
@@ -637,8 +654,8 @@ MESSAGES = {
     30001: Message("{} left {}", "it was told to, and it has finished"),
     30002: Message("log file {} opened again", "USR1, after a rotation"),
     30003: Message("development certificate {} for {}", "not for real use"),
-    40001: Message("HUP is refused: start again to change the settings",
-                   "reloading is not offered yet; nothing changed"),
+    40001: Message("new settings: one worker after the other takes them",
+                   "HUP or a new certificate; flags stay those of the start"),
     40002: Message("one worker more: {}", "TTIN"),
     40003: Message("one worker less: {}", "TTOU; one always stays"),
     40004: Message("graceful end: {} workers finish what they have",
@@ -666,8 +683,14 @@ MESSAGES = {
     40024: Message("consultant {}: {} is left out for {} s after {} failures",
                    "its other addresses are asked; it is tried again then"),
     40025: Message("consultant {}: {} answers again", "it takes part again"),
+    40026: Message("{} connections are left, for {} s at most",
+                   "downloads, WebSockets: see replacement-seconds"),
+    40027: Message("{} is cut off: as many old ones as allowed remain",
+                   "see lingering-workers in tweaks.yaml"),
     40028: Message("consultant {} complains: {}",
                    "what a FastCGI application wrote to STDERR"),
+    40029: Message("{} leaves after {} s: a newer one serves",
+                   "it finishes what it has, within replacement-seconds"),
     40032: Message("no development CA in {} ({}): it is made in {}",
                    "browsers must trust one CA for each scratch folder"),
     40033: Message("scratch folder {} was removed: it is made anew",
@@ -685,6 +708,7 @@ MESSAGES = {
                    ("client", "method", "host", "path", "status", "bytes",
                     "milliseconds", "protocol", "answered", "representation")),
     50003: Message("ready: {}, process {}", "signals go to that process"),
+    50004: Message("new settings serve: {}", "HUP or a new certificate"),
     60001: Message("internal error: {}\n{}", "report this traceback"),
     60002: Message("{} died {}", "replaced; see the lines before"),
     60003: Message("{} died early {} times, next start in {} s",
@@ -696,8 +720,12 @@ MESSAGES = {
     60010: Message("no alternate of {}: {}", "the asset is served as it is"),
     60011: Message("certificate: {}", "clients complain; renew or replace it"),
     60012: Message("{} is not forked: {}", "out of memory or processes"),
+    60013: Message("new settings are refused, nothing changes:\n{}",
+                   "correct them; `check` says the same"),
     60014: Message("r-cache takes no more files: {}", "disk full?"
                    " What is not there is served from its source"),
+    60015: Message("no worker starts with the new settings: back to the old",
+                   "see the lines before"),
     60025: Message("mistake in a view: {}", "its requests end in 500"),
     60026: Message("no page: {}", "what the application said does not fit"),
 }
@@ -1265,6 +1293,8 @@ OPTIONS = (
            "Files with a hash in their name are served so long when gone."),
     Option("least-bytes-per-second", "tweak", "count", 500, (1, 10 ** 6),
            "Rate below which clients use up body-seconds and send-seconds."),
+    Option("lingering-workers", "tweak", "count", 8, (1, 1000),
+           "Replaced workers of each place that may finish; older ones end."),
     Option("log-ring-records", "tweak", "count", 10_000, (100, 1_000_000),
            "Records kept while Redis is away; lost ones are counted."),
     Option("max-body-bytes", "tweak", "size", GIB, (0, 999 * GIB),
@@ -1289,8 +1319,8 @@ OPTIONS = (
            "Largest text compressed while its first visitor waits."),
     Option("r-cache-limit-bytes", "tweak", "size", 2 * GIB, (MIB, 999 * GIB),
            "Size of r-cache above which the least used alternates go."),
-    Option("replacement-seconds", "tweak", "seconds", 300, (0, 86_400),
-           "Time for requests in flight to end in a replaced worker."),
+    Option("replacement-seconds", "tweak", "seconds", 600, (0, 86_400),
+           "Time for all in flight to end in a replaced worker."),
     Option("send-chunk-bytes", "tweak", "size", 64 * KIB, (4 * KIB, MIB),
            "Most that one write hands to TLS."),
     Option("send-seconds", "tweak", "seconds", 60, (1, 3600),
@@ -4208,24 +4238,16 @@ _TEMPLATE_FAULTS = (
 
 
 # ---------------------------------------------------------------------------
-# 8. Scratch: the scratch folder, certificates and TLS contexts
+# 8. Scratch: the scratch folder, and who may use it
 #
-#    Offers   ScratchFolder, ScratchError, ScratchBusy, CertificateStore,
-#             CertificateError
-#    Uses     1 Words, 2 Messages
+#    Offers   ScratchFolder, ScratchError, ScratchBusy
+#    Uses     1 Words
 # ---------------------------------------------------------------------------
 
 #: longest path that fits sockaddr_un.sun_path, without its zero byte
 _SOCKET_PATH_BYTES = 107
 #: struct flock of the kernel, for 64 bits
 _LOCK = struct.Struct("hhqqi0q")
-_CERTIFICATE_FILE = "cert.pem"
-_KEY_FILE = "privkey.unencrypted-pkcs8.pem"
-#: P-256: a handshake costs a tenth of what RSA 2048 takes
-_CURVE = ec.SECP256R1()
-#: every development CA is called so, with six letters behind
-_AUTHORITY_NAME = "shimmercat Testing Cert. Authority"
-_TLS_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 
 class ScratchError(ShimmerCatError):
@@ -4238,13 +4260,6 @@ class ScratchBusy(ScratchError):
     """Another instance holds the scratch folder."""
 
     exit_code = 75
-
-
-class CertificateError(ShimmerCatError):
-    """A certificate or key cannot be used; the text names the file."""
-
-    exit_code = 78
-    message_code = 60011
 
 
 class ScratchFolder:
@@ -4383,6 +4398,29 @@ class ScratchFolder:
         return (*text.split("\n"), "", "", "")[:3]
 
 
+# ---------------------------------------------------------------------------
+# 8b. Certificates: what TLS contexts are made of, and when it changes
+#
+#    Offers   CertificateStore, CertificateError
+#    Uses     1 Words, 2 Messages
+# ---------------------------------------------------------------------------
+
+_CERTIFICATE_FILE = "cert.pem"
+_KEY_FILE = "privkey.unencrypted-pkcs8.pem"
+#: P-256: a handshake costs a tenth of what RSA 2048 takes
+_CURVE = ec.SECP256R1()
+#: every development CA is called so, with six letters behind
+_AUTHORITY_NAME = "shimmercat Testing Cert. Authority"
+_TLS_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
+
+
+class CertificateError(ShimmerCatError):
+    """A certificate or key cannot be used; the text names the file."""
+
+    exit_code = 78
+    message_code = 60011
+
+
 class CertificateStore:
     """The certificates of a scratch folder, and TLS contexts with them."""
 
@@ -4392,8 +4430,13 @@ class CertificateStore:
     renewal_days = 30
 
     def __init__(self, scratch: ScratchFolder, domains: typing.Iterable[str],
-                 tls_minimum: str = "1.2", authority_dir: Path | None = None):
-        """Serves `domains`; `tls_minimum` is "1.2" or "1.3"."""
+                 tls_minimum: str = "1.2", authority_dir: Path | None = None,
+                 before: "CertificateStore | None" = None):
+        """Serves `domains`; `tls_minimum` is "1.2" or "1.3".
+
+        Certificates that have not changed since `before` made its context are
+        taken from there, and with them the sessions of clients.
+        """
         self._folder = scratch.path
         self._sni_folder = scratch.sni_certificates
         self._domains = list(domains)
@@ -4401,6 +4444,9 @@ class CertificateStore:
         self._authority_dir = authority_dir or _user_folder()
         #: certificate to install in the browser; None for an operator's leaf
         self.ca_file: Path | None = None
+        self._before = before
+        #: {folder: (state of its files, context with them)}
+        self._contexts = {}
 
     def ensure(self) -> None:
         """Makes or renews the development leaf where there is no other.
@@ -4434,12 +4480,18 @@ class CertificateStore:
         """A server's context: ALPN, SNI, session tickets, modern ciphers.
 
         Processes forked from here on resume each other's sessions, because
-        the ticket keys are inside.  Raises CertificateError.
+        the ticket keys are inside.  Raises CertificateError, and then the
+        context that there was before is as it was; what has changed since it
+        was made must be without problems.
         """
-        context = _tls_context(self._folder, self._tls_minimum)
-        others = {name: _tls_context(folder, self._tls_minimum)
-                  for name in self._domains
-                  if (folder := self._folder_of(name)) != self._folder}
+        folders = {name: self._folder_of(name) for name in self._domains}
+        for folder in {self._folder, *folders.values()}:
+            self._contexts[folder] = self._of_folder(folder, [
+                name for name in folders if folders[name] == folder])
+        _, context = self._contexts[self._folder]
+        others = {name: self._contexts[folder][1]
+                  for name, folder in folders.items()
+                  if folder != self._folder}
 
         def choose(connection, name, _context):
             if name and name.lower() in others:
@@ -4448,7 +4500,29 @@ class CertificateStore:
         # gevent's own setter expects gevent's sockets, but wires (room 16)
         # move the octets themselves.
         _plain("ssl", "SSLContext").sni_callback.__set__(context, choose)
+        self._before = None
         return context
+
+    def _of_folder(self, folder, names):
+        """State of a folder's files, and a context with them."""
+        state, before = _pair_state(folder), self._before
+        if before:
+            known = before._contexts.get(folder, ("", None))
+            if known[0] != state and (
+                    problems := _pair_problems(folder, names)):
+                raise CertificateError("; ".join(problems))
+            if known[0] == state and before._tls_minimum == self._tls_minimum:
+                return known
+        return state, _tls_context(folder, self._tls_minimum)
+
+    def used(self) -> dict[Path, tuple]:
+        """State of the files that the context was made of, by folder."""
+        return {folder: state for folder, (state, _) in self._contexts.items()}
+
+    def found(self) -> dict[Path, tuple]:
+        """The same of the files that are there now."""
+        return {folder: _pair_state(folder) for folder in {
+            self._folder, *map(self._folder_of, self._domains)}}
 
     def _folder_of(self, domain):
         """Where the certificate is that visitors of a domain are shown."""
@@ -4596,6 +4670,12 @@ def _covers(certificate, name):
     return _general_name(name) in names or x509.DNSName(wildcard) in names
 
 
+def _pair_state(folder):
+    """What is another when certificate or key of a folder have changed."""
+    return tuple(file_state(folder / name)
+                 for name in (_CERTIFICATE_FILE, _KEY_FILE))
+
+
 def _pair_problems(folder, names, days_left=0):
     """What is wrong with a folder's certificate and key, a line each."""
     file, key_file = folder / _CERTIFICATE_FILE, folder / _KEY_FILE
@@ -4648,7 +4728,7 @@ def _from_now(**span):
 
 
 # ---------------------------------------------------------------------------
-# 8b. Files: how they are written, and what is said if not
+# 8c. Files: how they are written, and what is said if not
 #
 #    Offers   write_atomically, make_folder, DiskTrouble
 #    Uses     2 Messages
@@ -5113,6 +5193,13 @@ class JobQueue:
     def done(self, job: dict) -> None:
         """Lets the source be worked on again; raises RedisAway."""
         self._link.call("DEL", _LEASE + job["sha"])
+
+    def give_back(self, job: dict) -> None:
+        """Leaves a job that was taken to somebody else."""
+        with contextlib.suppress(RedisAway):
+            # Its lease runs out, and the next visitor asks for it again.
+            self.done(job)
+            self.put(job)
 
 
 def _job_text(job):
@@ -9178,7 +9265,7 @@ _MOST_KNOWN = 50_000
 # 13. Artisan: makes alternates, never serves
 #
 #    Offers   JobFailed, stand_apart, live_apart, Workshop, confine,
-#             exit_text, Artisan, lease_seconds
+#             Artisan, lease_seconds
 #    Uses     1 Words, 2 Messages, 3 Settings, 8 Scratch, 9 Redis,
 #             10 Representations
 # ---------------------------------------------------------------------------
@@ -9358,13 +9445,6 @@ def confine(tweaks: Tweaks) -> None:
                            (tweaks.artisan_memory_bytes, hard))
 
 
-def exit_text(status: int) -> str:
-    """How a process ended, to go on after `died` or `left`."""
-    if os.WIFSIGNALED(status):
-        return f"by {signal.Signals(os.WTERMSIG(status)).name}"
-    return f"with status {os.WEXITSTATUS(status)}"
-
-
 class Artisan:
     """The process that has alternates made, one job after the other."""
 
@@ -9421,7 +9501,11 @@ class Artisan:
         try:
             job = self._jobs.take(1)
             if job is not None:
-                self._work(job)
+                try:
+                    self._work(job)
+                except SystemExit:
+                    self._jobs.give_back(job)
+                    raise
                 self._jobs.done(job)
                 self._news.publish(job["sha"])
         except RedisAway:
@@ -11575,7 +11659,7 @@ class Service:
         gevent.spawn(self._sweep_forever)
 
     def _sweep_forever(self):
-        while True:
+        while self.connections or not self.draining:
             gevent.sleep(_SWEEP_SECONDS)
             self._tell_date()
             now = time.monotonic()
@@ -13239,8 +13323,7 @@ _PROXY_BYTES = 2048
 # ---------------------------------------------------------------------------
 # 17. Worker: the life of a serving process
 #
-#    Offers   QUICK_SECONDS, PRESS_SECONDS, CannotWriteLog, WorkerLine,
-#             Child, Doors, Premises, Worker
+#    Offers   QUICK_SECONDS, PRESS_SECONDS, WorkerLine, Child, Terms, Worker
 #    Uses     1 Words, 2 Messages, 3 Settings, 5 Engines, 8 Scratch,
 #             9 Redis, 10 Representations, 12 Fetch backends, 13 Artisan,
 #             15 Site, 16 Connections
@@ -13254,29 +13337,28 @@ QUICK_SECONDS = 1.0
 _HITS_SECONDS = 0.05
 #: names of purged assets that a worker tells
 _MOST_PURGED = 10_000
+#: seconds between two looks at what is still in flight at the end
+_LEAST_WAIT, _LONGEST_WAIT = 0.02, 0.25
 #: seconds of silence beyond the arbiter's limit until the kernel ends us
 _ALARM_SECONDS = 10.0
 #: seconds in which a child must be ready
 _READY_SECONDS = 20
 #: who served for so long was not killed by its own start
 _STEADY_SECONDS = 10
+#: who leaves within such a time had nothing that takes long
+_SOON_SECONDS = 5
 #: seconds from one signal to a harder one
 PRESS_SECONDS = 2
 _HARDER = {signal.SIGTERM: signal.SIGQUIT, signal.SIGQUIT: signal.SIGKILL,
            signal.SIGABRT: signal.SIGKILL}
 
 
-class CannotWriteLog(ShimmerCatError):
-    """The log file cannot be opened; the text names it and says why."""
-
-    exit_code = 73
-
-
 class WorkerLine:
     """One end of the line between the arbiter and a child.
 
-    The child says words of one byte, the arbiter none.  The end of the line
-    tells each that the other is gone, however it went.
+    The child says words of one byte; the arbiter the seconds that the child
+    has to leave, in digits and a line feed.  The end of the line tells each
+    that the other is gone, however it went.
     """
 
     READY, ALIVE, REPLACE, DRAINED = b"r", b".", b"a", b"d"
@@ -13311,19 +13393,33 @@ class WorkerLine:
             return None
 
 
+class Terms(typing.NamedTuple):
+    """What holds for the processes of a slot, now or when one began."""
+
+    patience: float  #: seconds of silence after which one is taken to stall
+    #: a process that has another value here than its slot is to be replaced
+    generation: object = None
+    #: seconds in which a replaced process must finish what it does
+    farewell: float = PRESS_SECONDS
+    #: replaced processes that may be finishing at the same time
+    lingering: int = 1
+
+
 class Child:
     """A forked process, as the arbiter sees it."""
 
-    def __init__(self, name: str, pid: int, line: WorkerLine, doors: tuple):
+    def __init__(self, name: str, pid: int, line: WorkerLine, doors: tuple,
+                 terms: Terms):
         """Has just been forked, and accepts at `doors`."""
         self.name, self.pid, self.line, self.doors = name, pid, line, doors
+        self.terms = terms
         #: "starting", "serving" or "retiring"
         self.stage = "starting"
         #: wait status, once it is dead
         self.status = 0
         self.wants_successor = False
         self.born = time.monotonic()
-        self.steady = self._limit = Deadline(math.inf)
+        self.steady = self._limit = self._lingers = Deadline(math.inf)
         self._silence = Deadline(_READY_SECONDS)
         #: the signal that comes next, and when
         self._next, self._due = None, None
@@ -13333,18 +13429,18 @@ class Child:
         pid, self.status = _plain("os", "waitpid")(self.pid, os.WNOHANG)
         return pid != 0
 
-    def hear(self, patience: float) -> None:
+    def hear(self) -> None:
         """Takes words from its line; the first says that it is ready."""
         words = self.line.hear()
         if words is None:
             self.line.close()
         elif words:
-            self.confirm(patience)
+            self.confirm()
             self.wants_successor |= WorkerLine.REPLACE in words
 
-    def confirm(self, patience: float) -> None:
-        """It lives; from here on `patience` seconds may pass in silence."""
-        self._silence = Deadline(patience)
+    def confirm(self) -> None:
+        """It lives; from here on it may be silent for a while."""
+        self._silence = Deadline(self.terms.patience)
         if self.stage == "starting":
             self.stage = "serving"
             self.steady = Deadline(_STEADY_SECONDS)
@@ -13360,101 +13456,26 @@ class Child:
         elif self._next and self._due.passed():
             self._press(self._next, PRESS_SECONDS)
 
-    def retire(self, seconds: float, number: int = signal.SIGTERM) -> None:
-        """Makes it leave within `seconds`, if it has no less already."""
-        self.stage = "retiring"
-        if seconds < self._limit.left():
-            self._limit = Deadline(seconds)
-            self._press(number, seconds)
+    def retire(self, seconds: float, number: int = signal.SIGTERM) -> bool:
+        """Makes it leave within `seconds`; whether it had more till now."""
+        if self.stage != "retiring":
+            self.stage, self._lingers = "retiring", Deadline(_SOON_SECONDS)
+        if seconds >= self._limit.left():
+            return False
+        self._limit = Deadline(seconds)
+        self._press(number, seconds)
+        return True
+
+    def lingers(self) -> bool:
+        """Whether it was told to leave, and has not done so soon."""
+        return self._lingers.passed()
 
     def _press(self, number, seconds):
         """Sends a signal, and after `seconds` a harder one."""
+        self.line.say(b"%d\n" % seconds)
         # Only we reap, so the pid still means this child.
         os.kill(self.pid, number)
         self._next, self._due = _HARDER.get(number), Deadline(seconds)
-
-
-class Doors(typing.NamedTuple):
-    """The listening sockets of a slot, plain and non-blocking."""
-
-    secure: socket.socket
-    #: for plain HTTP, which is redirected; None without option -t
-    redirect: socket.socket | None
-
-    @classmethod
-    def open(cls, settings: Settings, check: bool = True) -> list["Doors"]:
-        """Listens on the addresses of `settings`; raises CannotListen."""
-        backlog = settings.tweaks.backlog
-        return [cls(*(address and listen(address, backlog, check)
-                      for address in addresses))
-                for addresses in ((settings.listen, settings.redirect), *(
-                    (also, None) for also in settings.also_listen))]
-
-    def close(self) -> None:
-        """Closes the sockets; other processes keep theirs."""
-        for door in filter(None, self):
-            door.close()
-
-
-class Premises:
-    """What stands before anything is served: console, folder, certificates."""
-
-    def __init__(self, settings: Settings, door: str = ""):
-        """Makes what is missing; raises ShimmerCatError when it cannot.
-
-        `door` tells apart the listening sockets that were handed over.
-        """
-        _hold_standard_streams()
-        self.settings, self._engine = settings, http2_engine(settings.engine)
-        try:
-            self.console = Console(1, settings.log_format, wants_colour(1),
-                                   settings.log_file)
-        except OSError as error:
-            raise CannotWriteLog(f"log file {settings.log_file}:"
-                                 f" {error.strerror}") from error
-        LOG.configure(enabled=settings.log_codes, sink=self.console.write)
-        self.scratch = ScratchFolder(settings.scratch_dir)
-        self.scratch.occupy(tweaks_text(), door)
-        self._certificates = CertificateStore(
-            self.scratch, settings.domains, settings.tweaks.tls_minimum)
-        self._certificates.ensure()
-        self.context = self._certificates.context()
-        self.board = Board()
-
-    def announce(self) -> None:
-        """Says what is served, where, and what is wrong with certificates."""
-        settings = self.settings
-        LOG.say(10001, __version__, settings.mode, settings.working_dir,
-                os.getpid())
-        for address in (settings.listen, *settings.also_listen):
-            LOG.say(10002, address)
-        LOG.say(10008, self._engine.library)
-        if settings.redirect:
-            LOG.say(10003, settings.redirect)
-        port = settings.listen.port
-        for name in settings.domains:
-            LOG.say(10004, name, f"https://{name}:{port}/".replace(
-                ":443/", "/").replace(":None/", "/"))
-        if self._certificates.ca_file:
-            LOG.say(10006, self._certificates.ca_file)
-        for problem in self._certificates.problems():
-            LOG.say(60011, problem)
-        wanted = settings.tweaks.connections_per_worker
-        most = connection_limit(
-            settings.tweaks, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-        if most < wanted:
-            LOG.say(40047, most, wanted)
-
-
-def _hold_standard_streams():
-    """Opens 0, 1 and 2 where they are closed.
-
-    The next socket would have such a number, and the log would go there.
-    """
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        continue
-    os.close(fd)
-    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 class Worker:
@@ -13465,7 +13486,7 @@ class Worker:
     what lies in its queues, finishes what it has, and leaves.
     """
 
-    def __init__(self, premises: Premises, doors: typing.Iterable[Doors],
+    def __init__(self, premises: "Premises", doors: list["Doors"],
                  name: str, line: WorkerLine | None):
         """Accepts at `doors`; `line` leads to the arbiter."""
         self._premises = premises
@@ -13476,6 +13497,8 @@ class Worker:
         self._table = None
         scratch = premises.scratch
         self._store = AlternateStore(scratch.cache, scratch.trouble)
+        #: what connections belong to: the last one has those to come
+        self._services, self._listeners = [], []
         self._leaving = gevent.event.Event()
         self._limit = Deadline(math.inf)
 
@@ -13487,17 +13510,20 @@ class Worker:
             # one stays.
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        self._open()
+        self._report_ready()
+        self._leaving.wait()
+        self._drain()
+        self._part()
+        return 0
+
+    def _open(self):
+        """Begins to serve."""
         site = Site(self._settings, *self._join())
         service = Service(self._settings, site, self._table)
         service.start()
-        listeners = self._accept(service)
-        self._report_ready()
-        self._leaving.wait()
-        for listener in listeners:
-            listener.stop()
-        self._drain(service)
-        self._part()
-        return 0
+        self._services.append(service)
+        self._accept(service)
 
     def _take_signals(self):
         """What reaches a whole group is the arbiter's business."""
@@ -13561,15 +13587,14 @@ class Worker:
         return json.dumps(gone[:_MOST_PURGED])
 
     def _accept(self, service):
-        """Begins to accept connections; the listeners that do."""
+        """Begins to accept connections."""
         context = self._premises.context
-        listeners = [TlsListener(doors.secure, context, service)
-                     for doors in self._doors]
-        listeners += [RedirectListener(doors.redirect, service)
-                      for doors in self._doors if doors.redirect]
-        for listener in listeners:
+        self._listeners = [TlsListener(doors.secure, context, service)
+                           for doors in self._doors]
+        self._listeners += [RedirectListener(doors.redirect, service)
+                            for doors in self._doors if doors.redirect]
+        for listener in self._listeners:
             listener.start()
-        return listeners
 
     def _report_ready(self):
         """Tells the arbiter, and goes on telling it."""
@@ -13592,7 +13617,9 @@ class Worker:
 
     def _watch_line(self):
         """Leaves when the arbiter is gone."""
-        while self._line.hear() is not None:
+        while (words := self._line.hear()) is not None:
+            for seconds in words.split():
+                self._finish(int(seconds))
             gevent.socket.wait_read(self._line.fileno())
         LOG.say(40018)
         self._finish(self._settings.tweaks.graceful_seconds)
@@ -13603,16 +13630,31 @@ class Worker:
             self._limit = Deadline(seconds)
         self._leaving.set()
 
-    def _drain(self, service):
+    def _drain(self):
         """Finishes what there is, within the limit."""
+        for listener in self._listeners:
+            listener.stop()
         for doors in self._doors:
             doors.close()
-        service.drain()
-        while service.active and not self._limit.passed():
-            gevent.sleep(0.02)
-        if service.active:
-            LOG.say(40019, service.active)
-            service.close_all()
+        for service in self._services:
+            service.drain()
+        wait, story = _LEAST_WAIT, 3
+        due = Deadline(story)
+        while (count := self._active()) and not self._limit.passed():
+            gevent.sleep(wait)
+            wait = min(wait * 1.1, _LONGEST_WAIT)
+            if due.passed():
+                LOG.say(40026, count, math.ceil(self._limit.left()))
+                story *= 2
+                due = Deadline(story)
+        if count:
+            LOG.say(40019, count)
+            for service in self._services:
+                service.close_all()
+
+    def _active(self):
+        """Number of open connections."""
+        return sum(service.active for service in self._services)
 
     def _part(self):
         """Says the last words."""
@@ -13632,7 +13674,162 @@ class Worker:
 
 
 # ---------------------------------------------------------------------------
-# 17b. Supervision: what a supervisor hands over, and what it is told
+# 17b. Premises: what stands before anything is served
+#
+#    Offers   CannotWriteLog, Doors, Premises, Watch
+#    Uses     1 Words, 2 Messages, 3 Settings, 5 Engines, 8 Scratch,
+#             16 Connections
+# ---------------------------------------------------------------------------
+
+#: until a look for changed files, which may take up so much of the time
+_WATCH_SECONDS, _WATCHING = 1, 0.01
+
+
+class CannotWriteLog(ShimmerCatError):
+    """The log file cannot be opened; the text names it and says why."""
+
+    exit_code = 73
+
+
+class Doors(typing.NamedTuple):
+    """The listening sockets of a slot, plain and non-blocking."""
+
+    secure: socket.socket
+    #: for plain HTTP, which is redirected; None without option -t
+    redirect: socket.socket | None
+
+    @classmethod
+    def open(cls, settings: Settings, check: bool = True) -> list["Doors"]:
+        """Listens on the addresses of `settings`; raises CannotListen."""
+        backlog = settings.tweaks.backlog
+        return [cls(*(address and listen(address, backlog, check)
+                      for address in addresses))
+                for addresses in ((settings.listen, settings.redirect), *(
+                    (also, None) for also in settings.also_listen))]
+
+    def tune(self, backlog: int) -> None:
+        """Lets so many connections wait to be accepted."""
+        for door in filter(None, self):
+            door.listen(backlog)
+
+    def close(self) -> None:
+        """Closes the sockets; other processes keep theirs."""
+        for door in filter(None, self):
+            door.close()
+
+
+class Premises:
+    """What stands before anything is served: console, folder, certificates."""
+
+    def __init__(self, settings: Settings, door: str = ""):
+        """Makes what is missing; raises ShimmerCatError when it cannot.
+
+        `door` tells apart the listening sockets that were handed over.
+        """
+        _hold_standard_streams()
+        self.settings, self._engine = settings, http2_engine(settings.engine)
+        try:
+            self.console = Console(1, settings.log_format, wants_colour(1),
+                                   settings.log_file)
+        except OSError as error:
+            raise CannotWriteLog(f"log file {settings.log_file}:"
+                                 f" {error.strerror}") from error
+        LOG.configure(enabled=settings.log_codes, sink=self.console.write)
+        self.scratch = ScratchFolder(settings.scratch_dir)
+        self.scratch.occupy(tweaks_text(), door)
+        self._certify()
+        self.board = Board()
+
+    def _certify(self, before=None):
+        """Makes a certificate if one is missing, and the TLS context."""
+        settings = self.settings
+        self.certificates = CertificateStore(
+            self.scratch, settings.domains, settings.tweaks.tls_minimum,
+            before=before)
+        self.certificates.ensure()
+        self.context = self.certificates.context()
+
+    def renewed(self, settings: Settings) -> "Premises":
+        """The same for other settings, with the certificates of today.
+
+        Raises CertificateError; nothing has changed then.
+        """
+        premises = copy.copy(self)
+        premises.settings = settings
+        premises._certify(self.certificates)
+        return premises
+
+    def announce(self) -> None:
+        """Says what is served, where, and what is wrong with certificates."""
+        settings = self.settings
+        LOG.say(10001, __version__, settings.mode, settings.working_dir,
+                os.getpid())
+        for address in (settings.listen, *settings.also_listen):
+            LOG.say(10002, address)
+        LOG.say(10008, self._engine.library)
+        if settings.redirect:
+            LOG.say(10003, settings.redirect)
+        port = settings.listen.port
+        for name in settings.domains:
+            LOG.say(10004, name, f"https://{name}:{port}/".replace(
+                ":443/", "/").replace(":None/", "/"))
+        if self.certificates.ca_file:
+            LOG.say(10006, self.certificates.ca_file)
+        self.say_problems()
+        wanted = settings.tweaks.connections_per_worker
+        most = connection_limit(
+            settings.tweaks, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        if most < wanted:
+            LOG.say(40047, most, wanted)
+
+    def say_problems(self) -> None:
+        """Says what is wrong with certificates that are used all the same."""
+        for problem in self.certificates.problems():
+            LOG.say(60011, problem)
+
+
+def _hold_standard_streams():
+    """Opens 0, 1 and 2 where they are closed.
+
+    The next socket would have such a number, and the log would go there.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        continue
+    os.close(fd)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+class Watch:
+    """Tells when something that can be looked at has changed."""
+
+    def __init__(self, look: typing.Callable[[], object], known: object):
+        """What `look` finds is compared with what is known."""
+        self._look, self._known, self._found = look, known, known
+        self._due = Deadline(_WATCH_SECONDS)
+
+    def has_changed(self) -> bool:
+        """Looks at times; True once for each change that lasts till then.
+
+        What is written in several steps is not looked at amid them.
+        """
+        if not self._due.passed():
+            return False
+        begin, before = time.monotonic(), self._found
+        self._found = self._look()
+        spent = time.monotonic() - begin
+        self._due = Deadline(max(_WATCH_SECONDS, spent / _WATCHING))
+        if self._found != before or self._found == self._known:
+            return False
+        self._known = self._found
+        return True
+
+    def settle(self) -> None:
+        """Takes what there is for known."""
+        self._known = self._found = self._look()
+
+
+# ---------------------------------------------------------------------------
+# 17c. Supervision: what a supervisor hands over, and what it is told
 #
 #    Offers   Supervisor
 #    Uses     1 Words, 3 Settings, 16 Connections
@@ -13781,20 +13978,24 @@ class BootFailure(ShimmerCatError):
 class Arbiter:
     """The first process: keeps slots filled, Redis alive and the log whole."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings,
+                 reread: typing.Callable[[], Settings]):
         """Blocks the signals that it handles; `run` does the rest.
 
-        Raises ConfigurationError or CannotListen for what a supervisor
-        hands over.
+        `reread` gives the settings as they are written then.  Raises
+        ConfigurationError or CannotListen for what a supervisor hands over.
         """
         self._supervisor = Supervisor(os.environ)
-        self._settings = settings = self._supervisor.settings(settings)
-        self._patience = settings.tweaks.heartbeat_seconds
+        self._settings = self._supervisor.settings(settings)
+        self._reread = reread
+        #: the premises to go back to if no worker starts in those of now
+        self._before = None
         self._slots = []
         #: slots that TTOU has closed and that somebody still works in
         self._closed = []
         self._numbers = itertools.count()
-        self._is_listening = self._is_ready = self._is_ending = False
+        self._is_listening = self._is_ending = False
+        self._is_ready = self._was_ready = False
         self._is_finished, self._failure = False, None
         self._is_asking = False  #: whether Redis owes a sign of life
         self._born = time.monotonic()
@@ -13803,7 +14004,7 @@ class Arbiter:
             signal.SIGTERM: self._finish, signal.SIGINT: self._end_now,
             signal.SIGQUIT: self._end_now,
             signal.SIGUSR1: lambda: self._premises.console.reopen(),
-            signal.SIGHUP: lambda: LOG.say(40001),
+            signal.SIGHUP: self._reload,
             signal.SIGUSR2: lambda: LOG.say(40020),
             signal.SIGTTIN: self._grow, signal.SIGTTOU: self._shrink}
         if self._supervisor.replaces_us:
@@ -13836,12 +14037,13 @@ class Arbiter:
         server, path = RedisServer.find(), self._premises.scratch.redis_socket
         self._redis = Slot("redis", lambda name, line: (
             stand_apart(signal.SIGTERM), server.become(path)),
-            self._patience, RedisMissing)
-        self._artisan = Slot("artisan", self._encode, _ARTISAN_SECONDS)
+            self._terms, RedisMissing)
+        self._artisan = Slot("artisan", self._encode, lambda: Terms(
+            _ARTISAN_SECONDS, self._settings.tweaks))
         door = PressDoor(self._premises.scratch.press_socket)
-        limit = settings.tweaks.quick_compress_limit_bytes
         self._press = Slot("press", lambda name, line: Press(
-            door, line.end, limit).run(), self._patience)
+            door, line.end, self._press_limit()).run(),
+            lambda: self._terms(self._press_limit()))
         self._press.doors = [door]
         self._log = LogSubscription(path)
         self._premises.announce()
@@ -13849,9 +14051,27 @@ class Arbiter:
             LOG.say(10009, self._supervisor.giver)
         LOG.say(10005, *server, path)
         LOG.say(10007, settings.workers, settings.scratch_dir)
+        self._settle_in()
+
+    def _settle_in(self):
+        """Makes ready to fork, and to notice certificates that change."""
+        self._watch = Watch(lambda: self._premises.certificates.found(),
+                            self._premises.certificates.used())
         # The collector leaves frozen objects alone: workers share them.
+        gc.unfreeze()
         gc.collect()
         gc.freeze()
+
+    def _terms(self, generation=None):
+        return Terms(self._settings.tweaks.heartbeat_seconds, generation)
+
+    def _worker_terms(self):
+        tweaks = self._settings.tweaks
+        return Terms(tweaks.heartbeat_seconds, self._premises,
+                     tweaks.replacement_seconds, tweaks.lingering_workers)
+
+    def _press_limit(self):
+        return self._settings.tweaks.quick_compress_limit_bytes
 
     def _all_slots(self):
         return [*self._slots, *self._closed, self._press, self._artisan,
@@ -13870,6 +14090,7 @@ class Arbiter:
             self._take_log()
             for slot in self._all_slots():
                 slot.attend()
+            self._judge()
             self._reap_strangers()
             self._tend()
         except ShimmerCatError as error:
@@ -13914,7 +14135,8 @@ class Arbiter:
                 self._log.connect()
                 self._is_listening = True
             if self._ping_due.passed():
-                self._ping_due = Deadline(self._patience / _PINGS)
+                self._ping_due = Deadline(
+                    self._settings.tweaks.heartbeat_seconds / _PINGS)
                 if not self._is_asking:
                     # Its silence counts from the question on: we may have
                     # been suspended.
@@ -13957,19 +14179,81 @@ class Arbiter:
         if not self._redis.is_proven:
             return
         self._empty_closed()
+        if self._watch.has_changed():
+            self._reload()
+        slots = self._all_slots()
+        is_settled = all(slot.is_settled() for slot in slots)
+        is_calm = not any(slot.find("starting") for slot in slots)
         for slot in (self._press, self._artisan, *self._slots):
             # One replacement at a time, over all slots.
-            slot.tend(self._private, all(
-                len(other.children) <= 1 for other in self._all_slots()))
-        if not self._is_ready and all(slot.is_proven for slot in self._slots):
+            slot.tend(self._private, is_settled and is_calm, is_calm)
+            is_calm = is_calm and not slot.find("starting")
+        if not self._is_ready and all(
+                slot.is_current() for slot in self._slots):
+            self._say_ready()
+
+    def _say_ready(self):
+        """Says that all is as it should be, at the start or after changes."""
+        self._is_ready = True
+        self._supervisor.tell(READY=1, MAINPID=os.getpid())
+        workers = f"{len(self._slots)} workers"
+        if self._was_ready:
+            LOG.say(50004, workers)
+        else:
+            self._was_ready = True
+            LOG.say(50003, workers, os.getpid())
+
+    def _reload(self):
+        """Has new workers take over what is written in files by now.
+
+        Where that is wrong nothing changes, and it is said what is wrong.
+        """
+        if self._is_ending:
+            return
+        self._supervisor.tell(
+            RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
+        try:
+            settings = self._supervisor.settings(self._reread())
+            premises = self._premises.renewed(settings)
+        except ShimmerCatError as error:
+            LOG.say(60013, error)
+            self._watch.settle()
+            self._supervisor.tell(READY=1)
+        else:
+            LOG.say(40001)
+            self._before = self._before or self._premises
+            self._move(premises)
+            premises.say_problems()
+
+    def _move(self, premises):
+        """Makes other premises those of all workers that are forked."""
+        self._premises, self._settings = premises, premises.settings
+        self._is_ready = False
+        for slot in self._slots:
+            for doors in slot.doors:
+                doors.tune(self._settings.tweaks.backlog)
+        self._settle_in()
+
+    def _judge(self):
+        """Goes back if no worker has started in these premises, but fell."""
+        if not self._before:
+            return
+        if any(slot.is_current() for slot in self._slots):
+            self._before = None
+        elif any(slot.fallen and slot.fallen.generation is self._premises
+                 for slot in self._slots):
+            LOG.say(60015)
+            premises, self._before = self._before, None
+            self._move(premises)
+            # Whatever is in files, we know that it does not do.
+            self._watch.settle()
+            self._supervisor.tell(READY=1)
             self._is_ready = True
-            LOG.say(50003, f"{len(self._slots)} workers", os.getpid())
-            self._supervisor.tell(READY=1, MAINPID=os.getpid())
 
     def _show(self):
         """Has all workers know how the instance stands."""
         state = ("draining" if self._is_ending else
-                 "ready" if self._is_ready else "starting")
+                 "ready" if self._was_ready else "starting")
         self._premises.board.write(state, sum(
             child.stage != "starting" for slot in self._slots + self._closed
             for child in slot.children))
@@ -14002,7 +14286,7 @@ class Arbiter:
                   for child in slot.find("serving") for doors in child.doors}
         for slot in self._closed:
             if tended.issuperset(slot.doors):
-                slot.retire(slot.farewell_seconds)
+                slot.leave()
         self._closed = [slot for slot in self._closed if slot.children]
 
     def _end(self, seconds, number=signal.SIGTERM):
@@ -14044,10 +14328,10 @@ class Arbiter:
             doors = [doors.pop()]
         else:
             doors = Doors.open(self._settings, check=not doors)
-        tweaks = self._settings.tweaks
-        slot = Slot(f"w{next(self._numbers)}", lambda name, line: self._serve(
-            slot, name, line), self._patience, failure)
-        slot.doors, slot.farewell_seconds = doors, tweaks.replacement_seconds
+        slot = Slot(
+            f"w{next(self._numbers)}", lambda name, line: self._serve(
+                slot, name, line), self._worker_terms, failure)
+        slot.doors = doors
         self._slots.append(slot)
 
     def _serve(self, slot, name, line):
@@ -14114,28 +14398,39 @@ _LONGEST_PAUSE = 60
 class Slot:
     """A place that is held by one process, and for a while by two."""
 
-    def __init__(self, name: str, live: typing.Callable, patience: float,
+    def __init__(self, name: str, live: typing.Callable,
+                 terms: typing.Callable[[], Terms],
                  failure: type | None = None):
         """Its children run `live(name, line)` to their exit status.
 
-        One that is silent for `patience` seconds is taken to stall; if the
-        first dies before it is ready, `failure` is raised.
+        `terms` are asked for time and again.  If the first child dies before
+        it is ready, `failure` is raised.
         """
         self.name = name
         #: sockets that stay when processes come and go
         self.doors = []
-        #: seconds in which a replaced process must finish what it does
-        self.farewell_seconds = 0
         #: whether somebody was ready once
         self.is_proven = False
         self.children = []
-        self._live, self._patience, self._failure = live, patience, failure
+        #: the terms of the last one that was never ready
+        self.fallen = None
+        self._live, self._terms, self._failure = live, terms, failure
         self._count = itertools.count(1)
         self._falls, self._pause = 0, Deadline(0)
 
     def find(self, stage: str) -> list:
         """Its processes in a stage, the oldest first."""
         return [child for child in self.children if child.stage == stage]
+
+    def is_settled(self) -> bool:
+        """Whether it has one process, beside those that linger."""
+        return sum(not child.lingers() for child in self.children) <= 1
+
+    def is_current(self) -> bool:
+        """Whether what serves here is of the generation that it should be."""
+        generation = self._terms().generation
+        return any(child.terms.generation == generation
+                   for child in self.find("serving"))
 
     def attend(self) -> None:
         """Hears and presses its processes, and buries the dead.
@@ -14144,7 +14439,7 @@ class Slot:
         """
         for child in tuple(self.children):
             is_dead = child.is_dead()
-            child.hear(self._patience)
+            child.hear()
             self.is_proven |= child.stage == "serving"
             if is_dead:
                 self.children.remove(child)
@@ -14155,23 +14450,37 @@ class Slot:
     def confirm(self) -> None:
         """Its processes live: something was heard of them otherwise."""
         for child in self.children:
-            child.confirm(self._patience)
+            child.confirm()
 
-    def tend(self, private: typing.Callable, may_replace: bool = False
-             ) -> None:
-        """Does the next step towards one process that is well."""
+    def tend(self, private: typing.Callable, may_replace: bool = False,
+             may_renew: bool = False) -> None:
+        """Does the next step towards one process that is well.
+
+        One that has grown old is replaced if it may, one whose generation is
+        another if it may be renewed.
+        """
+        terms = self._terms()
         *replaced, last = self.find("serving") or [None]
         for child in replaced:
-            LOG.say(40022, child.name, int(time.monotonic() - child.born))
-            child.retire(self.farewell_seconds)
-        is_wanted = not last or (may_replace and last.wants_successor)
+            age = int(time.monotonic() - child.born)
+            LOG.say(40022 if child.wants_successor else 40029, child.name, age)
+            child.retire(terms.farewell)
+        for child in self.find("retiring")[:-terms.lingering]:
+            if child.retire(PRESS_SECONDS, signal.SIGQUIT):
+                LOG.say(40027, child.name)
+        is_wanted = (not last or (may_replace and last.wants_successor)
+                     or (may_renew and not self.is_current()))
         if is_wanted and not self.find("starting") and self._pause.passed():
-            self._hire(private())
+            self._hire(private(), terms)
 
     def retire(self, seconds: float, number: int = signal.SIGTERM) -> None:
         """Gives its processes `seconds` to leave, if they have no less."""
         for child in self.children:
             child.retire(seconds, number)
+
+    def leave(self) -> None:
+        """Has its processes leave as replaced ones do."""
+        self.retire(self._terms().farewell)
 
     def inherit(self, doors: list[Doors]) -> None:
         """Its next process, who is wanted soon, takes more doors."""
@@ -14179,7 +14488,7 @@ class Slot:
         for child in self.children:
             child.wants_successor |= set(child.doors) != set(self.doors)
 
-    def _hire(self, private):
+    def _hire(self, private, terms):
         """Forks a process, which keeps nothing private but the doors."""
         name = f"{self.name}-{next(self._count)}" if self.doors else self.name
         try:
@@ -14189,7 +14498,8 @@ class Slot:
             LOG.say(60012, name, error.strerror)
             self._rest(self._falls + 2)
         else:
-            self.children.append(Child(name, pid, line, tuple(self.doors)))
+            self.children.append(
+                Child(name, pid, line, tuple(self.doors), terms))
             LOG.say(20001, name, pid)
 
     def _bury(self, child):
@@ -14201,6 +14511,8 @@ class Slot:
         LOG.say(60002, child.name, end)
         if self._failure and not self.is_proven:
             raise self._failure(f"{child.name} died {end} before it was ready")
+        if child.stage == "starting":
+            self.fallen = child.terms
         # A KILL from outside says nothing against one that was ready.
         has_fallen = child.stage == "starting" or (
             end != "by SIGKILL" and not child.steady.passed())
@@ -14269,22 +14581,31 @@ def _leave_hub():
 
 #: seconds between two looks at the press
 _TEND_SECONDS = 1.0
+#: seconds between two looks at what settings are made of, and at who is left
+_LOOK_OUT_SECONDS = 0.25
 
 
 class LoneWorker(Worker):
     """The one process that serves in devlove mode."""
 
-    def __init__(self, settings: Settings):
-        """Occupies the premises and listens; raises ShimmerCatError."""
+    def __init__(self, settings: Settings,
+                 reread: typing.Callable[[], Settings]):
+        """Occupies the premises and listens; raises ShimmerCatError.
+
+        `reread` gives the settings as they are written then.
+        """
         self._born = time.monotonic()
-        settings = Supervisor(os.environ).settings(settings)
+        self._supervisor, self._reread = Supervisor(os.environ), reread
+        settings = self._supervisor.settings(settings)
         super().__init__(Premises(settings), Doors.open(settings), "devlove",
                          None)
         door = PressDoor(self._premises.scratch.press_socket)
         self._press = Slot(
-            "press", functools.partial(self._live_as_press, door),
-            settings.tweaks.heartbeat_seconds)
+            "press", functools.partial(self._live_as_press, door), lambda:
+            Terms(self._settings.tweaks.heartbeat_seconds,
+                  self._settings.tweaks.quick_compress_limit_bytes))
         self._press.doors = [door]
+        self._watch_files()
 
     def _take_signals(self):
         """The second INT or TERM leaves less time."""
@@ -14292,7 +14613,11 @@ class LoneWorker(Worker):
             gevent.signal_handler(number, lambda: self._finish(
                 QUICK_SECONDS if self._leaving.is_set()
                 else self._settings.tweaks.graceful_seconds))
-        gevent.signal_handler(signal.SIGHUP, LOG.say, 40001)
+        leave = functools.partial(
+            self._finish, self._settings.tweaks.replacement_seconds)
+        gevent.signal_handler(
+            signal.SIGHUP,
+            leave if self._supervisor.replaces_us else self._reload)
         gevent.signal_handler(signal.SIGUSR1, self._premises.console.reopen)
 
     def _join(self):
@@ -14313,15 +14638,72 @@ class LoneWorker(Worker):
         repository = Repository(
             tweaks, self._store, self._jobs,
             PressLink(self._premises.scratch.press_socket).press)
-        self._spawn(self._tend_press)
         return (repository, Larder(tweaks, self._store, LocalNotes()),
                 Health(self._premises.board, self._store))
+
+    def _watch_files(self):
+        """Looks at what settings are made of from here on."""
+        premises = self._premises
+        files = (premises.settings.working_dir / "devlove.yaml",
+                 premises.settings.scratch_dir / "tweaks.yaml")
+
+        def look():
+            return premises.certificates.found(), *map(file_state, files)
+        self._watch = Watch(look, look())
+
+    def _reload(self):
+        """Serves with what is written in files by now, if that is right.
+
+        Those that are connected come back to it as soon as they have what
+        they asked for; who does not ask any more has `replacement-seconds`.
+        """
+        if self._leaving.is_set():
+            return
+        try:
+            settings = self._supervisor.settings(self._reread())
+            premises = self._premises.renewed(settings)
+        except ShimmerCatError as error:
+            LOG.say(60013, error)
+            self._watch.settle()
+            return
+        listeners, service, jobs = (
+            self._listeners, self._services[-1], self._jobs)
+        self._premises, self._settings = premises, settings
+        self._watch_files()
+        self._open()
+        for listener in listeners:
+            listener.stop()
+        service.drain()
+        self._spawn(self._close_later, service, jobs)
+        LOG.say(50004, "1 process")
+        premises.say_problems()
+
+    def _close_later(self, service, jobs):
+        """Ends what served before, when it has finished or lasts too long."""
+        tweaks = self._settings.tweaks
+        limit = Deadline(tweaks.replacement_seconds)
+        while service.active and not limit.passed() and (
+                service in self._services[-1 - tweaks.lingering_workers:]):
+            gevent.sleep(_LOOK_OUT_SECONDS)
+        if service.active:
+            LOG.say(40019, service.active)
+        service.close_all()
+        jobs.close()
+        self._services.remove(service)
 
     def _report_ready(self):
         """Tells the developer."""
         self._premises.board.write("ready", 1)
         self._premises.announce()
         LOG.say(50003, "1 process", os.getpid())
+        self._spawn(self._tend_press)
+        self._spawn(self._look_out)
+
+    def _look_out(self):
+        """Takes over what a developer changes, until we leave."""
+        while not self._leaving.wait(_LOOK_OUT_SECONDS):
+            if self._watch.has_changed():
+                self._reload()
 
     def _finish(self, seconds):
         self._premises.board.write("draining", 1)
@@ -14331,7 +14713,7 @@ class LoneWorker(Worker):
         """Sees to it that there is a press, until we leave."""
         while not self._leaving.is_set():
             self._press.attend()
-            self._press.tend(list)
+            self._press.tend(list, may_renew=True)
             self._leaving.wait(_TEND_SECONDS)
 
     def _live_as_press(self, door, _name, line):
@@ -14355,6 +14737,7 @@ class LoneWorker(Worker):
         while self._press.children:
             self._press.attend()
             gevent.sleep(_TURN_SECONDS / 5)
+        self._press.doors[0].remove()
         LOG.say(40005, int(time.monotonic() - self._born))
         self._premises.console.close()
 
@@ -14496,7 +14879,8 @@ def _read(option, text):
 def _serve(server, flags):
     """Serves until told to leave; `server` is the class of the mode."""
     _refuse_late_patching()
-    return server(_settings(flags)).run()
+    reread = functools.partial(_settings, flags)
+    return server(reread(), reread).run()
 
 
 def _check(flags):

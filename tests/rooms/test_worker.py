@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import harness
 import pytest
@@ -18,6 +19,8 @@ from shimmercat import (
     Child,
     Doors,
     NetworkAddress,
+    Terms,
+    Watch,
     WorkerLine,
     exit_text,
     load_settings,
@@ -33,7 +36,7 @@ def settings(folder, **flags):
         mode="internet", working_dir=folder, **words))
 
 
-def started(tmp_path, code):
+def started(tmp_path, code, patience=60):
     """Return a Child that runs Python code with a line, and says `ready`."""
     ours, theirs = WorkerLine.pair()
     os.set_inheritable(theirs.fileno(), True)
@@ -43,16 +46,16 @@ def started(tmp_path, code):
          f"LINE = {theirs.fileno()}\n" + code],
         pass_fds=[theirs.fileno()])
     theirs.close()
-    child = Child("w0-1", process.pid, ours, ())
+    child = Child("w0-1", process.pid, ours, (), Terms(patience))
     # Child reaps, as in the arbiter: Popen must not.
     process.returncode = 0
     return child
 
 
-def await_stage(child, stage, patience=60):
+def await_stage(child, stage):
     """Wait until a child has come to a stage."""
     def has_come():
-        child.hear(patience)
+        child.hear()
         return child.stage == stage
     harness.eventually(has_come)
 
@@ -187,9 +190,72 @@ def test_a_shorter_limit_wins(tmp_path, said):
     assert await_death(child) == "by SIGQUIT"
 
 
+def test_a_child_hears_how_long_it_has_before_it_is_told_to_leave(
+        tmp_path, said):
+    child = started(tmp_path, "signal.signal(signal.SIGTERM, lambda *_: "
+                    "os._exit(int(os.read(LINE, 9))))\nsay(b'r')\n"
+                    "while True: time.sleep(60)")
+    await_stage(child, "serving")
+    assert child.retire(42.5)
+    assert await_death(child) == "with status 42"
+
+
+def test_who_does_not_leave_soon_lingers(tmp_path, said, monkeypatch):
+    child = started(tmp_path, "signal.signal(signal.SIGTERM, lambda *_: None)"
+                    "\nsay(b'r')\nwhile True: time.sleep(60)")
+    await_stage(child, "serving")
+    assert not child.lingers()
+    child.retire(300)
+    assert not child.lingers()
+    later = time.monotonic() + 6
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert child.lingers()
+    monkeypatch.undo()
+    child.retire(0, signal.SIGKILL)
+    await_death(child)
+
+
+def test_a_change_is_told_once_and_when_it_has_settled(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    value = ["old"]
+    watch = Watch(lambda: value[0], "old")
+
+    def look():
+        clock[0] += 1.5
+        return watch.has_changed()
+    assert not look()
+    value[0] = "half written"
+    assert not watch.has_changed()
+    assert not look()
+    value[0] = "new"
+    assert [look() for _ in range(4)] == [False, True, False, False]
+    value[0] = "another"
+    assert not look()
+    value[0] = "new"
+    assert [look() for _ in range(3)] == [False, False, False]
+    value[0] = "known otherwise"
+    watch.settle()
+    assert [look() for _ in range(3)] == [False, False, False]
+
+
+def test_looks_that_take_long_are_rare(monkeypatch):
+    clock, looks = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def look():
+        looks.append(clock[0])
+        clock[0] += 0.1
+    watch = Watch(look, None)
+    while clock[0] < 100:
+        clock[0] += 0.5
+        watch.has_changed()
+    assert len(looks) <= 10
+
+
 def test_a_silent_child_is_aborted(tmp_path, said):
-    child = started(tmp_path, "say(b'r'); time.sleep(60)")
-    await_stage(child, "serving", patience=0.2)
+    child = started(tmp_path, "say(b'r'); time.sleep(60)", patience=0.2)
+    await_stage(child, "serving")
     assert await_death(child) == "by SIGABRT"
     assert [record.code for record in said] == [20002, 60004]
 
@@ -197,10 +263,10 @@ def test_a_silent_child_is_aborted(tmp_path, said):
 def test_words_put_off_the_end_of_patience(tmp_path, said):
     child = started(tmp_path, "say(b'r')\n"
                     "for n in range(20): time.sleep(0.05); say(b'.')\n"
-                    "os._exit(4)")
+                    "os._exit(4)", patience=0.5)
 
     def has_died():
-        child.hear(0.5)
+        child.hear()
         child.press_on()
         return child.is_dead()
     harness.eventually(has_died)
@@ -210,7 +276,7 @@ def test_words_put_off_the_end_of_patience(tmp_path, said):
 
 def test_a_child_asks_for_a_successor(tmp_path, said):
     child = started(tmp_path, "say(b'r'); say(b'a'); time.sleep(60)")
-    harness.eventually(lambda: child.hear(60) or child.wants_successor)
+    harness.eventually(lambda: child.hear() or child.wants_successor)
     child.retire(5)
     await_death(child)
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pathlib
 import signal
 import socket
 import sys
@@ -129,9 +128,9 @@ def test_devlove_mode_serves_what_it_is_handed(site):
             assert server.fetch().status_code == 200
 
 
-def begin(site, door, **options):
+def begin(site, door, *flags):
     """Return a server, not started, that is given a socket as 3."""
-    return Handed(site, [door], environment={"EINHORN_FDS": "3"}, **options)
+    return Handed(site, [door], *flags, environment={"EINHORN_FDS": "3"})
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2])
@@ -175,14 +174,15 @@ def test_a_stranger_does_not_share_the_folder(site):
 
 
 def test_what_a_killed_one_has_left_is_swept_away(site):
-    scratch = pathlib.Path(site, ".shimmercat.loves.devs")
+    # Sockets whose paths are longer live in another folder.
+    scratch, flag = site / "s", "--scratch-dir-name=s"
     with listener() as door:
-        with begin(site, door) as first:
+        with begin(site, door, flag) as first:
             first.process.kill()
             first.process.wait(10)
             first.status = 0
             eventually(lambda: not first.processes())
         assert list(scratch.glob("press-*.sock"))
-        with begin(site, door) as second:
+        with begin(site, door, flag) as second:
             assert [path.name for path in scratch.glob("press-*.sock")] == [
                 f"press-{second.pid}.sock"]
