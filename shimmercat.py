@@ -7245,7 +7245,10 @@ class _PatientSocket(gevent.socket.socket):
             return data
 
     def _await_octets(self):
-        """Waits until there are some, or the end; raises TimeoutError."""
+        """Waits until there are some, or the end; raises OSError."""
+        if self.fileno() < 0:
+            # What was its watcher's may be another socket's by now.
+            raise OSError(errno.EBADF, "it is closed")
         self._due = time.monotonic() + self.timeout
         if self._due < self._alarm_due:
             self._set_alarm()

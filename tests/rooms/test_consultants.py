@@ -448,6 +448,15 @@ def test_who_lets_go_of_an_answer_late_leaves_the_next_one_alone():
         assert body_of(app.ask(question())) == b"hello"
 
 
+def test_who_reads_on_in_an_answer_that_he_let_go_of_is_told():
+    with Origin(zoo.dripping(b"x" * 100_000, 0.01, 1000)) as origin:
+        reply = consultant(origin).ask(question())
+        assert next(reply.body.pieces)
+        reply.body.close()
+        with pytest.raises((ClientGone, UpstreamFailed)):
+            b"".join(reply.body.pieces)
+
+
 @pytest.mark.parametrize("animal", [
     zoo.silent, lambda _: [head("200 OK", content_length=9), 60.0]])
 def test_a_question_that_is_withdrawn_ends_at_once(animal):
