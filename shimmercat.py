@@ -88,10 +88,11 @@ __version__ = "1.0.0"
 
 #: what the rooms offer, a paragraph each
 __all__ = [
-    "KIB", "MIB", "GIB", "DOMAIN_NAME", "ShimmerCatError",
-    "ConfigurationError", "Deadline", "NetworkAddress", "YamlSheet",
-    "YamlEntry", "http_date", "parse_http_date", "parse_size", "size_text",
-    "file_identity", "file_state", "exit_text", "nearest", "in_thread",
+    "KIB", "MIB", "GIB", "DOMAIN_NAME", "OUT_OF_RESOURCES", "ShimmerCatError",
+    "OutOfDescriptors", "ConfigurationError", "Deadline", "NetworkAddress",
+    "YamlSheet", "YamlEntry", "http_date", "parse_http_date", "parse_size",
+    "size_text", "file_identity", "file_state", "open_to_read", "exit_text",
+    "nearest", "in_thread",
     "MESSAGES", "Severity", "Message", "LogRecord", "MalformedRecord",
     "CodeSet", "Console", "wants_colour", "Log", "LOG",
     "Repeats",
@@ -305,10 +306,11 @@ _plain = functools.cache(gevent.monkey.get_original)
 # ---------------------------------------------------------------------------
 # 1. Words: constants, the root of errors, helpers for all rooms
 #
-#    Offers   KIB, MIB, GIB, DOMAIN_NAME, ShimmerCatError,
-#             ConfigurationError, Deadline, NetworkAddress, YamlSheet,
-#             YamlEntry, http_date, parse_http_date, parse_size, size_text,
-#             file_identity, file_state, exit_text, nearest, in_thread
+#    Offers   KIB, MIB, GIB, DOMAIN_NAME, OUT_OF_RESOURCES, ShimmerCatError,
+#             OutOfDescriptors, ConfigurationError, Deadline, NetworkAddress,
+#             YamlSheet, YamlEntry, http_date, parse_http_date, parse_size,
+#             size_text, file_identity, file_state, open_to_read, exit_text,
+#             nearest, in_thread
 #    Uses     no other room
 # ---------------------------------------------------------------------------
 
@@ -317,6 +319,9 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _LABEL = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
 #: pattern of a domain name in ASCII, at most 253 characters long
 DOMAIN_NAME = rf"(?![A-Za-z0-9.-]{{254}}){_LABEL}(?:\.{_LABEL})*"
+
+#: errors of who lacks descriptors or memory, not a file or a peer
+OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 _PORT = r"(?P<port>\d{1,5})"
 #: {family: (pattern, how it is written)}
@@ -346,6 +351,14 @@ class ShimmerCatError(Exception):
     code = 2  #: of HTTP/2 (RFC 9113 section 7): INTERNAL_ERROR
     exit_code = 70  #: of the program (sysexits) when the error ends it
     message_code = 60001  #: of the message that reports it
+
+
+class OutOfDescriptors(ShimmerCatError):
+    """Neither a file nor a socket can be opened just now."""
+
+    status = 503
+    fields = ((b"retry-after", b"2"),)
+    message_code = 40049
 
 
 class ConfigurationError(ShimmerCatError):
@@ -572,6 +585,17 @@ def file_state(path: Path) -> object:
         return error.errno
 
 
+def open_to_read(path: str | Path) -> int:
+    """Descriptor of a file; raises OutOfDescriptors, OSError, ValueError."""
+    try:
+        # Non-blocking: opening a FIFO would wait for a writer.
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in OUT_OF_RESOURCES:
+            raise OutOfDescriptors(str(error)) from error
+        raise
+
+
 def exit_text(status: int) -> str:
     """How a process ended, to go on after `died` or `left`."""
     if os.WIFSIGNALED(status):
@@ -703,6 +727,8 @@ MESSAGES = {
                    "raise it (LimitNOFILE), or lower connections-per-worker"),
     40048: Message("as many {} as allowed: {}",
                    "often an attack; the limits are in tweaks.yaml"),
+    40049: Message("no descriptors left for {}: {}",
+                   "they got 503; raise ulimit -n (LimitNOFILE)"),
     50001: Message("{} {} {}{} {} {} B {} ms {} {} {}",
                    "a request was answered",
                    ("client", "method", "host", "path", "status", "bytes",
@@ -6384,7 +6410,7 @@ class Repository:
             if not memo["gone"]:
                 self._store.remember(key.memo(), {**memo, "gone": now})
             return self.find(key._replace(is_removed=True), lambda: (
-                Source.adopt(os.open(path, os.O_RDONLY | os.O_CLOEXEC), path)))
+                Source.adopt(open_to_read(path), path)))
         return None
 
     def made(self, place: tuple[str, ...], body: bytes
@@ -6399,8 +6425,8 @@ class Repository:
             found = self._store.find(sha, Mark.ORIGINAL)
             stored = found[0] if found else self._store.put(
                 sha, "file", 0, body, Mark.ORIGINAL)
-            source = Source.adopt(os.open(
-                stored.path, os.O_RDONLY | os.O_CLOEXEC), str(stored.path))
+            source = Source.adopt(
+                open_to_read(stored.path), str(stored.path))
             # Written at once, and renamed: it is whole from the start.
             return source._replace(age=math.inf)
 
@@ -7160,7 +7186,9 @@ class Consultant:
         except TimeoutError as error:
             raise UpstreamSlow(f"{upstream}: {error}") from error
         except OSError as error:
-            raise UpstreamFailed(f"{upstream}: {error}") from error
+            is_ours = error.errno in OUT_OF_RESOURCES
+            kind = OutOfDescriptors if is_ours else UpstreamFailed
+            raise kind(f"{upstream}: {error}") from error
 
     def _connect(self, address, is_tunnel):
         """A connected socket, with TLS where that is spoken."""
@@ -7246,8 +7274,7 @@ class _PatientSocket(gevent.socket.socket):
 
     def _await_octets(self):
         """Waits until there are some, or the end; raises OSError."""
-        if self.fileno() < 0:
-            # What was its watcher's may be another socket's by now.
+        if self.fileno() < 0:  # Its watcher's may be another's by now.
             raise OSError(errno.EBADF, "it is closed")
         self._due = time.monotonic() + self.timeout
         if self._due < self._alarm_due:
@@ -8264,8 +8291,7 @@ class FilesystemBackend:
         root = os.path.realpath(self.root)
         path = os.path.join(self.root, *components)
         try:
-            # Non-blocking: opening a FIFO would wait for a writer.
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = open_to_read(path)
         except (OSError, ValueError) as error:
             missing = AssetMissing(f"{path}: {error}")
             missing.is_gone = isinstance(error, FileNotFoundError)
@@ -8889,7 +8915,7 @@ class Larder:
         """The file of a copy; raises SourceChanged when it is gone."""
         path = str(self._store.original(kept.sha, kept.length))
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_to_read(path)
         except OSError as error:
             raise SourceChanged(f"{path}: {error}") from error
         with contextlib.suppress(OSError):
@@ -10505,6 +10531,7 @@ class Site:
                 name: self._origin(domain, larder.notes)
                 for name, domain in settings.domains.items()
                 if domain.remote_root}
+        self._shortages = Repeats(OutOfDescriptors.message_code)
         self._statics = Statics(settings, repository, self._views, larder)
         self._pages = Pages(repository, self._statics, self._ask)
 
@@ -10545,6 +10572,9 @@ class Site:
             return Response(200, (), b"", "consultant", NOT_ASKED)
         except (ViewMistaken, PageFailed) as error:
             LOG.say(error.message_code, error)
+            return self.refuse(error, request)
+        except OutOfDescriptors as error:
+            self._shortages.say("requests", str(error))
             return self.refuse(error, request)
         except ShimmerCatError as error:
             return self.refuse(error, request)
@@ -11012,8 +11042,7 @@ class Statics:
     def _open_file(self, asset, form):
         """The octets that memory does not hold, from the file system."""
         try:
-            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-            source = Source.adopt(os.open(form.path, flags), form.path)
+            source = Source.adopt(open_to_read(form.path), form.path)
         except OSError as error:
             self._repository.forget(asset)
             raise SourceChanged(f"{form.path}: {error}") from error
@@ -13122,7 +13151,7 @@ class TlsListener:
             self._go_on()
             return False
         except OSError as error:
-            if error.errno in _OUT_OF_RESOURCES:
+            if error.errno in OUT_OF_RESOURCES:
                 return connections.make_room() or self._rest(error)
             # The client left while it was queued.
             LOG.say(3, "-", error)
@@ -13238,7 +13267,6 @@ def _bound(family, place, *options):
 _PAUSE_SECONDS = 0.5
 _ACCEPTS_A_TURN, _MOST_QUEUED = 32, 65536
 _TCP_NOTSENT_LOWAT = 25
-_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 # ---------------------------------------------------------------------------

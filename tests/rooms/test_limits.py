@@ -5,6 +5,8 @@ import socket
 import struct
 import time
 
+import hpack
+import hyperframe.frame as hf
 import pytest
 from harness import (
     DOMAIN,
@@ -13,6 +15,7 @@ from harness import (
     make_site,
     trusting_context,
 )
+from zoo import Origin, answer
 
 from shimmercat import Tweaks, connection_limit
 
@@ -167,6 +170,55 @@ def test_who_a_proxy_speaks_for_is_the_peer(tmp_path, peers):
         others = [behind(f"192.0.2.{n}") for n in range(2, 6)]
         assert mine[0].has_ended()
         assert all(peer.get() for peer in (*mine[1:], *others))
+
+
+def test_running_out_of_descriptors_is_survived(tmp_path, peers):
+    folder = make_files(tmp_path, {"idle-seconds": 60, "max-streams": 200})
+    (folder / "www" / "another.txt").write_text("another")
+    with Origin(lambda _: answer(b"of the application")) as origin:
+        with open(folder / "devlove.yaml", "a") as settings:
+            settings.write(f"    api api.test:\n      port: {origin.port}\n")
+        with Server(folder, mode="devlove", through=(
+                "prlimit", "--nofile=128:128")) as server:
+            run_out(server, peers)
+        assert not server.lines("M60001"), server.explained("a fault")
+
+
+def run_out(server, peers):
+    """Have a server run out of descriptors, and find some again."""
+    def ask(client, path, domain):
+        return client.get(path, headers={"host": domain}, extensions={
+            "sni_hostname": DOMAIN})
+
+    asked = [("/another.txt", DOMAIN, "another"),
+             ("/", "api.test", "of the application")]
+    # Busy, so that nobody makes way.
+    with server.client() as early, early.stream(
+            "GET", "/huge.bin", extensions={"sni_hostname": DOMAIN}):
+        greedy = peers(server, PEER, "h2")
+        # Each request holds a file open.
+        block = hpack.Encoder().encode([
+            (":method", "GET"), (":scheme", "https"),
+            (":authority", DOMAIN), (":path", "/huge.bin")])
+        greedy.socket.sendall(
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+            + hf.SettingsFrame(0).serialize() + b"".join(
+                hf.HeadersFrame(stream, block, flags=[
+                    "END_HEADERS", "END_STREAM"]).serialize()
+                for stream in range(1, 400, 2)))
+        server.await_line("M40049")
+        for path, domain, _ in asked:
+            refused = ask(early, path, domain)
+            assert refused.status_code == 503
+            assert refused.headers["retry-after"]
+        with socket.create_connection(("127.0.0.1", server.port)):
+            server.await_line("M40010")
+        assert not server.lines("M40023")
+        greedy.socket.close()
+        server.await_line("M40011")
+        for path, domain, text in asked:
+            assert ask(early, path, domain).text == text
+    assert peers(server, OTHER).get()
 
 
 @pytest.mark.parametrize("descriptors, most", [
