@@ -4354,10 +4354,9 @@ class ScratchFolder:
             raise ScratchError(
                 f"scratch folder {self.path}: {error}") from error
 
-    def is_whole(self) -> bool:
+    def is_whole(self, *sockets: Path) -> bool:
         """Whether nobody has removed what an instance at work needs there."""
-        return all(map(os.path.exists, (
-            self.path / "lock", self.redis_socket, self.press_socket)))
+        return all(map(os.path.exists, (self.path / "lock", *sockets)))
 
     def _make_folders(self):
         for folder in (self.path, self.cache, self.sni_certificates,
@@ -14071,11 +14070,10 @@ class Arbiter:
             self._terms, RedisMissing)
         self._artisan = Slot("artisan", self._encode, lambda: Terms(
             _ARTISAN_SECONDS, self._settings.tweaks))
-        door = PressDoor(self._premises.scratch.press_socket)
         self._press = Slot("press", lambda name, line: Press(
-            door, line.end, self._press_limit()).run(),
+            *self._press.doors, line.end, self._press_limit()).run(),
             lambda: self._terms(self._press_limit()))
-        self._press.doors = [door]
+        self._press.doors = [PressDoor(self._premises.scratch.press_socket)]
         self._log = LogSubscription(path)
         self._premises.announce()
         if self._supervisor.giver:
@@ -14295,21 +14293,12 @@ class Arbiter:
         Redis and the press begin anew as well: their sockets were in it.
         """
         scratch = self._premises.scratch
-        if not self._redis.find("serving") or scratch.is_whole():
+        if not self._redis.find("serving") or scratch.is_whole(
+                scratch.redis_socket, scratch.press_socket):
             return
-        try:
-            scratch.restore()
-            door = PressDoor(scratch.press_socket)
-        except ScratchError as error:
-            scratch.trouble.note(scratch.path, error.__cause__)
-            return
-        LOG.say(40033, scratch.path)
-        for old in self._press.doors:
-            old.close()
-        self._press.doors = [door]
-        for slot in (self._redis, self._press):
-            # With any other signal they would remove the next one's socket.
-            slot.retire(0, signal.SIGKILL)
+        if _restore(scratch, self._press):
+            # With any other signal it would remove the next one's socket.
+            self._redis.retire(0, signal.SIGKILL)
 
     def _empty_closed(self):
         """Lets workers of closed slots go once others have their doors."""
@@ -14582,6 +14571,25 @@ def _live(name, live, line, private):
     return live(name, line)
 
 
+def _restore(scratch, press):
+    """Makes a removed scratch folder anew; whether it can be had.
+
+    Those in the slot of the press give way to one with a new door.
+    """
+    try:
+        scratch.restore()
+        door = PressDoor(scratch.press_socket)
+    except ScratchError as error:
+        scratch.trouble.note(scratch.path, error.__cause__)
+        return False
+    LOG.say(40033, scratch.path)
+    for old in press.doors:
+        old.close()
+    press.doors = [door]
+    press.retire(0, signal.SIGKILL)
+    return True
+
+
 def _change_hub():
     """Gives a child a loop of its own, for greenlets."""
     _leave_hub()
@@ -14630,12 +14638,10 @@ class LoneWorker(Worker):
         settings = self._supervisor.settings(settings)
         super().__init__(Premises(settings), Doors.open(settings), "devlove",
                          None)
-        door = PressDoor(self._premises.scratch.press_socket)
-        self._press = Slot(
-            "press", functools.partial(self._live_as_press, door), lambda:
-            Terms(self._settings.tweaks.heartbeat_seconds,
-                  self._settings.tweaks.quick_compress_limit_bytes))
-        self._press.doors = [door]
+        self._press = Slot("press", self._live_as_press, lambda: Terms(
+            self._settings.tweaks.heartbeat_seconds,
+            self._settings.tweaks.quick_compress_limit_bytes))
+        self._press.doors = [PressDoor(self._premises.scratch.press_socket)]
         self._watch_files()
 
     def _take_signals(self):
@@ -14743,12 +14749,16 @@ class LoneWorker(Worker):
     def _tend_press(self):
         """Sees to it that there is a press, until we leave."""
         while not self._leaving.is_set():
+            scratch = self._premises.scratch
+            if not scratch.is_whole(scratch.press_socket):
+                _restore(scratch, self._press)
             self._press.attend()
             self._press.tend(list, may_renew=True)
             self._leaving.wait(_TEND_SECONDS)
 
-    def _live_as_press(self, door, _name, line):
+    def _live_as_press(self, _name, line):
         """The life of the press, which holds nothing of ours but its door."""
+        door, = self._press.doors
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT,
                        signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)

@@ -169,6 +169,14 @@ def test_first_visitors_have_texts_pressed_and_who_serves_does_not_do_it(
     assert press_of(server) != press
 
 
+def test_there_is_a_press_again_after_the_scratch_folder_was_removed(server):
+    scratch = server.folder / ".shimmercat.loves.devs"
+    scratch.rename(server.folder / ".removed")
+    server.await_line("M40033")
+    numbers = itertools.count()
+    eventually(lambda: is_quick(server, next(numbers)), 20)
+
+
 @pytest.mark.parametrize("server", ["devlove"], indirect=True)
 def test_a_press_that_came_later_has_no_connection_of_clients(server):
     with server.client() as client:
