@@ -48,6 +48,7 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
    11b  Wires            a question and its answer in HTTP/1.1
    11c  FastCGI          a question and its answer in records
    11d  Tunnels          WebSockets between clients and applications
+   11e  Sockets of applications  where answers are waited for at little cost
     12  Fetch backends   how one asset is pulled from where it lives
    12b  Origins          what is asked of one, and how its answer comes
    12c  Larder           fetched assets, kept, verified and followed
@@ -92,7 +93,7 @@ __all__ = [
     "OutOfDescriptors", "ConfigurationError", "Deadline", "NetworkAddress",
     "YamlSheet", "YamlEntry", "http_date", "parse_http_date", "parse_size",
     "size_text", "file_identity", "file_state", "open_to_read", "exit_text",
-    "nearest", "in_thread",
+    "nearest", "Crew", "in_thread",
     "MESSAGES", "Severity", "Message", "LogRecord", "MalformedRecord",
     "CodeSet", "Console", "wants_colour", "Log", "LOG",
     "Repeats",
@@ -141,6 +142,7 @@ __all__ = [
     "HttpWire",
     "FastCgiWire",
     "open_tunnel", "TlsTunnel",
+    "PatientSocket",
     "AssetMissing", "OriginFailed", "OriginBusy", "FilesystemBackend",
     "Fetched", "HttpFetchBackend", "ConsultantBackend",
     "Wanted", "Found", "RemoteStatics",
@@ -310,7 +312,7 @@ _plain = functools.cache(gevent.monkey.get_original)
 #             OutOfDescriptors, ConfigurationError, Deadline, NetworkAddress,
 #             YamlSheet, YamlEntry, http_date, parse_http_date, parse_size,
 #             size_text, file_identity, file_state, open_to_read, exit_text,
-#             nearest, in_thread
+#             nearest, Crew, in_thread
 #    Uses     no other room
 # ---------------------------------------------------------------------------
 
@@ -609,6 +611,41 @@ def nearest(word: str, known: typing.Iterable[str]) -> str | None:
     found = difflib.get_close_matches(
         word[:80].lower().replace("_", "-"), folded, n=1)
     return folded[found[0]] if found else None
+
+
+class Crew:
+    """Greenlets that do one piece of work after the other.
+
+    The Python stack of a greenlet is mapped when it begins and unmapped when
+    it ends, which costs more than many a piece of work.
+    """
+
+    __slots__ = "_idle", "_loop"
+
+    def __init__(self):
+        """Has nobody yet."""
+        #: Waiters of those that have nothing to do
+        self._idle, self._loop = [], gevent.get_hub().loop
+
+    def spawn(self, work: typing.Callable, *words) -> None:
+        """Has somebody do `work`, which raises nothing, soon."""
+        if self._idle:
+            self._loop.run_callback(self._idle.pop().switch, (work, words))
+        else:
+            gevent.spawn(self._serve, work, words)
+
+    def _serve(self, work, words):
+        while work:
+            work(*words)
+            work = words = None
+            if len(self._idle) < _MOST_IDLE_GREENLETS:
+                waiter = gevent.hub.Waiter()
+                self._idle.append(waiter)
+                work, words = waiter.get()
+
+
+#: greenlets that are kept for more work
+_MOST_IDLE_GREENLETS = 256
 
 
 def in_thread(work: typing.Callable, *words: typing.Any) -> typing.Any:
@@ -2273,7 +2310,8 @@ def upstream_fields(request: Request, trusted: bool,
         fields.append((b"te", b"trailers"))
     fields += forwarded_fields(request, trusted)
     # All at once: engines have looked already, this is for what they miss.
-    if _LINE_END(b"".join([value for _, value in fields])):
+    values = b"".join([value for _, value in fields])
+    if len(values.translate(None, _LINE_END)) < len(values):
         raise BadRequest("a field's value has more than one line")
     return fields
 
@@ -2285,19 +2323,28 @@ def forwarded_fields(request: Request, trusted: bool
     What a trusted client says is kept, and continued where it is a list; that
     of others is replaced, except Via (RFC 9110 section 7.6.3).
     """
-    address, node = _node(request.client)
-    host = request.authority.encode("ascii")
-    said = request.headers.get if trusted else {}.get
-    # A host with a port is no token (RFC 7239 section 4).
-    element = b'for=%b;host="%b";proto=https' % (node, host)
-    via = _RECEIVED.get(request.protocol, b"1.1") + b" shimmercat"
-    return [
-        (b"x-forwarded-for", _continued(said(b"x-forwarded-for"), address)),
+    *fields, (_, via) = _own_fields(
+        request.client, request.authority, request.protocol)
+    get = request.headers.get
+    if trusted:
+        fields = [(name, _continued(get(name), own) if name in _LISTS
+                   else get(name, own)) for name, own in fields]
+    return [*fields, (b"via", _continued(get(b"via"), via))]
+
+
+@functools.lru_cache(maxsize=1024)
+def _own_fields(client, authority, protocol):
+    """What is told of a request about which nobody else is heard."""
+    address, node = _node(client)
+    host = authority.encode("ascii")
+    return (
+        (b"x-forwarded-for", address),
         # Not the scheme of the request: over TLS a client may name any.
-        (b"x-forwarded-proto", said(b"x-forwarded-proto", b"https")),
-        (b"x-forwarded-host", said(b"x-forwarded-host", host)),
-        (b"forwarded", _continued(said(b"forwarded"), element)),
-        (b"via", _continued(request.headers.get(b"via"), via))]
+        (b"x-forwarded-proto", b"https"),
+        (b"x-forwarded-host", host),
+        # A host with a port is no token (RFC 7239 section 4).
+        (b"forwarded", b'for=%b;host="%b";proto=https' % (node, host)),
+        (b"via", _RECEIVED.get(protocol, b"1.1") + b" shimmercat"))
 
 
 #: those of one hop, those of the framing, and those that are made anew
@@ -2307,7 +2354,8 @@ _ENDS_HERE = _HOP_BY_HOP | {
     b"x-forwarded-proto"}
 #: what speaks for others beside those made anew
 _SPEAKS = b"x-forwarded-", b"x-real-ip"
-_LINE_END = re.compile(rb"[\0\r\n]").search
+_LINE_END = b"\0\r\n"
+_LISTS = b"x-forwarded-for", b"forwarded"
 #: Via's word for the protocol of a request
 _RECEIVED = {"h2": b"2"}
 
@@ -7126,6 +7174,8 @@ class Consultant:
 
     def _choose(self, failed):
         """The upstream to ask next."""
+        if len(self._upstreams) == 1:
+            return self._upstreams[0]
         # Equally busy ones take turns.
         self._upstreams.rotate(1)
         fresh = [x for x in self._upstreams if x not in failed]
@@ -7192,13 +7242,11 @@ class Consultant:
     def _connect(self, address, is_tunnel):
         """A connected socket, with TLS where that is spoken."""
         if address.family == "unix":
-            sock = _PatientSocket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock = PatientSocket(socket.AF_UNIX, socket.SOCK_STREAM)
             place = address.path
         else:
-            # Names are looked up each time: who they name may have moved.
-            family, kind, _, _, place = gevent.socket.getaddrinfo(
-                address.host, address.port, type=socket.SOCK_STREAM)[0]
-            sock = _PatientSocket(family, kind)
+            family, kind, _, _, place = _look_up(address)
+            sock = PatientSocket(family, kind)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             sock.connect(place)
@@ -7229,92 +7277,6 @@ class Consultant:
         """The name that the certificate has to be for."""
         host = self.settings.use_host or ""
         return host.partition(":")[0] or address.host or "localhost"
-
-
-class _PatientSocket(gevent.socket.socket):
-    """A socket on which it costs little to wait for an answer.
-
-    Its watcher and its timer go on from one wait to the next: they are
-    stopped when they tell what nobody waits for.
-    """
-
-    def __init__(self, family, kind):
-        super().__init__(family, kind)
-        loop = self.hub.loop
-        self._watcher = loop.io(self.fileno(), _READABLE)
-        self._alarm = loop.timer(0)
-        #: who waits; till when, and when the alarm goes off
-        self._waiter, self._due, self._alarm_due = None, 0.0, math.inf
-        #: whether it was read to its end when it was last looked at
-        self._is_empty = True
-
-    def sendall(self, data, flags=0):
-        """As of any socket; the answer to it is yet to come."""
-        self._is_empty = True
-        try:
-            count = self._sock.send(data, flags)
-        except BlockingIOError:
-            count = 0
-        if count < len(data):
-            super().sendall(memoryview(data)[count:], flags)
-
-    def recv(self, size, flags=0):
-        """As of any socket."""
-        while True:
-            if self._is_empty:
-                self._await_octets()
-            try:
-                data = self._sock.recv(size, flags)
-            except BlockingIOError:
-                self._is_empty = True
-                continue
-            self._is_empty = len(data) < size
-            return data
-
-    def _await_octets(self):
-        """Waits until there are some, or the end; raises OSError."""
-        if self.fileno() < 0:  # Its watcher's may be another's by now.
-            raise OSError(errno.EBADF, "it is closed")
-        self._due = time.monotonic() + self.timeout
-        if self._due < self._alarm_due:
-            self._set_alarm()
-        if not self._watcher.active:
-            self._watcher.start(self._hear)
-        waiter = self._waiter = gevent.hub.Waiter(self.hub)
-        try:
-            waiter.get()
-        finally:
-            self._waiter = None
-
-    def _set_alarm(self):
-        self._alarm.stop()
-        self._alarm_due = self._due
-        self._alarm = self.hub.loop.timer(self._due - time.monotonic())
-        self._alarm.start(self._ring)
-
-    def _hear(self):
-        if self._waiter is None:
-            self._watcher.stop()
-        else:
-            self._waiter.switch(None)
-
-    def _ring(self):
-        self._alarm_due = math.inf
-        if self._waiter is None:
-            return
-        if time.monotonic() < self._due:
-            self._set_alarm()
-        else:
-            self._waiter.throw(TimeoutError("timed out"))
-
-    def close(self):
-        """Ends it; who waits for it hears of that."""
-        self._watcher.close()
-        self._alarm.close()
-        if self._waiter is not None:
-            self.hub.loop.run_callback(self._waiter.throw, OSError(
-                errno.EBADF, "it was closed"))
-        super().close()
 
 
 def consultant_of(domain: DomainSettings) -> ConsultantSettings | None:
@@ -7360,7 +7322,8 @@ class _Upstream:
     def note_success(self):
         if self._failures >= _MOST_FAILURES:
             LOG.say(40025, self.name, self)
-        self._failures, self.pause = 0, Deadline(0)
+        if self._failures:
+            self._failures, self.pause = 0, Deadline(0)
 
     def idle_wire(self):
         """A connection that can be used again, or None."""
@@ -7376,8 +7339,11 @@ class _Upstream:
             self._idle.pop()[0].close()
 
     def keep(self, wire):
+        """Has a connection wait for more; there are max-connections at most.
+        """
         self._idle.append((wire, Deadline(_IDLE_SECONDS)))
-        if len(self._idle) > _MOST_IDLE:
+        # The newest is used first: what was not needed for long is here.
+        while self._idle[0][1].passed():
             self._idle.popleft()[0].close()
 
 
@@ -7393,15 +7359,14 @@ def _may_ask_again(question, error):
 
 
 _IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")
-_READABLE = 1
 #: failures in a row after which an address is left out
 _MOST_FAILURES = 3
 _LONGEST_PAUSE_SECONDS = 60
 _MOST_RETRIES = 2
 #: time to wait for others to give back one of max-connections
 _PLACE_SECONDS = 10
-#: applications keep idle connections for longer, as a rule; and how many
-_IDLE_SECONDS, _MOST_IDLE = 30, 64
+#: applications keep idle connections for longer, as a rule
+_IDLE_SECONDS = 30
 
 
 # ---------------------------------------------------------------------------
@@ -8244,6 +8209,121 @@ def _accepted(key):
 _RFC6455 = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _HANDSHAKE_SECONDS = 60
 _SWITCHED = [(b"connection", b"upgrade"), (b"upgrade", b"websocket")]
+
+
+# ---------------------------------------------------------------------------
+# 11e. Sockets of applications: where answers are waited for at little cost
+#
+#    Offers   PatientSocket
+#    Uses     no other room
+# ---------------------------------------------------------------------------
+#
+# An application is asked, and its answer is waited for, once per request; so
+# what a wait costs counts.  To start and stop a watcher makes the loop tell
+# the kernel, twice; a timer each is dearer still.  Here both go on from one
+# wait to the next, and stop by themselves when they tell what nobody waits
+# for: the watcher, as octets come that nobody wants yet; the timer, as it
+# rings too early, having been set for an answer that came in time.
+
+
+class PatientSocket(gevent.socket.socket):
+    """A socket of gevent's; one greenlet may read and one may write."""
+
+    def __init__(self, family: int, kind: int):
+        """As any socket, not connected yet."""
+        super().__init__(family, kind)
+        loop = self.hub.loop
+        self._watcher = loop.io(self.fileno(), _READABLE)
+        self._alarm = loop.timer(0)
+        #: who waits; till when, and when the alarm goes off
+        self._waiter, self._due, self._alarm_due = None, 0.0, math.inf
+        #: whether it was read to its end when it was last looked at
+        self._is_empty = True
+
+    def sendall(self, data, flags=0):
+        """Sends all of it, to which an answer is yet to come."""
+        try:
+            count = self._sock.send(data, flags)
+        except BlockingIOError:
+            count = 0
+        if count < len(data):
+            super().sendall(memoryview(data)[count:], flags)
+        self._is_empty = True
+
+    def recv(self, size, flags=0):
+        """The next octets, none at the end; may raise TimeoutError."""
+        while True:
+            if self._is_empty:
+                self._await_octets()
+            try:
+                data = self._sock.recv(size, flags)
+            except BlockingIOError:
+                self._is_empty = True
+                continue
+            self._is_empty = len(data) < size
+            return data
+
+    def _await_octets(self):
+        """Waits until there are some, or the end; raises TimeoutError."""
+        self._due = time.monotonic() + self.timeout
+        if self._due < self._alarm_due:
+            self._set_alarm()
+        if not self._watcher.active:
+            self._watcher.start(self._hear)
+        waiter = self._waiter = gevent.hub.Waiter(self.hub)
+        try:
+            waiter.get()
+        finally:
+            self._waiter = None
+
+    def _set_alarm(self):
+        self._alarm.stop()
+        self._alarm_due = self._due
+        self._alarm = self.hub.loop.timer(self._due - time.monotonic())
+        self._alarm.start(self._ring)
+
+    def _hear(self):
+        if self._waiter is None:
+            self._watcher.stop()
+        else:
+            self._waiter.switch(None)
+
+    def _ring(self):
+        self._alarm_due = math.inf
+        if self._waiter is None:
+            return
+        if time.monotonic() < self._due:
+            self._set_alarm()
+        else:
+            self._waiter.throw(TimeoutError("timed out"))
+
+    def close(self):
+        """Ends it; who waits for it hears of that."""
+        self._watcher.close()
+        self._alarm.close()
+        # Who reads now shall not wait, least of all at a descriptor that is
+        # another's by then.
+        self._is_empty = False
+        if self._waiter is not None:
+            self.hub.loop.run_callback(self._waiter.throw, OSError(
+                errno.EBADF, "it was closed"))
+        super().close()
+
+
+def _look_up(address):
+    """What getaddrinfo says first of an address."""
+    words = address.host, address.port, 0, socket.SOCK_STREAM, 0
+    try:
+        # A literal needs nobody to be asked, and so no thread that waits.
+        return _plain("socket", "getaddrinfo")(
+            *words, socket.AI_NUMERICHOST)[0]
+    except socket.gaierror:
+        # Each time anew: who a name stands for may have moved.
+        return gevent.socket.getaddrinfo(*words)[0]
+
+
+#: an event of the loop
+_READABLE = 1
 
 
 # ---------------------------------------------------------------------------
@@ -10514,17 +10594,22 @@ class Site:
         self._settings = settings
         self._open, self._asks = settings.mode == "devlove", asks
         self._trusted = settings.tweaks.trusted_proxies
+        #: by domain, the one that answers where no view names another
+        self._own = {name: consultant_of(domain)
+                     for name, domain in settings.domains.items()}
         self._consultants = {
             (domain.name, named.name): Consultant(named, settings.tweaks)
             for domain in settings.domains.values()
             for named in (*domain.consultants.values(),
-                          *filter(None, [consultant_of(domain)]))}
+                          *filter(None, [self._own[domain.name]]))}
         self._views = {
             name: views for name, domain in settings.domains.items()
             if (views := _view_folder(domain, settings))}
+        #: of the domains that have more than an application
         self._rules = {
             name: tuple(map(RewriteRule.parse, domain.change_url))
-            for name, domain in settings.domains.items()}
+            for name, domain in settings.domains.items()
+            if domain.kind != "api"}
         if larder:
             larder.origins = {
                 name: self._origin(domain, larder.notes)
@@ -10725,12 +10810,13 @@ class Site:
     def _ask(self, request, domain, name, target):
         """What a consultant says; None names the domain's own."""
         consultant = (domain.consultants[name] if name
-                      else consultant_of(domain))
+                      else self._own[domain.name])
         if consultant is None:
             raise NotServed(404, "no consultant, or none is named of several")
-        addresses = ", ".join(map(str, consultant.connect_to))
-        request.note(f"consultant {consultant.name} at {addresses} is asked:"
-                     f" {request.method} {target}")
+        if request.trail is not None:
+            addresses = ", ".join(map(str, consultant.connect_to))
+            request.note(f"consultant {consultant.name} at {addresses} is"
+                         f" asked: {request.method} {target}")
         if not self._asks:
             raise NotAsked(consultant.name)
         return self._consult(request, domain, consultant.name, target)
@@ -10751,9 +10837,8 @@ class Site:
             ask = functools.partial(
                 open_tunnel, consultant, request.protocol)
         status, fields, body = ask(question)
-        is_dated = any(field == b"date" for field, _ in fields)
         return Response(status, tuple(fields), body, "consultant", name,
-                        is_dated)
+                        b"date" in dict(fields))
 
     def _generated(self, request, domain, view, target):
         """The answer from an asset that a consultant makes (reference 5.6).
@@ -10761,7 +10846,7 @@ class Site:
         It is known by the URL that the client sent, query included.
         """
         tweaks = self._settings.tweaks
-        own = consultant_of(domain)
+        own = self._own[domain.name]
         named = view.consultant or (own and own.name)
         if named is None:
             raise NotServed(404, "no consultant, or none is named of several")
@@ -11680,9 +11765,11 @@ class Service:
         self.connections, self.draining = ConnectionTable(tweaks), False
         #: turn of the loop, and handshakes in it
         self._turn, self._handshakes = 0, 0
+        #: connections that have something to write
+        self._unflushed = []
         #: exchanges that wait in greenlets
         self.waiting = 0
-        self.crew = _Crew()
+        self.crew = Crew()
         self._tell_date()
 
     def start(self) -> None:
@@ -11718,6 +11805,20 @@ class Service:
             fields, ((b":status", b"200"), *response.fields), body,
             (os.fsencode(asset.path), asset.identity),
             ("\0".join(before).encode(), "\0".join(after).encode()))
+
+    def flush_soon(self, connection: object) -> None:
+        """Has a connection write when all of this turn of the loop is done.
+
+        What several exchanges say in one turn goes out together.
+        """
+        if not self._unflushed:
+            self.loop.run_callback(self._flush_all)
+        self._unflushed.append(connection)
+
+    def _flush_all(self):
+        unflushed, self._unflushed = self._unflushed, []
+        for connection in dict.fromkeys(unflushed):
+            connection.flush()
 
     @property
     def active(self) -> int:
@@ -11898,36 +11999,6 @@ class _CalmMeter:
         return self._credit >= 0
 
 
-class _Crew:
-    """Greenlets that do one piece of work after the other.
-
-    The Python stack of a greenlet is mapped when it begins and unmapped when
-    it ends, which costs more than many a piece of work.
-    """
-
-    __slots__ = "_idle", "_loop"
-
-    def __init__(self):
-        #: Waiters of those that have nothing to do
-        self._idle, self._loop = [], gevent.get_hub().loop
-
-    def spawn(self, work, *words):
-        """Has somebody do `work`, which raises nothing, soon."""
-        if self._idle:
-            self._loop.run_callback(self._idle.pop().switch, (work, words))
-        else:
-            gevent.spawn(self._serve, work, words)
-
-    def _serve(self, work, words):
-        while work:
-            work(*words)
-            work = words = None
-            if len(self._idle) < _MOST_IDLE_GREENLETS:
-                waiter = gevent.hub.Waiter()
-                self._idle.append(waiter)
-                work, words = waiter.get()
-
-
 class _Incoming:
     """The body of a request, as far as it has come and nobody has read it."""
 
@@ -12066,8 +12137,6 @@ _SWEEP_SECONDS = 0.5
 _MOST_LEAVING = 32
 #: of a quarter of a millisecond each, or more where keys are long
 _HANDSHAKES_A_TURN = 16
-#: greenlets that are kept for more work
-_MOST_IDLE_GREENLETS = 256
 
 
 # ---------------------------------------------------------------------------
@@ -12296,6 +12365,9 @@ class Conversation:
             # The same octets that asked for this broke the connection.
             self._end(stream, outgoing, "cut")
             return None
+        if not bodiless and self._goes_at_once(stream, response.body):
+            self.engine.body(stream, response.body, True)
+            outgoing.sent, bodiless = len(response.body), True
         if bodiless:
             self._end(stream, outgoing)
             return None
@@ -12307,6 +12379,12 @@ class Conversation:
             return outgoing
         self._scheduler.add(stream, urgency)
         return None
+
+    def _goes_at_once(self, stream, body):
+        """Whether a body is small, and no other waits for its turn."""
+        return (isinstance(body, bytes) and len(body) <= _SMALL_BYTES
+                and not len(self._scheduler)
+                and len(body) <= self.engine.sendable(stream))
 
     def _end(self, stream, outgoing, answered=None):
         """Accounts for an exchange that is over."""
@@ -12502,6 +12580,8 @@ class _Unread:
 _NO_RESPONSE = Response(499, representation="-")
 #: octets of a body from elsewhere that wait to be sent at most, and a piece
 _RELAY_BYTES = 64 * KIB
+#: a body that is small beside the head before it
+_SMALL_BYTES = 4 * KIB
 _PARTING_SECONDS = 1
 #: what a request costs its sender that cannot be understood
 _REFUSAL_POINTS = 10
@@ -12803,7 +12883,8 @@ class Connection:
 
     def _begin(self, engine, site):
         self._conversation = Conversation(
-            self._service, site, engine, self._ends, self.flush)
+            self._service, site, engine, self._ends,
+            functools.partial(self._service.flush_soon, self))
         self._stage = self._converse
         self._service.connections.end_handshake(self)
         if self._service.draining:

@@ -22,6 +22,7 @@ from shimmercat import (
     ConsultantSettings,
     DomainSettings,
     NetworkAddress,
+    PatientSocket,
     Question,
     ScratchFolder,
     Stream,
@@ -615,6 +616,69 @@ def test_an_application_may_be_at_a_unix_socket(tmp_path):
         threading.Thread(target=run, daemon=True).start()
         assert body_of(consultant(f"unix://{path}").ask(
             question())) == b"hello"
+
+
+@pytest.fixture
+def patient():
+    """A PatientSocket and the other end of its connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        here = PatientSocket(socket.AF_INET, socket.SOCK_STREAM)
+        here.settimeout(5)
+        here.connect(listener.getsockname())
+        there, _ = listener.accept()
+    with here, there:
+        yield here, there
+
+
+def test_who_waits_at_a_socket_hears_that_it_is_closed(patient):
+    here, _ = patient
+    gevent.spawn_later(0.02, here.close)
+    for _ in range(2):
+        with pytest.raises(OSError):
+            here.recv(99)
+
+
+def test_octets_that_nobody_wants_cost_no_processor(patient):
+    here, there = patient
+    there.sendall(b"first")
+    assert here.recv(99) == b"first"
+    there.sendall(b"second")
+    before = time.process_time()
+    gevent.sleep(0.3)
+    assert time.process_time() - before < 0.2
+    there.sendall(b"third")
+    got = b""
+    while len(got) < 11:
+        got += here.recv(4)
+    assert got == b"secondthird"
+    there.close()
+    assert here.recv(99) == b""
+
+
+def test_each_wait_at_a_socket_has_its_own_time(patient):
+    here, there = patient
+    here.settimeout(60)
+    gevent.spawn_later(0.02, there.sendall, b"x")
+    assert here.recv(99) == b"x"
+    for seconds in (0.05, 0.2):
+        here.settimeout(seconds)
+        before = time.monotonic()
+        with pytest.raises(TimeoutError):
+            here.recv(99)
+        assert time.monotonic() - before >= seconds - 0.01
+    gevent.spawn_later(0.02, there.sendall, b"y")
+    here.settimeout(5)
+    assert here.recv(99) == b"y"
+
+
+def test_as_many_connections_are_kept_as_were_needed_at_a_time():
+    with Origin(lambda _: [0.2, answer(b"hello")]) as origin:
+        app = consultant(origin)
+        asked = [gevent.spawn(app.ask, question()) for _ in range(80)]
+        gevent.joinall(asked, raise_error=True)
+        assert origin.accepted == 80
+        assert body_of(app.ask(question())) == b"hello"
+        assert origin.accepted == 80
 
 
 def test_a_slow_reader_holds_little_of_a_large_answer():
