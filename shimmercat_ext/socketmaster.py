@@ -370,9 +370,10 @@ def _pids(children):
 
 def _end(status):
     code = os.waitstatus_to_exitcode(status)
-    if code < 0:
-        return signal.Signals(-code).name
-    return f"status {code}"
+    if code >= 0:
+        return f"status {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    return names.get(-code, f"signal {-code}")
 
 
 def _parser():

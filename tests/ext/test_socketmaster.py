@@ -274,7 +274,8 @@ def test_what_is_in_flight_at_the_end_is_answered(tmp_path):
 
 
 @pytest.mark.parametrize("end, status", [
-    ("exit 0", 0), ("exit 7", 7), ("kill -KILL $$", 137)])
+    ("exit 0", 0), ("exit 7", 7), ("kill -KILL $$", 137),
+    ("kill -40 $$", 168)])
 def test_it_leaves_with_the_last_process_and_its_status(
         tmp_path, end, status):
     with Master(tmp_path, program=shell(tmp_path, end)) as master:
