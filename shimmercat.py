@@ -1992,18 +1992,25 @@ def section_size(fields: list[tuple[bytes, bytes]]) -> int:
 
 def has_odd_field(fields: list[tuple[bytes, bytes]]) -> bool:
     """Whether a field, of a trailer maybe, breaks RFC 9113 section 8.2."""
+    values = b"".join([value for _, value in fields])
+    if len(values.translate(None, _CONTROL)) < len(values):
+        return True
     for name, value in fields:
-        if len(name) > 256 or not _is_plain_name(name) or _is_odd(value):
+        if len(name) > 256 or not _is_plain_name(name) or _is_padded(value):
             return True
         if name == b"te" and value.lower() != b"trailers":
             return True
     return False
 
 
+def _is_padded(value):
+    return value != value.strip(b" \t")
+
+
 def _is_odd(value):
     """Whether a field cannot have this value."""
-    return (value != value.strip(b" \t")
-            or value != value.translate(None, _CONTROL))
+    return (_is_padded(value)
+            or len(value.translate(None, _CONTROL)) < len(value))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -10837,6 +10844,9 @@ class Site:
             ask = functools.partial(
                 open_tunnel, consultant, request.protocol)
         status, fields, body = ask(question)
+        if isinstance(body, bytes):
+            # A question that is over and its request would keep each other.
+            request.withdraw = None
         return Response(status, tuple(fields), body, "consultant", name,
                         b"date" in dict(fields))
 
