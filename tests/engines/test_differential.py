@@ -57,7 +57,7 @@ class Side:
         """Events of octets, a fault without its words."""
         events = []
         for piece in pieces:
-            for event in self.engine.receive(piece):
+            for event in self._receive(piece):
                 if isinstance(event, ProtocolFault):
                     self.fault = int(event.code)
                     event = event._replace(reason="", code=self.fault)
@@ -66,6 +66,13 @@ class Side:
                 if isinstance(event, BodyReceived):
                     self.owed[event.stream] += event.cost
                 events.append(event)
+        return events
+
+    def _receive(self, piece):
+        """All events of a piece, of which one engine takes a part first."""
+        events = self.engine.receive(piece)
+        while not (self.engine.hungry() or self.engine.closing):
+            events += self.engine.receive(b"")
         return events
 
     def call(self, name, *arguments):

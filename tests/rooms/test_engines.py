@@ -69,6 +69,10 @@ def events_of(engine, pieces):
     for piece in pieces:
         for event in engine.receive(piece):
             add_plainly(events, event)
+        while not engine.closing and not engine.hungry() and (
+                engine.protocol == "h2"):
+            for event in engine.receive(b""):
+                add_plainly(events, event)
         if engine.closing:
             break
     return events
@@ -1379,3 +1383,20 @@ def test_no_frames_break_the_engine(engine_class, frames, noise, at):
         client.engine.reset(stream, 8)
     client.engine.goodbye()
     assert client.engine.output()
+
+
+def test_the_pure_engine_takes_few_frames_at_a_time():
+    engine = Http2Engine(EngineLimits())
+    pings = [hf.PingFrame(0, b"%08d" % n).serialize() for n in range(100)]
+    engine.receive(PREFACE + hf.SettingsFrame(0).serialize())
+    engine.output()
+    engine.receive(b"".join(pings))
+    answers, turns = engine.output(), 1
+    assert not engine.hungry()
+    while not engine.hungry():
+        assert engine.receive(b"") == []
+        answers, turns = answers + engine.output(), turns + 1
+    # All of them, in their order: flags ACK are all the difference.
+    assert answers == b"".join(
+        ping[:4] + b"\1" + ping[5:] for ping in pings)
+    assert 5 < turns < 20
