@@ -74,7 +74,9 @@ only.  ``grep -n '^# [0-9]*[b-f]*\\. ' shimmercat.py`` prints where they are.
    17c  Supervision      what a supervisor hands over, and what it is told
     18  Arbiter          the life of the whole
    18b  Slots            places that processes hold, one after the other
-   18c  Lone worker      the life of devlove mode
+   18c  Fan in           the log of all processes comes together
+   18d  Upgrades         another program takes over all that there is
+   18e  Lone worker      the life of devlove mode
     19  Command line     modes, options, exit codes
 """
 
@@ -169,9 +171,11 @@ __all__ = [
     "QUICK_SECONDS", "PRESS_SECONDS", "WorkerLine", "Child", "Terms",
     "Worker",
     "CannotWriteLog", "Doors", "Premises", "Watch",
-    "Supervisor",
+    "HERITAGE_FORMAT", "TRIAL_VARIABLE", "Supervisor",
     "BootFailure", "Arbiter",
     "Slot",
+    "LogFanIn",
+    "Upgrade", "inherited", "adopt", "pass_on",
     "LoneWorker",
     "main",
 ]
@@ -735,8 +739,8 @@ MESSAGES = {
     40017: Message("{} was cut off: {}", "its source failed; stream reset"),
     40018: Message("the arbiter is gone: leaving", "killed? start it again"),
     40019: Message("{} connections took too long to end", "they were cut"),
-    40020: Message("USR2 is refused: start again to change the program",
-                   "an upgrade in place is not offered yet"),
+    40020: Message("USR2: a trial run of the program file begins",
+                   "if it does well, the program takes over"),
     40021: Message("{} cannot be done: {}", "a signal asked; nothing changed"),
     40022: Message("worker {} leaves after {} s and is replaced",
                    "apoptosis, planned: nothing to do"),
@@ -752,6 +756,8 @@ MESSAGES = {
                    "what a FastCGI application wrote to STDERR"),
     40029: Message("{} leaves after {} s: a newer one serves",
                    "it finishes what it has, within replacement-seconds"),
+    40030: Message("the program file takes over, process {}",
+                   "USR2: workers are replaced, nothing is lost"),
     40032: Message("no development CA in {} ({}): it is made in {}",
                    "browsers must trust one CA for each scratch folder"),
     40033: Message("scratch folder {} was removed: it is made anew",
@@ -771,7 +777,8 @@ MESSAGES = {
                    ("client", "method", "host", "path", "status", "bytes",
                     "milliseconds", "protocol", "answered", "representation")),
     50003: Message("ready: {}, process {}", "signals go to that process"),
-    50004: Message("new settings serve: {}", "HUP or a new certificate"),
+    50004: Message("the change is complete: {}",
+                   "HUP, a new certificate, or USR2"),
     60001: Message("internal error: {}\n{}", "report this traceback"),
     60002: Message("{} died {}", "replaced; see the lines before"),
     60003: Message("{} died early {} times, next start in {} s",
@@ -789,6 +796,8 @@ MESSAGES = {
                    " What is not there is served from its source"),
     60015: Message("no worker starts with the new settings: back to the old",
                    "see the lines before"),
+    60016: Message("the program file does not take over, nothing changes:\n{}",
+                   "what its trial run has said last; correct it"),
     60025: Message("mistake in a view: {}", "its requests end in 500"),
     60026: Message("no page: {}", "what the application said does not fit"),
 }
@@ -1064,11 +1073,15 @@ class Console:
 
     def close(self, seconds: float = 1.0) -> None:
         """Gives queued lines `seconds` to be taken, then closes."""
+        self.settle(seconds)
+        os.close(self._fd)
+        self._gone = True
+
+    def settle(self, seconds: float = 1.0) -> None:
+        """Gives queued lines `seconds` to be taken."""
         deadline = Deadline(seconds)
         while not self.pump() and not deadline.passed():
             self._is_writable(0.02)
-        os.close(self._fd)
-        self._gone = True
 
     def _adopt(self, fd):
         """Writes to a descriptor from here on."""
@@ -4370,7 +4383,9 @@ class ScratchFolder:
         #: shared with all processes forked later
         self.trouble = DiskTrouble()
         #: descriptor of the file whose lock keeps others out
-        self._lock, self._door = None, ""
+        self._lock = None
+        #: what tells those who may be here at the same time
+        self.door = secrets.token_hex(8)
         longest = self._of_process(self.redis_socket, 2 ** 22)
         if len(os.fsencode(longest)) > _SOCKET_PATH_BYTES:
             # The same place each time: the next start finds what is left.
@@ -4378,16 +4393,18 @@ class ScratchFolder:
             self.redis_socket = _user_folder() / f"{name[:16]}.sock"
             self.press_socket = self.redis_socket.with_suffix(".press")
 
-    def occupy(self, tweaks: str = "", door: str = "") -> None:
+    def occupy(self, tweaks: str = "", door: str = "",
+               lock: int | None = None) -> None:
         """Creates what is missing and keeps other instances out.
 
         `tweaks` is the text of a new tweaks.yaml; `door` tells apart the
         listening sockets that a supervisor hands over.  Who serves the same
         one is a predecessor or successor, and may be here at the same time.
+        `lock` is the descriptor of a lock that this process has already.
         Lasts until the process ends.  Raises ScratchBusy or ScratchError.
         """
-        self._door = door
         if door:
+            self.door = door
             for place in (self.redis_socket, self.press_socket):
                 self._sweep(place)
             self.redis_socket, self.press_socket = (
@@ -4395,7 +4412,9 @@ class ScratchFolder:
                 for place in (self.redis_socket, self.press_socket))
         try:
             self._make_folders()
-            if not self.claim():
+            if lock is not None:
+                self._sign(lock)
+            elif not self.claim():
                 holder, _, theirs = self._said()
                 if not door or door != theirs:
                     raise ScratchBusy(
@@ -4454,12 +4473,20 @@ class ScratchFolder:
             except (BlockingIOError, PermissionError):
                 os.close(lock)
                 return False
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, b"%d\n%s\n%s\n" % (
-                os.getpid(), os.fsencode(self.redis_socket),
-                self._door.encode()), 0)
-            self._lock = lock
+            self._sign(lock)
         return True
+
+    def _sign(self, lock):
+        """Keeps the lock, and writes into it who has it."""
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, b"%d\n%s\n%s\n" % (
+            os.getpid(), os.fsencode(self.redis_socket),
+            self.door.encode()), 0)
+        self._lock = lock
+
+    def lock(self) -> int | None:
+        """Descriptor of the lock; None while a predecessor has it."""
+        return self._lock
 
     def release(self) -> None:
         """Leaves the folder to a successor, who may be waiting for it."""
@@ -5201,15 +5228,35 @@ class LogSubscription:
         A message is some packed records.  Never blocks, raises RedisAway.
         """
         replies, self._early = self._early or self._wire.replies(), []
-        return [(reply[-2].decode("utf-8", "backslashreplace"), reply[-1])
-                for reply in replies if reply[0] != b"pong"
-                ] if replies else None
+        return _messages_in(replies) if replies else None
+
+    def leave(self) -> list[tuple[str, bytes]]:
+        """Ends the subscription in order; what has come until then.
+
+        Raises RedisAway.
+        """
+        found, is_over = [], False
+        self._wire.socket.settimeout(_ANSWER_SECONDS)
+        self._wire.send((b"PUNSUBSCRIBE",))
+        while not is_over:
+            replies, self._early = (
+                self._early or self._wire.replies(), [])
+            found += _messages_in(replies)
+            is_over = any(reply[0] == b"punsubscribe" for reply in replies)
+        self.close()
+        return found
 
     def close(self) -> None:
         """Ends the subscription; a forked child calls it for its copy."""
         if self._wire is not None:
             self._wire.close()
         self._wire, self._early = None, []
+
+
+def _messages_in(replies):
+    """Channels and messages among what Redis has said."""
+    return [(reply[-2].decode("utf-8", "backslashreplace"), reply[-1])
+            for reply in replies if reply[0] == b"pmessage"]
 
 
 # ---------------------------------------------------------------------------
@@ -10424,18 +10471,28 @@ _LENGTH = struct.Struct(">I")
 class PressDoor:
     """The socket where texts wait; it outlives a press that dies."""
 
-    def __init__(self, path: Path):
-        """Takes the place of one that was left; raises ScratchError."""
+    def __init__(self, path: Path, fd: int | None = None):
+        """Takes the place of one that was left; raises ScratchError.
+
+        With `fd` it exists, and has that descriptor.
+        """
         self.path = path
-        try:
-            path.unlink(missing_ok=True)
-            # Not gevent's, with whom a hub would come into the arbiter.
-            self.socket = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self.socket.bind(os.fspath(path))
-            self.socket.listen(_MOST_WAITING)
-        except OSError as error:
-            raise ScratchError(f"{path}: {error}") from error
+        # Not gevent's, with whom a hub would come into the arbiter.
+        self.socket = _socket.socket(
+            socket.AF_UNIX, socket.SOCK_STREAM, fileno=fd)
         self.close = self.socket.close
+        try:
+            if fd is None:
+                path.unlink(missing_ok=True)
+                self.socket.bind(os.fspath(path))
+                self.socket.listen(_MOST_WAITING)
+        except OSError as error:
+            self.close()
+            raise ScratchError(f"{path}: {error}") from error
+
+    def fds(self) -> list[int]:
+        """Its descriptor, as other doors have several."""
+        return [self.socket.fileno()]
 
     def remove(self) -> None:
         """Takes the socket out of the folder, at the end."""
@@ -13519,6 +13576,15 @@ class WorkerLine:
         ours, theirs = _socket.socketpair()
         return cls(ours), cls(theirs)
 
+    @classmethod
+    def of(cls, fd: int) -> "WorkerLine":
+        """The end with a descriptor; one that has ended if that is none."""
+        if fd >= 0:
+            return cls(_socket.socket(fileno=fd))
+        ours, theirs = cls.pair()
+        theirs.close()
+        return ours
+
     def __init__(self, end: _socket.socket):
         """Owns `end`, a connected socket."""
         end.setblocking(False)
@@ -13552,6 +13618,8 @@ class Terms(typing.NamedTuple):
     farewell: float = PRESS_SECONDS
     #: replaced processes that may be finishing at the same time
     lingering: int = 1
+    #: seconds in which one must be ready
+    start: float = _READY_SECONDS
 
 
 class Child:
@@ -13569,7 +13637,7 @@ class Child:
         self.wants_successor = False
         self.born = time.monotonic()
         self.steady = self._limit = self._lingers = Deadline(math.inf)
-        self._silence = Deadline(_READY_SECONDS)
+        self._silence = Deadline(terms.start)
         #: the signal that comes next, and when
         self._next, self._due = None, None
 
@@ -13856,6 +13924,16 @@ class Doors(typing.NamedTuple):
                 for addresses in ((settings.listen, settings.redirect), *(
                     (also, None) for also in settings.also_listen))]
 
+    @classmethod
+    def of(cls, fds: list[int | None]) -> "Doors":
+        """The doors with such descriptors."""
+        return cls(*(None if fd is None else _plain("socket", "socket")(
+            fileno=fd) for fd in fds))
+
+    def fds(self) -> list[int | None]:
+        """The descriptors of both sockets."""
+        return [door and door.fileno() for door in self]
+
     def tune(self, backlog: int) -> None:
         """Lets so many connections wait to be accepted."""
         for door in filter(None, self):
@@ -13870,10 +13948,12 @@ class Doors(typing.NamedTuple):
 class Premises:
     """What stands before anything is served: console, folder, certificates."""
 
-    def __init__(self, settings: Settings, door: str = ""):
+    def __init__(self, settings: Settings, door: str = "",
+                 lock: int | None = None):
         """Makes what is missing; raises ShimmerCatError when it cannot.
 
-        `door` tells apart the listening sockets that were handed over.
+        `door` tells apart the listening sockets that were handed over, `lock`
+        is one of the scratch folder that this process has.
         """
         _hold_standard_streams()
         self.settings, self._engine = settings, http2_engine(settings.engine)
@@ -13885,7 +13965,7 @@ class Premises:
                                  f" {error.strerror}") from error
         LOG.configure(enabled=settings.log_codes, sink=self.console.write)
         self.scratch = ScratchFolder(settings.scratch_dir)
-        self.scratch.occupy(tweaks_text(), door)
+        self.scratch.occupy(tweaks_text(), door, lock)
         self._certify()
         self.board = Board()
 
@@ -13980,12 +14060,16 @@ class Watch:
 # ---------------------------------------------------------------------------
 # 17c. Supervision: what a supervisor hands over, and what it is told
 #
-#    Offers   Supervisor
+#    Offers   HERITAGE_FORMAT, TRIAL_VARIABLE, Supervisor
 #    Uses     1 Words, 3 Settings, 16 Connections
 # ---------------------------------------------------------------------------
 
 #: the first descriptor that systemd hands over
 _FIRST_FD = 3
+#: how a program that runs and the one that takes over understand each other
+HERITAGE_FORMAT = "1"
+#: the variable that makes a run a trial run
+TRIAL_VARIABLE = "SHIMMERCAT_TRIAL"
 
 
 class Supervisor:
@@ -14000,6 +14084,13 @@ class Supervisor:
         """Raises ConfigurationError when variables are not what they mean."""
         #: who hands sockets over, for people; empty when nobody does
         self.giver = ""
+        #: a number of what is understood, what a trial run has in common with
+        #: who tries it, and a line to there; empty in an earnest run
+        self._trial = environ.get(TRIAL_VARIABLE, "").split()
+        if self._trial[:1] not in ([], [HERITAGE_FORMAT]):
+            raise ConfigurationError(
+                "the program that runs and this one are too different for"
+                " USR2: start again")
         #: {descriptor: what systemd calls it}
         self._names = {}
         try:
@@ -14030,16 +14121,31 @@ class Supervisor:
         """Whether it starts a successor itself, and HUP means to leave."""
         return self.giver == "socketmaster"
 
+    @property
+    def is_trial(self) -> bool:
+        """Whether this run is to show that the program can start."""
+        return bool(self._trial)
+
+    def report(self) -> None:
+        """Tells who tries us that all has gone well."""
+        os.write(int(self._trial[2]), WorkerLine.READY)
+
     def door(self) -> str:
         """What predecessor and successor have in common; raises OSError."""
+        if self.is_trial:
+            return self._trial[1]
         return str(os.fstat(min(self._names)).st_ino) if self._names and (
             self.replaces_us) else ""
 
     def settings(self, settings: Settings) -> Settings:
         """`settings` with sockets in the place of addresses.
 
-        Raises CannotListen.
+        A trial run serves where nobody comes.  Raises CannotListen.
         """
+        if self.is_trial:
+            return dataclasses.replace(
+                settings, listen=NetworkAddress("inet", "127.0.0.1", 0),
+                redirect=None, log_file=None, workers=1)
         secure = [fd for fd, name in self._names.items() if name != "redirect"]
         wanted = [NetworkAddress("fd", fd=fd) for fd in secure]
         if settings.listen.family == "fd" or not wanted:
@@ -14063,6 +14169,10 @@ class Supervisor:
                 # It may be gone, and serving does not depend on it.
                 sender.setblocking(False)
                 sender.sendto(text.encode(), self._address)
+
+    def tell_reloading(self) -> None:
+        """Announces a change, at whose end READY is told."""
+        self.tell(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
 
     def beat(self) -> None:
         """Tells a watchdog, if there is one, that we are well."""
@@ -14111,13 +14221,11 @@ def _with_port(address):
 # Easy to get wrong: words must be read in the same turn before silence is
 # judged, or an arbiter that was suspended kills all healthy workers.
 
-#: at the end, no log record for so long means that none is to come
-_QUIET_SECONDS = 0.2
-#: signs of life that Redis is asked for in the time of one heartbeat
-_PINGS = 4
 #: no turn lasts longer, so no signal waits longer
 _TURN_SECONDS = 0.1
 _ARTISAN_SECONDS = 120
+#: in a trial run the worker lives so long
+_TRIAL_SERVES_SECONDS = 1
 
 
 class BootFailure(ShimmerCatError):
@@ -14142,19 +14250,19 @@ class Arbiter:
         self._slots = []
         #: slots that TTOU has closed and that somebody still works in
         self._closed = []
-        self._numbers = itertools.count()
-        self._is_listening = self._is_ending = False
-        self._is_ready = self._was_ready = False
-        self._is_finished, self._failure = False, None
-        self._is_asking = False  #: whether Redis owes a sign of life
-        self._born = time.monotonic()
-        self._quiet, self._ping_due = Deadline(0), Deadline(0)
+        #: what the program before us has left; nothing at a real start
+        self._heritage = inherited()
+        self._upgrade = None
+        self._numbers = itertools.count(self._heritage.get("number", 0))
+        self._born = self._heritage.get("born", time.monotonic())
+        self._is_ending = self._is_ready = self._is_finished = False
+        self._was_ready, self._failure = bool(self._heritage), None
         self._handlers = {
             signal.SIGTERM: self._finish, signal.SIGINT: self._end_now,
             signal.SIGQUIT: self._end_now,
             signal.SIGUSR1: lambda: self._premises.console.reopen(),
             signal.SIGHUP: self._reload,
-            signal.SIGUSR2: lambda: LOG.say(40020),
+            signal.SIGUSR2: self._try_program,
             signal.SIGTTIN: self._grow, signal.SIGTTOU: self._shrink}
         if self._supervisor.replaces_us:
             # socketmaster says HUP when a successor serves, einhorn USR2.
@@ -14169,7 +14277,8 @@ class Arbiter:
         """
         _leave_hub()
         LOG.configure(worker="arbiter")
-        self._premises = Premises(self._settings, self._supervisor.door())
+        self._premises = Premises(self._settings, self._supervisor.door(),
+                                  self._heritage.get("lock"))
         self._open()
         while not self._is_finished:
             self._take_turn()
@@ -14181,8 +14290,6 @@ class Arbiter:
     def _open(self):
         """Does what must be done before the first fork."""
         settings = self._settings
-        for _ in range(settings.workers):
-            self._add_slot(BootFailure)
         server, path = RedisServer.find(), self._premises.scratch.redis_socket
         self._redis = Slot("redis", lambda name, line: (
             stand_apart(signal.SIGTERM), server.become(path)),
@@ -14192,8 +14299,16 @@ class Arbiter:
         self._press = Slot("press", lambda name, line: Press(
             *self._press.doors, line.end, self._press_limit()).run(),
             lambda: self._terms(self._press_limit()))
-        self._press.doors = [PressDoor(self._premises.scratch.press_socket)]
-        self._log = LogSubscription(path)
+        self._log = LogFanIn(path, self._redis)
+        if self._heritage:
+            self._slots, self._closed, self._press.doors = adopt(
+                self._heritage, self._make_slot, self._press, self._artisan,
+                self._redis)
+        else:
+            self._press.doors = [
+                PressDoor(self._premises.scratch.press_socket)]
+            for _ in range(settings.workers):
+                self._add_slot(BootFailure)
         self._premises.announce()
         if self._supervisor.giver:
             LOG.say(10009, self._supervisor.giver)
@@ -14222,8 +14337,9 @@ class Arbiter:
         return self._settings.tweaks.quick_compress_limit_bytes
 
     def _all_slots(self):
-        return [*self._slots, *self._closed, self._press, self._artisan,
-                self._redis]
+        trial = [self._upgrade.slot] if self._upgrade else []
+        return [*self._slots, *self._closed, *trial, self._press,
+                self._artisan, self._redis]
 
     def _children(self):
         return [child for slot in self._all_slots()
@@ -14232,14 +14348,16 @@ class Arbiter:
     def _take_turn(self):
         """Waits for something to happen, and does a step about it."""
         try:
-            self._wait()
+            is_calm = self._is_ready and not self._is_ending
+            _wait(self._log, self._children(),
+                  _TURN_SECONDS / (1 if is_calm else 5))
             self._supervisor.beat()
             self._handle_signals()
-            self._take_log()
+            self._log.take(self._premises.console)
             for slot in self._all_slots():
                 slot.attend()
             self._judge()
-            self._reap_strangers()
+            _reap_strangers({child.pid for child in self._children()})
             self._tend()
         except ShimmerCatError as error:
             self._failure = self._failure or error
@@ -14264,55 +14382,6 @@ class Arbiter:
         return [self._log, *lines, *(
             doors for slot in self._all_slots() for doors in slot.doors)]
 
-    def _wait(self):
-        """Until a word, a record, a death, or the next tick of the clock."""
-        poll = _plain("select", "poll")()
-        if self._is_listening:
-            poll.register(self._log, select.POLLIN)
-        for child in self._children():
-            # A line may have ended, and its process not yet.
-            if child.line.fileno() >= 0:
-                poll.register(child.line, select.POLLIN)
-        is_calm = self._is_ready and not self._is_ending
-        poll.poll(1000 * _TURN_SECONDS / (1 if is_calm else 5))
-
-    def _take_log(self):
-        """Writes records that have arrived, and what waited to be written."""
-        try:
-            if not self._is_listening:
-                self._log.connect()
-                self._is_listening = True
-            if self._ping_due.passed():
-                self._ping_due = Deadline(
-                    self._settings.tweaks.heartbeat_seconds / _PINGS)
-                if not self._is_asking:
-                    # Its silence counts from the question on: we may have
-                    # been suspended.
-                    self._redis.confirm()
-                self._is_asking = True
-                self._log.ping()
-            messages = self._log.read()
-            if messages is not None:
-                self._is_asking = False
-                self._redis.confirm()
-            for channel, packed in messages or ():
-                self._premises.console.take(packed, channel)
-                self._quiet = Deadline(_QUIET_SECONDS)
-        except RedisAway:
-            # It is on its way up or down: the next turn tries again.
-            self._is_listening = False
-        self._premises.console.pump()
-
-    def _reap_strangers(self):
-        """As process 1 of a container we are given the orphans of others."""
-        ours = {child.pid for child in self._children()}
-        peek = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        with contextlib.suppress(ChildProcessError):
-            # There may be no child at all.
-            while (found := os.waitid(os.P_ALL, 0, peek)) and (
-                    found.si_pid not in ours):
-                _plain("os", "waitpid")(found.si_pid, os.WNOHANG)
-
     def _tend(self):
         """Compares what there is with what there should be."""
         self._show()
@@ -14329,6 +14398,8 @@ class Arbiter:
         self._empty_closed()
         if self._watch.has_changed():
             self._reload()
+        if self._upgrade and not self._upgrade.slot.children:
+            self._conclude(self._upgrade)
         slots = self._all_slots()
         is_settled = all(slot.is_settled() for slot in slots)
         is_calm = not any(slot.find("starting") for slot in slots)
@@ -14339,6 +14410,17 @@ class Arbiter:
         if not self._is_ready and all(
                 slot.is_current() for slot in self._slots):
             self._say_ready()
+        if self._supervisor.is_trial and self._is_ready:
+            self._tend_trial()
+
+    def _tend_trial(self):
+        """Ends a trial run in which nobody has died for a moment."""
+        workers = self._slots[0].find("serving")
+        if not workers:
+            raise BootFailure("the worker died when it was ready")
+        if time.monotonic() - workers[0].born > _TRIAL_SERVES_SECONDS:
+            self._supervisor.report()
+            self._finish()
 
     def _say_ready(self):
         """Says that all is as it should be, at the start or after changes."""
@@ -14358,8 +14440,7 @@ class Arbiter:
         """
         if self._is_ending:
             return
-        self._supervisor.tell(
-            RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
+        self._supervisor.tell_reloading()
         try:
             settings = self._supervisor.settings(self._reread())
             premises = self._premises.renewed(settings)
@@ -14397,6 +14478,31 @@ class Arbiter:
             self._watch.settle()
             self._supervisor.tell(READY=1)
             self._is_ready = True
+
+    def _try_program(self):
+        """Begins a trial run of the program file, unless there is one."""
+        if not (self._is_ending or self._upgrade):
+            LOG.say(40020)
+            self._supervisor.tell_reloading()
+            self._upgrade = Upgrade(self._premises.scratch.door)
+            self._upgrade.slot.hire(self._private())
+
+    def _conclude(self, upgrade):
+        """Gives way to a program that did well, or says what it said."""
+        self._upgrade = None
+        problem = upgrade.problem()
+        if not problem:
+            LOG.say(40030, os.getpid())
+            self._log.leave(self._premises.console)
+            self._premises.console.settle()
+            scratch = self._premises.scratch
+            problem = pass_on(
+                self._slots, self._closed,
+                [self._press, self._artisan, self._redis],
+                number=next(self._numbers), born=self._born,
+                press_socket=str(scratch.press_socket), lock=scratch.lock())
+        LOG.say(60016, problem)
+        self._supervisor.tell(READY=1)
 
     def _show(self):
         """Has all workers know how the instance stands."""
@@ -14439,15 +14545,17 @@ class Arbiter:
             for doors in slot.doors:
                 doors.close()
             slot.retire(seconds, number)
+        if self._upgrade:
+            self._upgrade.slot.retire(PRESS_SECONDS)
         if self._settings.listen.family == "unix":
             Path(self._settings.listen.path).unlink(missing_ok=True)
 
     def _tend_end(self):
         """Ends one after the other: workers, artisan, the log, Redis."""
-        if any(slot.children for slot in self._slots + self._closed):
+        if any(slot.children for slot in self._all_slots()[:-3]):
             return
         for slot in (self._press, self._artisan, self._redis):
-            if slot is self._redis and not self._quiet.passed():
+            if slot is self._redis and not self._log.is_quiet():
                 return
             slot.retire(PRESS_SECONDS / 4)
             if slot.children:
@@ -14467,11 +14575,15 @@ class Arbiter:
             doors = [doors.pop()]
         else:
             doors = Doors.open(self._settings, check=not doors)
-        slot = Slot(
-            f"w{next(self._numbers)}", lambda name, line: self._serve(
-                slot, name, line), self._worker_terms, failure)
+        self._slots.append(self._make_slot(
+            f"w{next(self._numbers)}", doors, failure))
+
+    def _make_slot(self, name, doors, failure=None):
+        """A place for workers."""
+        slot = Slot(name, lambda name, line: self._serve(slot, name, line),
+                    self._worker_terms, failure)
         slot.doors = doors
-        self._slots.append(slot)
+        return slot
 
     def _serve(self, slot, name, line):
         """A worker's life."""
@@ -14554,7 +14666,7 @@ class Slot:
         #: the terms of the last one that was never ready
         self.fallen = None
         self._live, self._terms, self._failure = live, terms, failure
-        self._count = itertools.count(1)
+        self._count = 0
         self._falls, self._pause = 0, Deadline(0)
 
     def find(self, stage: str) -> list:
@@ -14586,6 +14698,10 @@ class Slot:
             else:
                 child.press_on()
 
+    def patience(self) -> float:
+        """Seconds of silence after which a process is taken to stall."""
+        return self._terms().patience
+
     def confirm(self) -> None:
         """Its processes live: something was heard of them otherwise."""
         for child in self.children:
@@ -14610,7 +14726,7 @@ class Slot:
         is_wanted = (not last or (may_replace and last.wants_successor)
                      or (may_renew and not self.is_current()))
         if is_wanted and not self.find("starting") and self._pause.passed():
-            self._hire(private(), terms)
+            self.hire(private())
 
     def retire(self, seconds: float, number: int = signal.SIGTERM) -> None:
         """Gives its processes `seconds` to leave, if they have no less."""
@@ -14627,9 +14743,32 @@ class Slot:
         for child in self.children:
             child.wants_successor |= set(child.doors) != set(self.doors)
 
-    def _hire(self, private, terms):
+    def bequest(self) -> tuple[str, int, list, list]:
+        """Name, count, descriptors of doors, and processes.
+
+        Of each the name, id, descriptor of its line, and stage.
+        """
+        return self.name, self._count, [door.fds() for door in self.doors], [
+            (child.name, child.pid, child.line.fileno(), child.stage)
+            for child in self.children]
+
+    def adopt(self, count: int, children: list, generation: object) -> None:
+        """Takes processes from a bequest; `generation` is theirs."""
+        self._count, self.is_proven = count, True
+        terms = self._terms()
+        for name, pid, fd, stage in children:
+            child = Child(name, pid, WorkerLine.of(fd), (),
+                          terms._replace(generation=generation))
+            self.children.append(child)
+            if stage == "retiring":
+                child.retire(terms.farewell)
+            child.stage = stage
+
+    def hire(self, private: list) -> None:
         """Forks a process, which keeps nothing private but the doors."""
-        name = f"{self.name}-{next(self._count)}" if self.doors else self.name
+        self._count += 1
+        terms = self._terms()
+        name = f"{self.name}-{self._count}" if self.doors else self.name
         try:
             pid, line = _fork(name, self._live, [
                 found for found in private if found not in self.doors])
@@ -14664,6 +14803,28 @@ class Slot:
             seconds = min(2 ** (falls - 2), _LONGEST_PAUSE)
             self._pause = Deadline(seconds)
             LOG.say(60003, self.name, falls, seconds)
+
+
+def _wait(log, children, seconds):
+    """Until a word, a record, a death, or the next tick of the clock."""
+    poll = _plain("select", "poll")()
+    if log.is_listening:
+        poll.register(log, select.POLLIN)
+    for child in children:
+        # A line may have ended, and its process not yet.
+        if child.line.fileno() >= 0:
+            poll.register(child.line, select.POLLIN)
+    poll.poll(1000 * seconds)
+
+
+def _reap_strangers(ours):
+    """As process 1 of a container we are given the orphans of others."""
+    peek = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    with contextlib.suppress(ChildProcessError):
+        # There may be no child at all.
+        while (found := os.waitid(os.P_ALL, 0, peek)) and (
+                found.si_pid not in ours):
+            _plain("os", "waitpid")(found.si_pid, os.WNOHANG)
 
 
 def _fork(name, live, private):
@@ -14724,7 +14885,217 @@ def _leave_hub():
 
 
 # ---------------------------------------------------------------------------
-# 18c. Lone worker: the life of devlove mode
+# 18c. Fan in: the log of all processes comes together
+#
+#    Offers   LogFanIn
+#    Uses     1 Words, 9 Redis
+# ---------------------------------------------------------------------------
+
+#: at the end, no log record for so long means that none is to come
+_QUIET_SECONDS = 0.2
+#: signs of life that Redis is asked for in the time of one heartbeat
+_PINGS = 4
+
+
+class LogFanIn:
+    """What all processes say, on its way from Redis to the console."""
+
+    def __init__(self, path: Path, redis: "Slot"):
+        """Hears it at `path`, and so whether `redis` lives."""
+        self._subscription, self._redis = LogSubscription(path), redis
+        self.fileno = self._subscription.fileno
+        self.close = self._subscription.close
+        self.is_listening = False
+        #: whether Redis owes a sign of life
+        self._is_asking = False
+        self._quiet = self._ping_due = Deadline(0)
+
+    def take(self, console: Console) -> None:
+        """Writes records that have arrived, and what waited to be written."""
+        try:
+            if not self.is_listening:
+                self._subscription.connect()
+                self.is_listening = True
+            if self._ping_due.passed():
+                self._ping()
+            messages = self._subscription.read()
+            if messages is not None:
+                self._is_asking = False
+                self._redis.confirm()
+            self._hand_on(messages or (), console)
+        except RedisAway:
+            # It is on its way up or down: the next turn tries again.
+            self.is_listening = False
+        console.pump()
+
+    def is_quiet(self) -> bool:
+        """Whether nothing has come for so long that nothing will."""
+        return self._quiet.passed()
+
+    def leave(self, console: Console) -> None:
+        """Hears no more; what comes from here on waits where it was said."""
+        if self.is_listening:
+            self.is_listening = False
+            with contextlib.suppress(RedisAway):
+                # What nobody has received is published again.
+                self._hand_on(self._subscription.leave(), console)
+
+    def _hand_on(self, messages, console):
+        for channel, packed in messages:
+            console.take(packed, channel)
+            self._quiet = Deadline(_QUIET_SECONDS)
+
+    def _ping(self):
+        """Asks for a sign of life; raises RedisAway."""
+        self._ping_due = Deadline(self._redis.patience() / _PINGS)
+        if not self._is_asking:
+            # Its silence counts from the question on: we may have been
+            # suspended.
+            self._redis.confirm()
+        self._is_asking = True
+        self._subscription.ping()
+
+
+# ---------------------------------------------------------------------------
+# 18d. Upgrades: another program takes over all that there is
+#
+#    Offers   Upgrade, inherited, adopt, pass_on
+#    Uses     1 Words, 17 Worker
+# ---------------------------------------------------------------------------
+#
+# First a trial: the program file is started beside us and does all that a
+# start does, on a port of its own and with a Redis of its own, till a worker
+# is ready; then it ends.  What it said is kept to be told if it failed.
+#
+# Then this process becomes the program (execve): who watches it by its id,
+# systemd, supervisord or a container, need not know.  Sockets, the lock of the
+# scratch folder and all children stay; what the program must know of them is
+# in a file without a name.  It replaces workers one by one, as after HUP.
+# Signals are blocked in the meantime, and wait for it.
+
+#: seconds for a trial run
+_TRIAL_SECONDS = 60
+#: the variable with the descriptor of what is passed on
+_HERITAGE_VARIABLE = "SHIMMERCAT_HERITAGE"
+#: what a trial run must not believe to be meant for it
+_NOT_FOR_TRIALS = ("EINHORN_FDS", "LISTEN_PID", "NOTIFY_SOCKET",
+                   "WATCHDOG_USEC")
+#: of what a trial run has said last
+_TOLD_BYTES = 2000
+
+
+class Upgrade:
+    """A trial run of the program file."""
+
+    def __init__(self, door: str):
+        """The run may use the scratch folder of who has the same `door`."""
+        self._door, self._output = door, os.memfd_create("trial")
+        self.slot = Slot("trial", self._become_trial, lambda: Terms(
+            _TRIAL_SECONDS, start=_TRIAL_SECONDS))
+
+    def _become_trial(self, _name, line):
+        environ = {name: word for name, word in os.environ.items()
+                   if name not in _NOT_FOR_TRIALS}
+        environ[TRIAL_VARIABLE] = (
+            f"{HERITAGE_FORMAT} {self._door} {line.fileno()}")
+        os.set_inheritable(line.fileno(), True)
+        for fd in 1, 2:
+            os.dup2(self._output, fd)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.execve(sys.executable, _command(), environ)
+
+    def problem(self) -> str:
+        """Why it has failed; empty if it has done well."""
+        size = os.fstat(self._output).st_size
+        said = os.pread(self._output, _TOLD_BYTES, max(0, size - _TOLD_BYTES))
+        os.close(self._output)
+        if self.slot.is_proven:
+            return ""
+        text = said.decode("utf-8", "replace").strip()
+        return text or "the trial run has said nothing"
+
+
+def inherited() -> dict:
+    """What this process was given by the program that it ran before."""
+    fd = os.environ.pop(_HERITAGE_VARIABLE, None)
+    if fd is None:
+        return {}
+    with open(int(fd), "rb") as file:
+        file.seek(0)
+        heritage = json.load(file)
+    for fd in _descriptors(heritage):
+        os.set_inheritable(fd, False)
+    return heritage
+
+
+def adopt(heritage: dict, make_slot: typing.Callable, press: Slot,
+          artisan: Slot, redis: Slot) -> tuple[list, list, list]:
+    """Gives places to what is running; all but Redis is to be replaced there.
+
+    `make_slot` makes a place for workers of a name and doors.  Returns those,
+    the closed ones among them, and the doors of the press.
+    """
+    doors, workers = {}, ([], [])
+    for _, _, places, _ in (*heritage["slots"], *heritage["closed"]):
+        for fds in map(tuple, places):
+            # Slots may share sockets.
+            doors[fds] = doors.get(fds) or Doors.of(fds)
+    for found, records in zip(workers, (
+            heritage["slots"], heritage["closed"]), strict=True):
+        for name, count, places, children in records:
+            found.append(make_slot(
+                name, [doors[tuple(fds)] for fds in places]))
+            found[-1].adopt(count, children, HERITAGE_FORMAT)
+    for slot, generation in (
+            (press, HERITAGE_FORMAT), (artisan, HERITAGE_FORMAT),
+            (redis, None)):
+        _, count, _, children = heritage[slot.name]
+        slot.adopt(count, children, generation)
+    (fd,), = heritage["press"][2]
+    return *workers, [PressDoor(Path(heritage["press_socket"]), fd)]
+
+
+def pass_on(slots: list[Slot], closed: list[Slot], others: list[Slot],
+            **words: object) -> str:
+    """Becomes the program file, to which slots and words are told.
+
+    Returns only if that cannot be done, and then why.
+    """
+    heritage = {"slots": [slot.bequest() for slot in slots],
+                "closed": [slot.bequest() for slot in closed],
+                **{slot.name: slot.bequest() for slot in others}, **words}
+    fds = _descriptors(heritage)
+    try:
+        with open(os.memfd_create("heritage", 0), "w") as file:
+            json.dump(heritage, file)
+            file.flush()
+            for fd in fds:
+                os.set_inheritable(fd, True)
+            os.execve(sys.executable, _command(), {
+                **os.environ, _HERITAGE_VARIABLE: str(file.fileno())})
+    except OSError as error:
+        for fd in fds:
+            os.set_inheritable(fd, False)
+        return str(error)
+
+
+def _command():
+    """How this program was started."""
+    return [sys.executable, *sys.orig_argv[1:]]
+
+
+def _descriptors(heritage):
+    """All descriptors that are passed on."""
+    slots = [*heritage["slots"], *heritage["closed"], heritage["press"],
+             heritage["artisan"], heritage["redis"]]
+    found = {heritage["lock"]}
+    for _, _, doors, children in slots:
+        found.update(itertools.chain(*doors), (fd for *_, fd, _ in children))
+    return found - {None, -1}
+
+
+# ---------------------------------------------------------------------------
+# 18e. Lone worker: the life of devlove mode
 #
 #    Offers   LoneWorker
 #    Uses     1 Words, 2 Messages, 3 Settings, 9 Redis, 10 Representations,
@@ -14775,6 +15146,10 @@ class LoneWorker(Worker):
             signal.SIGHUP,
             leave if self._supervisor.replaces_us else self._reload)
         gevent.signal_handler(signal.SIGUSR1, self._premises.console.reopen)
+        gevent.signal_handler(
+            signal.SIGUSR2, leave if self._supervisor.replaces_us else
+            functools.partial(LOG.say, 40021, "USR2", "only internet mode"
+                              " starts the program file anew"))
 
     def _join(self):
         """Stands in for Redis: the artisan's jobs are done from here."""
