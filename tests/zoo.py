@@ -170,9 +170,14 @@ def _read_request(stream):
 
 def _read_chunks(stream):
     body = b""
-    while size := int(stream.readline().split(b";")[0], 16):
+    while line := stream.readline():
+        size = int(line.split(b";")[0], 16)
+        if not size:
+            break
         body += stream.read(size)
         stream.readline()
+    else:
+        raise ConnectionResetError("cut off in a body")
     while stream.readline().strip():
         continue
     return body
