@@ -155,7 +155,7 @@ __all__ = [
     "PictureRefused", "similarity",
     "Form", "picture_forms",
     "PressDoor", "Press", "PressLink", "quick_form",
-    "urgency_of",
+    "urgency_of", "usual_urgency",
     "NotServed", "NotAsked", "Site", "RedirectSite", "error_page",
     "RESERVED", "NOT_ASKED",
     "Statics",
@@ -2494,11 +2494,12 @@ class Engine:
     closing = False
     #: type of the table that it can answer from, if there is one
     hot_table = None
-    #: whether nothing waits to be sent; only then it answers from there
-    is_free = False
-    #: newest stream that was answered so
+    #: newest stream that gets its answer from there, and how many wait for it
     recalled = 0
-    #: takes a turn of a connection at rest by itself, where it can
+    waiting = 0
+    #: octets of bodies that it sent so
+    served = 0
+    #: takes a turn of a connection by itself, where it can
     turn = None
     #: what `nuisance` was when somebody with a clock looked at it last
     judged = 0
@@ -2548,6 +2549,18 @@ class Engine:
 
     def output(self) -> bytes:
         """All that is to be written since the last call."""
+
+    def serve(self, most: int) -> int:
+        """Sends about `most` octets of bodies out of the table; how many."""
+
+    def backlog(self) -> int:
+        """Level of the most urgent of these that can be sent, or 8."""
+
+    def reprioritize(self, stream: int, level: int, incremental: bool) -> None:
+        """Changes the urgency of one of these; ignores others."""
+
+    def abandon(self) -> None:
+        """Sends no more of these."""
 
 
 # ---------------------------------------------------------------------------
@@ -3266,7 +3279,7 @@ except ImportError:
     NATIVE_ENGINE = None
 else:
     # None as well when it was built for other words (engine.c, ABI).
-    NATIVE_ENGINE = _bind(4, (
+    NATIVE_ENGINE = _bind(5, (
         RequestStarted, RequestRefused, BodyReceived, RequestEnded,
         StreamReset, PriorityChanged, PeerLeaving, ProtocolFault), StreamGone,
         ssl.SSLWantReadError)
@@ -3335,7 +3348,7 @@ class Urgency(typing.NamedTuple):
 class Scheduler:
     """The order in which streams that have bytes send them."""
 
-    __slots__ = ("_levels", "_turns", "_used", "_waiting")
+    __slots__ = ("_levels", "_others", "_turns", "_used", "_waiting")
 
     def __init__(self):
         """Knows no stream."""
@@ -3344,7 +3357,7 @@ class Scheduler:
         # Made when first used: most connections know one level only.
         self._levels = {}
         self._used = []
-        self._turns = 0
+        self._turns = self._others = 0
 
     def add(self, stream: int, urgency: Urgency) -> None:
         """The stream has bytes to send from now on.
@@ -3399,6 +3412,22 @@ class Scheduler:
         stream, count = turn
         waiting.move_to_end(stream)
         return stream, min(count, _TURN_BYTES)
+
+    def yields(self, sendable: typing.Callable[[int], int], level: int
+               ) -> bool:
+        """Whether a piece of somebody else is next, who has one of `level`.
+
+        Of two that are as urgent each gets a turn after the other; else who
+        is less urgent gets each sixteenth.
+        """
+        ours = min((urgency.level for stream, urgency in self._waiting.items()
+                    if sendable(stream)), default=8)
+        if ours == 8 or level == 8:
+            return level < ours
+        self._others = (self._others + 1) % _RESERVED_TURN
+        if ours == level:
+            return bool(self._others % 2)
+        return (level < ours) == bool(self._others)
 
     def __len__(self) -> int:
         """Number of streams that wait to send."""
@@ -10595,7 +10624,7 @@ _QUICK = {
 # ---------------------------------------------------------------------------
 # 14. Hints: what a client wants first when it does not say so
 #
-#    Offers   urgency_of
+#    Offers   urgency_of, usual_urgency
 #    Uses     4 HTTP, 6 Scheduler
 # ---------------------------------------------------------------------------
 
@@ -10606,10 +10635,15 @@ def urgency_of(request: Request, response: Response) -> Urgency:
     The client's `priority` field decides; where it is silent the type does:
     the page first, CSS before scripts, fonts, then images (reference 10.2).
     """
-    kind = response.fields[0][1] if response.fields else b""
-    default = _BY_TYPE.get(kind.partition(b";")[0], _UNKNOWN)
     field = request.headers.get(b"priority")
-    return Urgency.parse(field, default) if field else default
+    usual = usual_urgency(response)
+    return Urgency.parse(field, usual) if field else usual
+
+
+def usual_urgency(response: Response) -> Urgency:
+    """How soon a response is wanted by a client that does not say so."""
+    kind = response.fields[0][1] if response.fields else b""
+    return _BY_TYPE.get(kind.partition(b";")[0], _UNKNOWN)
 
 
 #: progressive formats gain from arriving side by side, scripts don't
@@ -11790,7 +11824,8 @@ def _below(root):
 # 16. Connections: one socket, one engine, many exchanges
 #
 #    Offers   Service, ConnectionTable, connection_limit, Pace
-#    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 5 Engines, 15 Site
+#    Uses     1 Words, 2 Messages, 3 Settings, 4 HTTP, 5 Engines, 14 Hints,
+#             15 Site
 # ---------------------------------------------------------------------------
 #
 # A connection has no greenlet.  It is an object that the event loop calls
@@ -11876,13 +11911,13 @@ class Service:
                 or request.protocol != "h2" or not isinstance(body, bytes)):
             return
         # The pieces of the log line that Conversation._end would write.
-        before = (request.method, request.host, request.target, "200",
-                  str(len(body)))
-        after = (request.protocol, response.answered, response.representation)
+        before = request.method, request.host, request.target, "200"
+        after = response.answered, response.representation
         self.table.put(
             fields, ((b":status", b"200"), *response.fields), body,
             (os.fsencode(asset.path), asset.identity),
-            ("\0".join(before).encode(), "\0".join(after).encode()))
+            ("\0".join(before).encode(), "\0".join(after).encode()),
+            usual_urgency(response))
 
     def flush_soon(self, connection: object) -> None:
         """Has a connection write when all of this turn of the loop is done.
@@ -12210,6 +12245,21 @@ class _Relay(_Outgoing):
         super().close()
 
 
+def _break_off_body(request):
+    """Lets go of what is left of a request's body."""
+    if request.body:
+        request.body.break_off("the request was answered already")
+
+
+class _Unread:
+    """Stands in the log for a request whose head could not be read."""
+
+    method = host = target = "-"
+    started, body = math.inf, None
+
+
+#: octets of a body from elsewhere that wait to be sent at most, and a piece
+_RELAY_BYTES = 64 * KIB
 _SWEEP_SECONDS = 0.5
 #: idle connections that make way at a time
 _MOST_LEAVING = 32
@@ -12255,7 +12305,6 @@ class Conversation:
 
     def receive(self, data: bytes) -> None:
         """Takes octets from the client and begins to answer."""
-        self.engine.is_free = not len(self._scheduler)
         self.hear(self.engine.receive(data))
 
     def hear(self, events: list) -> None:
@@ -12277,36 +12326,47 @@ class Conversation:
 
     def output(self, most: int) -> bytes:
         """What is to be written next, about `most` octets of bodies."""
-        room = most
-        while room > 0 and self._outgoing:
-            turn = self._scheduler.next(self.engine.sendable)
-            if turn is None:
+        room, engine = most, self.engine
+        while room > 0 and (self._outgoing or engine.waiting):
+            if engine.waiting and self._scheduler.yields(
+                    engine.sendable, engine.backlog()):
+                count = engine.serve(1)
+            elif turn := self._scheduler.next(engine.sendable):
+                count = self._send_piece(*turn)
+                self.sent += count
+            else:
                 break
-            room -= self._send_piece(*turn)
-        self.sent += most - room
-        return self.engine.output()
+            room -= count
+        return engine.output()
 
     def is_sending(self) -> bool:
         """Whether there are octets to send, if only for want of a window."""
-        return bool(len(self._scheduler))
+        return bool(len(self._scheduler) or self.engine.waiting)
 
     def is_busy(self) -> bool:
         """Whether an answer is under way or being made."""
-        return bool(self._outgoing or self._waiting)
+        return bool(self._outgoing or self._waiting or self.engine.waiting)
 
     def is_idle(self) -> bool:
         """Whether no exchange is open, in any state, and one may begin."""
-        engine = self.engine
+        return self.is_alone() and self.engine.hungry() and not (
+            self.engine.waiting or self.engine.midway())
+
+    def is_alone(self) -> bool:
+        """Whether nobody but the engine has anything in hand."""
         return not (self._outgoing or self._waiting or self._bodies
-                    or engine.closing or engine.midway()) and engine.hungry()
+                    or self.engine.closing)
 
     def can_send(self) -> bool:
         """Whether a body has octets that the client's windows allow."""
-        return any(outgoing.left and self.engine.sendable(stream)
-                   for stream, outgoing in self._outgoing.items())
+        engine = self.engine
+        return (engine.waiting and engine.backlog() < 8) or any(
+            outgoing.left and engine.sendable(stream)
+            for stream, outgoing in self._outgoing.items())
 
     def abandon_all(self) -> None:
         """Ends every exchange."""
+        self.engine.abandon()
         for stream in (*self._outgoing, *self._waiting):
             self._abandon(stream, None)
 
@@ -12595,6 +12655,8 @@ class Conversation:
                 stream: early for stream, early in self._early.items()
                 if stream > newest or stream in self._waiting}
             self._early[event.stream] = urgency
+        else:
+            self.engine.reprioritize(event.stream, *urgency)
 
     def _on_leaving(self, event):
         LOG.say(4, self._client, event.code)
@@ -12641,23 +12703,8 @@ _HANDLERS = {
     ProtocolFault: Conversation._on_fault}
 
 
-def _break_off_body(request):
-    """Lets go of what is left of a request's body."""
-    if request.body:
-        request.body.break_off("the request was answered already")
-
-
-class _Unread:
-    """Stands in the log for a request whose head could not be read."""
-
-    method = host = target = "-"
-    started, body = math.inf, None
-
-
 #: stands in the log for the answer that nobody waited for, as in nginx
 _NO_RESPONSE = Response(499, representation="-")
-#: octets of a body from elsewhere that wait to be sent at most, and a piece
-_RELAY_BYTES = 64 * KIB
 #: a body that is small beside the head before it
 _SMALL_BYTES = 4 * KIB
 _PARTING_SECONDS = 1
@@ -12780,23 +12827,25 @@ class TlsWire(PlainWire):
                 rest = rest[self._tls.write(rest):]
         self._settle()
 
-    def turn(self, engine: Engine) -> list | bool:
-        """Has the engine take a turn by itself: `take`, `push` and all.
+    def turn(self, engine: Engine, most: int) -> list | bool:
+        """Has the engine take a turn by itself: `push`, `take` and all.
 
-        True when nothing is left to be done, False at the end of the socket,
-        else events.  Raises ssl.SSLError, OSError.
+        Of bodies about `most` octets are sent.  True when nothing is left to
+        be done, False at the end of the socket, else events.  Raises
+        ssl.SSLError, OSError.
         """
         try:
             done = engine.turn(
-                self._socket.fileno(), self._tls, _SEALED, _TO_SEND)
+                self._socket.fileno(), self._tls, _SEALED, _TO_SEND,
+                self.pending, most)
         except (ssl.SSLError, OSError):
             self._settle()
             raise
         if isinstance(done, bool):
+            self.pending = b""
             return done
         events, unsent, self.has_ended = done
-        if unsent:
-            self.pending = memoryview(unsent)
+        self.pending = memoryview(unsent) if unsent else b""
         return events
 
     def part(self):
@@ -12840,7 +12889,7 @@ class Connection:
 
     __slots__ = ("_client", "_clock", "_conversation", "_deadline", "_ends",
                  "_events", "_farewell", "_goes_on", "_has_parted",
-                 "_has_room", "_has_stirred", "_is_resting", "_pace",
+                 "_has_room", "_has_stirred", "_is_alone", "_pace",
                  "_service", "_socket", "_stage", "_watcher", "_wire")
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext,
@@ -12850,9 +12899,9 @@ class Connection:
         self._conversation, self._socket = None, sock
         #: when the client must have heard that we leave; whether it has
         self._farewell, self._has_parted = None, False
-        #: whether nothing is to be done until the client says more, so that
-        #: the engine may take its turns alone; whether it did since the sweep
-        self._is_resting = self._has_stirred = False
+        #: whether the engine may take turns alone; whether the client said
+        #: something in one since the last sweep
+        self._is_alone = self._has_stirred = False
         sock.setblocking(False)
         self._stage = self._open(sock, context)
         self._events = _READ
@@ -12902,25 +12951,33 @@ class Connection:
 
     def _turn(self, events):
         """Goes on after the loop said that the socket is ready."""
-        if self._is_resting:
-            self._guard(self._turn_at_rest)
-        else:
-            self._has_room = bool(events & _WRITE)
-            self._guard(self._stage)
+        self._has_room = bool(events & _WRITE)
+        self._guard(self._turn_alone if self._is_alone else self._stage)
 
-    def _turn_at_rest(self):
-        """Has the engine take the turn, and does what it left."""
+    def _turn_alone(self):
+        """Has the engine take the turn, and does what it leaves."""
         talk = self._conversation
-        events = self._wire.turn(talk.engine)
-        if events is True:
+        events = self._wire.turn(talk.engine, self._chunk())
+        if events is True and self._clock == "idle":
             self._has_stirred = True
             return
-        self._is_resting = False
+        self._is_alone = False
         if events is False:
             self._converse()
-        else:
+            return
+        if events is not True:
             talk.hear(events)
+        if events is True or not (events or self._wire.has_ended
+                                  or not talk.is_alone()):
+            self._settle()
+        else:
             self._send()
+
+    def _chunk(self):
+        # Frames from the client must not push out the next chunk before the
+        # kernel has sent the last one.
+        waits = self._events & _WRITE and not self._has_room
+        return 0 if waits else self._service.tweaks.send_chunk_bytes
 
     def _guard(self, step):
         """Takes a step; whatever goes wrong ends this connection only."""
@@ -13019,7 +13076,7 @@ class Connection:
             return False
         self._clock = None
         self._set_clock("idle", self._service.tweaks.idle_seconds)
-        self._is_resting = self._conversation.engine.turn is not None
+        self._is_alone = self._conversation.engine.turn is not None
         return True
 
     def _hear_end(self):
@@ -13035,15 +13092,11 @@ class Connection:
         self._guard(self._send)
 
     def _send(self):
-        self._is_resting = False
+        self._is_alone = False
         talk = self._conversation
         engine = talk.engine
         while self._write():
-            # Frames from the client must not push out the next chunk before
-            # the kernel has sent the last one.
-            waits = self._events & _WRITE and not self._has_room
-            chunk = 0 if waits else self._service.tweaks.send_chunk_bytes
-            self._has_room = False
+            chunk, self._has_room = self._chunk(), False
             if data := talk.output(chunk):
                 self._wire.put(data)
                 if self._write() and not talk.is_sending():
@@ -13091,6 +13144,10 @@ class Connection:
             # Others first.
             self._goes_on = True
             self._service.loop.run_callback(self._go_on)
+        self._is_alone = (
+            talk.engine.turn is not None and talk.is_alone()
+            and self._stage == self._converse
+            and not (self._wire.has_ended or self._has_parted))
         if unsent or talk.is_sending():
             self._set_clock("send", math.inf)
         elif talk.is_busy():
@@ -13132,7 +13189,7 @@ class Connection:
         if talk and (talk.part_with_answered(now)
                      or (talk.is_busy() and talk.part_with_slow())):
             self.flush()
-        if self._has_stirred and self._is_resting:
+        if self._has_stirred and self._clock == "idle":
             self._has_stirred, self._clock = False, None
             self._set_clock("idle", self._service.tweaks.idle_seconds)
         if self._deadline.moment <= now or not self._is_read():
@@ -13148,7 +13205,8 @@ class Connection:
         tweaks = self._service.tweaks
         self._pace = self._pace or Pace(tweaks.send_seconds, tweaks)
         # What is no body, such as echoes of PING, is no progress.
-        sent = self._conversation.sent - len(self._wire.pending)
+        talk = self._conversation
+        sent = talk.sent + talk.engine.served - len(self._wire.pending)
         return self._pace.bears(True, sent)
 
     def _give_up(self):

@@ -31,7 +31,7 @@
 #include <string.h>
 
 /* Changes with all that shimmercat.py and this file say to each other. */
-#define ABI 4
+#define ABI 5
 
 /* Limits; those of shimmercat.py's room 5. */
 #define HEAD_BYTES 9
@@ -40,8 +40,12 @@
 #define MOST_CLOSED 512
 #define MOST_SETTINGS (FRAME_BYTES / 6)
 #define CRUMB_BYTES 1024
-/* Output up to which the hot table is asked. */
-#define HOT_OUTPUT_BYTES (384 * 1024)
+/* Each such turn goes to who waits longest, as in room 6. */
+#define RESERVED_TURN 16
+/* A level of urgency below all others. */
+#define NO_LEVEL 8
+/* Octets of an answer's frames besides its body, as a guess. */
+#define HEAD_ROOM 256
 /* Points that a peer may be ahead before somebody has to count them. */
 #define UNJUDGED_POINTS 4096
 #define NAME_BYTES 256
@@ -89,6 +93,14 @@ typedef struct stream {
     bool answered;    /* the response is complete */
     bool complete;    /* the request is */
     fate fate;
+    /* The ready answer that it waits for, with its capsule, owned, or NULL. */
+    PyObject *capsule;
+    hot_answer *answer;
+    size_t sent;      /* octets of the body */
+    int64_t since;    /* by hot_now */
+    uint64_t turn;    /* the last one that it had */
+    hot_urgency urgency;
+    bool held;        /* its window lets nothing pass */
 } stream;
 
 typedef struct {
@@ -161,8 +173,10 @@ typedef struct {
     size_t piece_length;
     hot_table *table;        /* or NULL */
     PyObject *client;        /* its name in the log, bytes; with a table */
-    char is_free;            /* nothing waits to be sent */
-    int recalled;            /* newest stream that the table answered */
+    int recalled;            /* newest stream that the table answers */
+    int waiting;             /* streams with an answer of it */
+    long long served;        /* octets of bodies out of it */
+    uint64_t turns, queue_turn; /* turns of such; the last out of a queue */
 } engine;
 
 /* -------------------------------------------------- small helpers, no peer */
@@ -356,7 +370,17 @@ static void part_from(engine *self, stream *it)
     if (it->after)
         it->after->before = it->before;
     self->open_count--;
+    self->waiting -= it->capsule != NULL;
+    Py_XDECREF(it->capsule);
     PyMem_Free(it);
+}
+
+/* Accounts for a ready answer, sent or not. */
+static void let_go(engine *self, stream *it)
+{
+    hot_log(self->table, it->answer, self->client, it->since, it->sent);
+    self->waiting--;
+    Py_CLEAR(it->capsule);
 }
 
 /* ------------------------------------------------- what nghttp2 calls back */
@@ -448,6 +472,8 @@ static int on_close(nghttp2_session *session, int32_t id, uint32_t code,
     if (it == NULL)
         return 0;
     fate how = it->fate;
+    if (it->capsule)
+        let_go(self, it);
     part_from(self, it);
     return bury(self, id, how) == GOOD ? 0 : NGHTTP2_ERR_CALLBACK_FAILURE;
 }
@@ -827,60 +853,142 @@ static bool came_early(engine *self, int32_t id)
     return false;
 }
 
-/* Whether an answer can be sent whole, and may be held till it is taken. */
-static bool fits(engine *self, int32_t id, size_t length)
+static int32_t room_of(engine *self, int32_t id);
+
+/* Whether one of two answers comes before the other: room 6's order. */
+static bool precedes(const engine *self, const stream *it,
+                     const stream *other)
 {
-    int32_t stream =
-        nghttp2_session_get_stream_remote_window_size(self->session, id);
-    int32_t connection =
-        nghttp2_session_get_remote_window_size(self->session);
-    return stream >= 0 && length <= (size_t)stream && connection >= 0 &&
-           length <= (size_t)connection &&
-           self->out_used + length <= HOT_OUTPUT_BYTES;
+    bool is_reserved = self->turns % RESERVED_TURN == RESERVED_TURN - 1;
+    uint64_t turn = it->turn, others = other->turn;
+    if (!is_reserved && it->urgency.level != other->urgency.level)
+        return it->urgency.level < other->urgency.level;
+    if (!is_reserved && !it->urgency.incremental)
+        turn = self->queue_turn;
+    if (!is_reserved && !other->urgency.incremental)
+        others = self->queue_turn;
+    return turn != others ? turn < others : it->id < other->id;
 }
 
-/* Sends a whole answer, as `headers` and `body` would. */
-static outcome send_whole(engine *self, stream *it, const hot_answer *answer)
+/* The stream whose answer is next, NULL when none can be sent. */
+static stream *next_waiting(engine *self)
+{
+    for (;;) {
+        stream *best = NULL;
+        for (stream *it = self->open; it; it = it->after)
+            if (it->capsule && !it->held &&
+                (best == NULL || precedes(self, it, best)))
+                best = it;
+        if (best == NULL || room_of(self, best->id))
+            return best;
+        best->held = true;
+    }
+}
+
+/* Writes the head of an answer, and with `whole` its body, in `piece`. */
+static outcome send_ready(engine *self, const stream *it, bool whole)
 {
     nghttp2_data_provider provider = {{0}, offer_piece};
-    size_t frames = answer->length / FRAME_BYTES;
-    it->headed = it->answered = true;
-    frames += answer->length % FRAME_BYTES >= CRUMB_BYTES;
-    self->nuisance -= 2 * (long long)frames;
-    self->piece = answer->body;
-    self->piece_length = answer->length;
-    int result =
-        nghttp2_submit_response(self->session, it->id, answer->fields,
-                                answer->field_count, &provider);
-    outcome sent = result ? give_up(result) : pump(self);
-    if (sent == GOOD && self->piece_length)
-        sent = give_up(NGHTTP2_ERR_INVALID_STATE);
-    self->piece = NULL;
-    self->piece_length = 0;
-    return sent;
+    const hot_answer *answer = it->answer;
+    hot_date(self->table, it->answer);
+    int result = whole ? nghttp2_submit_response(
+                             self->session, it->id, answer->fields,
+                             answer->field_count, &provider)
+                       : nghttp2_submit_headers(
+                             self->session, NGHTTP2_FLAG_NONE, it->id, NULL,
+                             answer->fields, answer->field_count, NULL);
+    return result < 0 ? give_up(result) : pump(self);
 }
 
-/* Answers a complete request from the hot table, if it has the answer and
- * nothing is ahead of it; `it` is gone then. */
+/* Writes the next octets of an answer, so many; at its end `it` is gone. */
+static outcome serve_piece(engine *self, stream *it, size_t count)
+{
+    nghttp2_data_provider provider = {{0}, offer_piece};
+    bool begins = it->sent == 0, whole = count == it->answer->length;
+    bool ends = it->sent + count == it->answer->length;
+    int32_t id = it->id;
+    outcome result = GOOD;
+    PyObject *capsule = Py_NewRef(it->capsule);
+    self->nuisance -= 2 * (long long)(
+        count / FRAME_BYTES + (count % FRAME_BYTES >= CRUMB_BYTES));
+    self->turns++;
+    it->turn = self->turns;
+    if (!it->urgency.incremental)
+        self->queue_turn = self->turns;
+    it->headed = true;
+    it->answered = ends;
+    if (begins && !whole)
+        result = send_ready(self, it, false);
+    self->piece = it->answer->body + it->sent;
+    self->piece_length = count;
+    it->sent += count;
+    if (result == GOOD && whole) {
+        result = send_ready(self, it, true);
+    } else if (result == GOOD) {
+        int error = nghttp2_submit_data(
+            self->session, ends ? NGHTTP2_FLAG_END_STREAM : NGHTTP2_FLAG_NONE,
+            id, &provider);
+        result = error ? give_up(error) : pump(self);
+    }
+    if (result == GOOD && self->piece_length)
+        result = give_up(NGHTTP2_ERR_INVALID_STATE);
+    self->piece = NULL;
+    self->piece_length = 0;
+    Py_DECREF(capsule);
+    return result;
+}
+
+/* Writes up to about `most` octets of the answers that wait. */
+static outcome serve(engine *self, size_t most, size_t *served)
+{
+    size_t sum = 0;
+    *served = 0;
+    for (stream *it = self->waiting ? self->open : NULL; it; it = it->after) {
+        it->held = false;
+        if (it->capsule && sum < most)
+            sum += it->answer->length - it->sent + HEAD_ROOM;
+    }
+    if (sum && reserve_output(self, sum < most ? sum : most) != GOOD)
+        return BROKEN;
+    while (self->waiting && *served < most && !self->faulty) {
+        stream *it = next_waiting(self);
+        if (it == NULL)
+            break;
+        size_t left = it->answer->length - it->sent;
+        size_t room = (size_t)room_of(self, it->id);
+        size_t count = left < room ? left : room;
+        if (count > FRAME_BYTES)
+            count = FRAME_BYTES;
+        outcome result = serve_piece(self, it, count);
+        if (result != GOOD)
+            return result;
+        *served += count;
+        self->served += (long long)count;
+    }
+    return GOOD;
+}
+
+/* Has a complete request wait for its answer in the hot table, if that is
+ * there. */
 static outcome recall(engine *self, stream *it, bool *done)
 {
-    if (self->table == NULL || !self->is_free || came_early(self, it->id))
+    if (self->table == NULL || came_early(self, it->id))
         return GOOD;
-    int32_t id = it->id;
     int64_t start = hot_now();
-    hot_answer *answer =
-        hot_find(self->table, self->fields, self->field_count);
-    if (answer == NULL)
+    PyObject *capsule = hot_find(self->table, self->fields, self->field_count,
+                                 &it->urgency);
+    if (capsule == NULL)
         return PyErr_Occurred() ? BROKEN : GOOD;
-    if (!fits(self, id, answer->length) || !hot_confirm(self->table, answer))
+    if (!hot_confirm(self->table, hot_content(capsule)))
         return GOOD;
-    hot_use(self->table, answer);
-    outcome result = send_whole(self, it, answer);
-    if (result == GOOD)
-        hot_log(self->table, answer, self->client, start);
-    self->recalled = id;
+    it->capsule = Py_NewRef(capsule);
+    it->answer = hot_content(capsule);
+    it->since = start;
+    it->turn = self->turns;
+    self->waiting++;
+    self->recalled = it->id;
     *done = true;
-    return result;
+    return GOOD;
 }
 
 /* --------------------------------------------- frames, one by one: heads */
@@ -1359,6 +1467,8 @@ static outcome take_octets(engine *self, PyObject *events,
 {
     size_t taken = 0;
     bool is_rest = self->rest.used > 0;
+    if (self->table)
+        hot_begin(self->table);
     if (self->preface && count &&
         take_preface(self, octets, count, &taken) != GOOD)
         return FAULT;
@@ -1843,17 +1953,22 @@ static bool is_at_rest(const engine *self)
            self->judged - self->nuisance < UNJUDGED_POINTS;
 }
 
-/* Takes what came and sends what that gives, unless there are events. */
+/* Takes what came and sends what there is, unless there are events. */
 static outcome take_turn(engine *self, const wire *it, PyObject *data,
-                         PyObject *events, PyObject **unsent)
+                         size_t most, PyObject *events, PyObject **unsent)
 {
-    outcome result = take_octets(
-        self, events, (const uint8_t *)PyBytes_AS_STRING(data),
-        (size_t)PyBytes_GET_SIZE(data));
+    size_t served;
+    outcome result = GOOD;
+    if (data)
+        result = take_octets(
+            self, events, (const uint8_t *)PyBytes_AS_STRING(data),
+            (size_t)PyBytes_GET_SIZE(data));
     if (result == FAULT)
         result = end_with_fault(self, events);
     if (result != GOOD || PyList_GET_SIZE(events))
         return result;
+    if (serve(self, most, &served) != GOOD)
+        return BROKEN;
     PyObject *written = self->out ? take_output(self) : NULL;
     if (PyErr_Occurred())
         return BROKEN;
@@ -1863,34 +1978,41 @@ static outcome take_turn(engine *self, const wire *it, PyObject *data,
 }
 
 PyDoc_STRVAR(turn_doc,
-             "turn(socket, tls, sealed, to_send): a turn of a connection at "
-             "rest.\n\n"
-             "True: it is at rest again.  False: its socket has an end.  Else "
-             "a tuple of\nevents, what the socket did not take, and whether "
+             "turn(socket, tls, sealed, to_send, pending, most): a turn of a "
+             "connection\nwhere nobody else has anything in hand: `pending` "
+             "is sent, what came is\ntaken, and about `most` octets of bodies "
+             "go.\n\n"
+             "True: it is at rest.  False: its socket has an end.  Else a "
+             "tuple of\nevents, what the socket did not take, and whether "
              "TLS has ended.\nRaises ssl.SSLError, OSError.");
 
 static PyObject *engine_turn(engine *self, PyObject *const *args,
                              Py_ssize_t count)
 {
-    PyObject *data = NULL, *unsent = NULL, *answer = NULL;
+    PyObject *data = NULL, *answer = NULL;
     bool ended = false;
-    if (count != 4) {
-        PyErr_SetString(PyExc_TypeError,
-                        "expected (socket, tls, sealed, to_send)");
+    if (count != 6) {
+        PyErr_SetString(
+            PyExc_TypeError,
+            "expected (socket, tls, sealed, to_send, pending, most)");
         return NULL;
     }
     wire it = {_PyLong_AsInt(args[0]), args[1], args[2], args[3],
                self->words->wire};
+    size_t most = PyLong_AsSize_t(args[5]);
+    int is_pending = PyObject_IsTrue(args[4]);
     if (PyErr_Occurred() || enter(self) < 0)
         return NULL;
-    self->is_free = 1;
     PyObject *events = PyList_New(0);
-    wire_news news = events ? wire_take(&it, &data, &ended) : WIRE_BROKEN;
+    PyObject *unsent = events && is_pending ? wire_push(&it, args[4]) : NULL;
+    wire_news news = PyErr_Occurred() ? WIRE_BROKEN : WIRE_SILENT;
     outcome result = GOOD;
-    if (news == WIRE_GAVE)
-        result = take_turn(self, &it, data, events, &unsent);
-    else if (news == WIRE_SILENT)
-        unsent = wire_put(&it, NULL);
+    if (news == WIRE_SILENT && (!unsent || !PyBytes_GET_SIZE(unsent))) {
+        Py_CLEAR(unsent);
+        news = wire_take(&it, &data, &ended);
+        if (news == WIRE_GAVE || news == WIRE_SILENT)
+            result = take_turn(self, &it, data, most, events, &unsent);
+    }
     if (news == WIRE_CLOSED)
         answer = Py_NewRef(Py_False);
     else if (unsent && !PyBytes_GET_SIZE(unsent) && !ended &&
@@ -1903,6 +2025,70 @@ static PyObject *engine_turn(engine *self, PyObject *const *args,
     Py_XDECREF(data);
     Py_XDECREF(unsent);
     return leave(self, result, answer);
+}
+
+PyDoc_STRVAR(serve_doc,
+             "Sends about `most` octets of bodies out of the table; how many.");
+
+static PyObject *engine_serve(engine *self, PyObject *number)
+{
+    size_t most = PyLong_AsSize_t(number), served = 0;
+    if (PyErr_Occurred() || enter(self) < 0)
+        return NULL;
+    outcome result = serve(self, most, &served);
+    return leave(self, result,
+                 result == GOOD ? PyLong_FromSize_t(served) : NULL);
+}
+
+PyDoc_STRVAR(backlog_doc,
+             "Level of the most urgent of these that can be sent, or 8.");
+
+static PyObject *engine_backlog(engine *self, PyObject *nothing)
+{
+    int level = NO_LEVEL;
+    (void)nothing;
+    if (enter(self) < 0)
+        return NULL;
+    for (stream *it = self->waiting ? self->open : NULL; it; it = it->after)
+        if (it->capsule && it->urgency.level < level && room_of(self, it->id))
+            level = it->urgency.level;
+    return leave(self, GOOD, PyLong_FromLong(level));
+}
+
+PyDoc_STRVAR(reprioritize_doc,
+             "reprioritize(stream, level, incremental), if it is one of "
+             "these.");
+
+static PyObject *engine_reprioritize(engine *self, PyObject *args)
+{
+    int id, incremental;
+    unsigned char level;
+    if (!PyArg_ParseTuple(args, "ibp", &id, &level, &incremental) ||
+        enter(self) < 0)
+        return NULL;
+    stream *it = find(self, id);
+    if (it)
+        it->urgency = (hot_urgency){level, incremental};
+    return leave(self, GOOD, Py_NewRef(Py_None));
+}
+
+/* Lets go of all answers that wait. */
+static void abandon(engine *self)
+{
+    for (stream *it = self->waiting ? self->open : NULL; it; it = it->after)
+        if (it->capsule)
+            let_go(self, it);
+}
+
+PyDoc_STRVAR(abandon_doc, "Sends no more of these, and logs them as cut.");
+
+static PyObject *engine_abandon(engine *self, PyObject *nothing)
+{
+    (void)nothing;
+    if (enter(self) < 0)
+        return NULL;
+    abandon(self);
+    return leave(self, GOOD, Py_NewRef(Py_None));
 }
 
 PyDoc_STRVAR(answer_from_doc,
@@ -1925,6 +2111,7 @@ static PyObject *engine_answer_from(engine *self, PyObject *const *args,
         Py_XDECREF(client);
         return NULL;
     }
+    abandon(self);
     Py_XSETREF(self->client, client);
     Py_XSETREF(self->table,
                is_table ? (hot_table *)Py_NewRef(args[0]) : NULL);
@@ -2153,6 +2340,10 @@ static PyMethodDef engine_methods[] = {
     METHOD(consumed, METH_FASTCALL),
     METHOD(output, METH_NOARGS),
     METHOD(turn, METH_FASTCALL),
+    METHOD(serve, METH_O),
+    METHOD(backlog, METH_NOARGS),
+    METHOD(reprioritize, METH_VARARGS),
+    METHOD(abandon, METH_NOARGS),
     METHOD(answer_from, METH_FASTCALL),
     {NULL, NULL, 0, NULL}};
 
@@ -2163,10 +2354,12 @@ static PyMemberDef engine_members[] = {
      "what `nuisance` was when somebody looked at it last"},
     {"closing", T_BOOL, offsetof(engine, closing), 0,
      "whether to close once `output` is written"},
-    {"is_free", T_BOOL, offsetof(engine, is_free), 0,
-     "whether nothing waits to be sent"},
+    {"served", T_LONGLONG, offsetof(engine, served), READONLY,
+     "octets of bodies that were sent out of the table"},
+    {"waiting", T_INT, offsetof(engine, waiting), READONLY,
+     "number of streams that get their answer from the table"},
     {"recalled", T_INT, offsetof(engine, recalled), READONLY,
-     "newest stream that was answered from the table"},
+     "newest stream that gets its answer from the table"},
     {NULL, 0, 0, 0, NULL}};
 
 PyDoc_STRVAR(engine_doc, "RFC 9113 through nghttp2; see Engine in room 5.");

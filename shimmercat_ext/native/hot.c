@@ -32,6 +32,9 @@
 #define MOST_ANSWERS 2048
 #define MOST_FIELDS 48
 #define KEY_BYTES 2048
+#define URGENCY_BYTES 256
+/* No level of urgency. */
+#define UNSAID 8
 /* What an answer costs beside its octets. */
 #define ANSWER_BYTES 512
 /* Records that wait to be drained; at full speed those of half a second. */
@@ -41,6 +44,8 @@
 /* A record's head (room 2): worker, seconds since MJD 0, microseconds,
  * severity, code, length of what follows; little-endian, without gaps. */
 #define RECORD_BYTES 27
+/* What its pieces have besides those that are kept: numbers, separators. */
+#define RECORD_ROOM 64
 #define MJD_SECONDS 3506716800
 #define REQUEST_ANSWERED 50001
 #define WORKER_BYTES 8
@@ -59,11 +64,14 @@ struct hot_table {
     size_t log_used;
     long long lost; /* records that found no room */
     long long hits;
+    unsigned long long turn;
 };
 
 /* ------------------------------------------------------------------- keys */
 
-enum { AUTHORITY, TARGET, ACCEPT, ACCEPT_ENCODING, PARTS };
+/* PRIORITY is of no key, but has to be known as well. */
+enum { AUTHORITY, TARGET, ACCEPT, ACCEPT_ENCODING, KEY_PARTS,
+       PRIORITY = KEY_PARTS, PARTS };
 
 typedef struct {
     const char *text;
@@ -74,10 +82,10 @@ typedef struct {
 
 static const word PART_NAMES[PARTS] = {WORD(":authority"), WORD(":path"),
                                        WORD("accept"),
-                                       WORD("accept-encoding")};
+                                       WORD("accept-encoding"),
+                                       WORD("priority")};
 static const word METHOD_NAME = WORD(":method"), SCHEME_NAME = WORD(":scheme"),
-                  GET = WORD("GET"), HTTPS = WORD("https"),
-                  PRIORITY = WORD("priority");
+                  GET = WORD("GET"), HTTPS = WORD("https");
 
 /* Fields that no answer from a file depends on. */
 static const word IDLE[] = {
@@ -96,24 +104,38 @@ static bool is_word(PyObject *bytes, const word *it)
            memcmp(PyBytes_AS_STRING(bytes), it->text, it->length) == 0;
 }
 
-/* Whether a client says that others come first (RFC 9218: u above 3). */
-static bool is_patient(PyObject *value)
-{
-    const char *octets = PyBytes_AS_STRING(value);
-    Py_ssize_t last = PyBytes_GET_SIZE(value) - 1;
-    for (Py_ssize_t n = 0; n < last; n++)
-        if (octets[n] == '=' && octets[n + 1] > '3')
-            return true;
-    return false;
-}
-
-/* Whether a field leaves the answer as it is, and lets it be sent at once. */
-static bool is_idle(PyObject *name, PyObject *value)
+/* Whether a field leaves the answer as it is. */
+static bool is_idle(PyObject *name)
 {
     for (size_t n = 0; n < sizeof(IDLE) / sizeof(*IDLE); n++)
         if (is_word(name, &IDLE[n]))
             return true;
-    return is_word(name, &PRIORITY) && !is_patient(value);
+    return false;
+}
+
+/* Reads a priority field as clients write it, `u=1, i`; false when it says
+ * anything else, which room 6 knows more of. */
+static bool read_urgency(PyObject *value, hot_urgency *to)
+{
+    const char *at = PyBytes_AS_STRING(value);
+    const char *end = at + PyBytes_GET_SIZE(value);
+    if (end - at > URGENCY_BYTES)
+        return false;
+    for (;; at += strspn(at, ", ")) {
+        if (at[0] == 'u' && at[1] == '=' && at[2] >= '0' && at[2] <= '7') {
+            to->level = (uint8_t)(at[2] - '0');
+            at += 3;
+        } else if (at[0] == 'i') {
+            to->incremental = true;
+            at += 1;
+        } else {
+            return false;
+        }
+        if (at[0] == 0)
+            return at == end;
+        if (at[0] != ',')
+            return false;
+    }
 }
 
 /* Takes one field for the key; false when there is to be none. */
@@ -131,11 +153,13 @@ static bool take_field(PyObject **parts, PyObject *name, PyObject *value)
         return is_word(value, &GET);
     if (is_word(name, &SCHEME_NAME))
         return is_word(value, &HTTPS);
-    return is_idle(name, value);
+    return is_idle(name);
 }
 
-/* The key of a request, new; NULL when it has none or memory is short. */
-static PyObject *key_of(PyObject *const *fields, size_t count)
+/* The key of a request, new; NULL when it has none or memory is short.  What
+ * the request says of its urgency is left there. */
+static PyObject *key_of(PyObject *const *fields, size_t count,
+                        hot_urgency *urgency)
 {
     PyObject *parts[PARTS] = {NULL};
     char octets[KEY_BYTES];
@@ -145,7 +169,9 @@ static PyObject *key_of(PyObject *const *fields, size_t count)
             return NULL;
     if (parts[AUTHORITY] == NULL || parts[TARGET] == NULL)
         return NULL;
-    for (int n = 0; n < PARTS; n++) {
+    if (parts[PRIORITY] && !read_urgency(parts[PRIORITY], urgency))
+        return NULL;
+    for (int n = 0; n < KEY_PARTS; n++) {
         size_t length = parts[n] ? (size_t)PyBytes_GET_SIZE(parts[n]) : 0;
         if (used + length + 2 > KEY_BYTES)
             return NULL;
@@ -227,16 +253,33 @@ static hot_answer *look_up(hot_table *self, PyObject *key)
     return capsule ? PyCapsule_GetPointer(capsule, NULL) : NULL;
 }
 
-hot_answer *hot_find(hot_table *self, PyObject *const *fields, size_t count)
+hot_answer *hot_content(PyObject *capsule)
 {
+    return PyCapsule_GetPointer(capsule, NULL);
+}
+
+PyObject *hot_find(hot_table *self, PyObject *const *fields, size_t count,
+                   hot_urgency *urgency)
+{
+    hot_urgency said = {UNSAID, false};
     if (self->newest == NULL)
         return NULL;
-    PyObject *key = key_of(fields, count);
+    PyObject *key = key_of(fields, count, &said);
     if (key == NULL)
         return NULL;
-    hot_answer *it = look_up(self, key);
+    PyObject *capsule = PyDict_GetItemWithError(self->answers, key);
     Py_DECREF(key);
-    return it;
+    if (capsule == NULL)
+        return NULL;
+    const hot_answer *it = hot_content(capsule);
+    urgency->level = said.level == UNSAID ? it->level : said.level;
+    urgency->incremental = said.incremental || it->incremental;
+    return capsule;
+}
+
+void hot_begin(hot_table *self)
+{
+    self->turn++;
 }
 
 /* Nanoseconds, as a number without a sign. */
@@ -259,26 +302,28 @@ static bool is_as_it_was(const hot_answer *it)
 
 bool hot_confirm(hot_table *self, hot_answer *it)
 {
-    if (is_as_it_was(it))
-        return true;
-    /* The path belongs to an answer that goes first, maybe. */
-    PyObject *kept = Py_NewRef(it->kept);
-    forget_source(self, it->path);
-    Py_DECREF(kept);
-    return false;
-}
-
-void hot_use(hot_table *self, hot_answer *it)
-{
-    nghttp2_nv *date = it->fields + it->field_count - 1;
-    date->value = (uint8_t *)PyBytes_AS_STRING(self->date);
-    date->valuelen = (size_t)PyBytes_GET_SIZE(self->date);
-    self->hits++;
+    if (it->looked != self->turn && !is_as_it_was(it)) {
+        /* The path belongs to an answer that goes first, maybe. */
+        PyObject *kept = Py_NewRef(it->kept);
+        forget_source(self, it->path);
+        Py_DECREF(kept);
+        return false;
+    }
+    it->looked = self->turn;
     it->used = true;
+    self->hits++;
     if (it != self->newest) {
         unlink_answer(self, it);
         link_answer(self, it);
     }
+    return true;
+}
+
+void hot_date(hot_table *self, hot_answer *it)
+{
+    nghttp2_nv *date = it->fields + it->field_count - 1;
+    date->value = (uint8_t *)PyBytes_AS_STRING(self->date);
+    date->valuelen = (size_t)PyBytes_GET_SIZE(self->date);
 }
 
 /* -------------------------------------------------------------------- log */
@@ -329,55 +374,72 @@ static uint8_t *reserve_record(hot_table *self, size_t count)
     return (uint8_t *)PyBytes_AS_STRING(self->log) + self->log_used;
 }
 
-/* Milliseconds with one decimal; returns the number of octets. */
-static size_t write_spent(char *to, int64_t spent)
+/* Writes a number in decimal digits, as put_number. */
+static uint8_t *put_digits(uint8_t *to, uint64_t number)
 {
-    char octets[24];
-    size_t at = sizeof(octets), length;
-    uint64_t tenths = spent > 0 ? ((uint64_t)spent + 50000) / 100000 : 0;
-    octets[--at] = (char)('0' + tenths % 10);
-    octets[--at] = '.';
+    uint8_t digits[20];
+    size_t at = sizeof(digits);
     do {
-        tenths /= 10;
-        octets[--at] = (char)('0' + tenths % 10);
-    } while (tenths >= 10);
-    length = sizeof(octets) - at;
-    memcpy(to, octets + at, length);
-    return length;
+        digits[--at] = (uint8_t)('0' + number % 10);
+        number /= 10;
+    } while (number);
+    memcpy(to, digits + at, sizeof(digits) - at);
+    return to + sizeof(digits) - at;
+}
+
+/* The words behind the time: an answer that was broken off is `cut`. */
+static uint8_t *put_end(uint8_t *to, const hot_answer *it, bool is_cut)
+{
+    const char *words = PyBytes_AS_STRING(it->after);
+    size_t length = (size_t)PyBytes_GET_SIZE(it->after);
+    const char *how = memchr(words, 0, length);
+    memcpy(to, "\0h2\0", 4);
+    to += 4;
+    if (is_cut && how) {
+        memcpy(to, "cut", 3);
+        to += 3;
+        length -= (size_t)(how - words);
+        words = how;
+    }
+    memcpy(to, words, length);
+    return to + length;
 }
 
 void hot_log(hot_table *self, const hot_answer *it, PyObject *client,
-             int64_t start)
+             int64_t start, size_t sent)
 {
-    char spent[24];
     struct timespec now;
     if (!self->logs)
         return;
-    size_t digits = write_spent(spent, hot_now() - start);
-    size_t length = (size_t)PyBytes_GET_SIZE(client) +
-                    (size_t)PyBytes_GET_SIZE(it->before) + digits +
-                    (size_t)PyBytes_GET_SIZE(it->after) + 3;
-    uint8_t *to = reserve_record(self, RECORD_BYTES + length);
-    if (to == NULL) {
+    uint8_t *record = reserve_record(
+        self, RECORD_BYTES + RECORD_ROOM + (size_t)PyBytes_GET_SIZE(client) +
+                  (size_t)PyBytes_GET_SIZE(it->before) +
+                  (size_t)PyBytes_GET_SIZE(it->after));
+    if (record == NULL) {
         self->lost++;
         return;
     }
-    clock_gettime(CLOCK_REALTIME, &now);
-    memcpy(to, self->worker, WORKER_BYTES);
-    to = put_number(to + WORKER_BYTES, (uint64_t)now.tv_sec + MJD_SECONDS, 8);
-    to = put_number(to, (uint64_t)now.tv_nsec / 1000, 4);
-    to = put_number(to, REQUEST_ANSWERED / 10000, 1);
-    to = put_number(to, REQUEST_ANSWERED, 2);
-    to = put_number(to, length, 4);
-    to = put_piece(to, client);
+    int64_t spent = hot_now() - start;
+    uint64_t tenths = spent > 0 ? ((uint64_t)spent + 50000) / 100000 : 0;
+    uint8_t *to = put_piece(record + RECORD_BYTES, client);
     *to++ = 0;
     to = put_piece(to, it->before);
     *to++ = 0;
-    memcpy(to, spent, digits);
-    to += digits;
+    to = put_digits(to, sent);
     *to++ = 0;
-    put_piece(to, it->after);
-    self->log_used += RECORD_BYTES + length;
+    to = put_digits(to, tenths / 10);
+    *to++ = '.';
+    to = put_end(put_digits(to, tenths % 10), it, sent < it->length);
+    size_t length = (size_t)(to - record);
+    clock_gettime(CLOCK_REALTIME, &now);
+    memcpy(record, self->worker, WORKER_BYTES);
+    to = put_number(record + WORKER_BYTES, (uint64_t)now.tv_sec + MJD_SECONDS,
+                    8);
+    to = put_number(to, (uint64_t)now.tv_nsec / 1000, 4);
+    to = put_number(to, REQUEST_ANSWERED / 10000, 1);
+    to = put_number(to, REQUEST_ANSWERED, 2);
+    put_number(to, length - RECORD_BYTES, 4);
+    self->log_used += length;
 }
 
 /* ----------------------------------------------------------- what is put in */
@@ -401,6 +463,7 @@ static bool is_pair(PyObject *it)
 static PyObject *key_of_list(PyObject *list)
 {
     PyObject *fields[2 * MOST_FIELDS];
+    hot_urgency said;
     Py_ssize_t count = PyList_GET_SIZE(list);
     if (count > MOST_FIELDS)
         return NULL;
@@ -413,7 +476,7 @@ static PyObject *key_of_list(PyObject *list)
         fields[2 * n] = PyTuple_GET_ITEM(pair, 0);
         fields[2 * n + 1] = PyTuple_GET_ITEM(pair, 1);
     }
-    return key_of(fields, (size_t)count);
+    return key_of(fields, (size_t)count, &said);
 }
 
 /* One field for nghttp2, which borrows its octets. */
@@ -525,19 +588,24 @@ static int keep(hot_table *self, PyObject *key, PyObject *capsule,
 /* --------------------------------------------------------------- methods */
 
 PyDoc_STRVAR(put_doc,
-             "put(fields, head, body, source, words): keeps an answer.\n\n"
+             "put(fields, head, body, source, words, urgency): keeps an "
+             "answer.\n\n"
              "`fields` are those of the request that was answered; one that\n"
              "others cannot be the same as is passed over.  `head` is a\n"
              "tuple of pairs, `source` (path, identity), `words` the log's\n"
-             "pieces between client and time, and those behind.");
+             "pieces between client and octets, and those behind the\n"
+             "protocol; `urgency` (level, incremental) is for requests that\n"
+             "say nothing of it.");
 
 static PyObject *table_put(hot_table *self, PyObject *args)
 {
     PyObject *list, *head, *body, *source, *words;
+    unsigned char level;
+    int incremental;
     hot_answer *it;
-    if (!PyArg_ParseTuple(args, "O!O!SO!O!:put", &PyList_Type, &list,
+    if (!PyArg_ParseTuple(args, "O!O!SO!O!(bp):put", &PyList_Type, &list,
                           &PyTuple_Type, &head, &body, &PyTuple_Type, &source,
-                          &PyTuple_Type, &words))
+                          &PyTuple_Type, &words, &level, &incremental))
         return NULL;
     if (PyBytes_GET_SIZE(body) == 0 || PyBytes_GET_SIZE(body) > HOT_BODY_BYTES)
         Py_RETURN_NONE;
@@ -547,6 +615,10 @@ static PyObject *table_put(hot_table *self, PyObject *args)
     /* All of it but the request, which had cookies, maybe. */
     PyObject *kept = PyTuple_GetSlice(args, 1, 5);
     PyObject *capsule = kept ? encapsulate(key, kept, &it) : NULL;
+    if (capsule) {
+        it->level = level;
+        it->incremental = incremental;
+    }
     int failed = capsule == NULL || fill(it) < 0 ||
                  keep(self, key, capsule, it) < 0;
     Py_XDECREF(capsule);

@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 /* Octets of the longest body that is kept. */
-#define HOT_BODY_BYTES (64 * 1024)
+#define HOT_BODY_BYTES (1024 * 1024)
 
 typedef struct hot_table hot_table;
 
@@ -24,6 +24,9 @@ typedef struct hot_answer {
     size_t field_count;
     const uint8_t *body;
     size_t length;
+    uint8_t level;    /* urgency for requests that do not say theirs */
+    bool incremental;
+    unsigned long long looked; /* when its source was looked at last */
     const char *path; /* its source, and what that was when it was read */
     unsigned long long identity[5];
     PyObject *before, *after; /* words of the log, borrowed from `kept` */
@@ -33,23 +36,38 @@ typedef struct hot_answer {
 
 extern PyType_Spec hot_table_spec;
 
-/* The answer to a request with these names and values in turn.  NULL when
- * there is none, and with an error set when memory is short.  Borrowed: the
- * next call of any function or method of the table may end it. */
-hot_answer *hot_find(hot_table *self, PyObject *const *fields, size_t count);
+/* How soon an answer is wanted; RFC 9218 section 4. */
+typedef struct {
+    uint8_t level;
+    bool incremental;
+} hot_urgency;
 
-/* Whether its source is as it was; if not, the answer is gone. */
+/* The capsule of the answer to a request with these names and values in turn,
+ * and how soon that is wanted.  NULL when there is none, and with an error set
+ * when memory is short.  Borrowed: the next call of any function or method of
+ * the table may end it. */
+PyObject *hot_find(hot_table *self, PyObject *const *fields, size_t count,
+                   hot_urgency *urgency);
+
+/* The answer in a capsule, which lives as long as that. */
+hot_answer *hot_content(PyObject *capsule);
+
+/* Begins a turn: sources are looked at anew. */
+void hot_begin(hot_table *self);
+
+/* Whether its source was as it is kept at some time in this turn; if not, the
+ * table forgets the answer.  If so, that was of use. */
 bool hot_confirm(hot_table *self, hot_answer *it);
 
-/* Gives it the date of the moment, and remembers that it was of use. */
-void hot_use(hot_table *self, hot_answer *it);
+/* Gives it the date of the moment. */
+void hot_date(hot_table *self, hot_answer *it);
 
 /* Nanoseconds of a clock that is never set. */
 int64_t hot_now(void);
 
-/* Writes the log record of an answer that took from `start` on; counts it
- * as lost when there is no room. */
+/* Writes the log record of an answer that took from `start` on, and of which
+ * so many octets were sent; counts it as lost when there is no room. */
 void hot_log(hot_table *self, const hot_answer *it, PyObject *client,
-             int64_t start);
+             int64_t start, size_t sent);
 
 #endif

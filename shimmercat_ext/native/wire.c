@@ -128,38 +128,43 @@ static int seal(const wire *it, PyObject *octets, Py_ssize_t *from,
     return 0;
 }
 
+PyObject *wire_push(const wire *it, PyObject *sealed)
+{
+    Py_buffer view;
+    PyObject *rest = NULL;
+    if (PyObject_GetBuffer(sealed, &view, PyBUF_SIMPLE) < 0)
+        return NULL;
+    ssize_t count = send(it->socket, view.buf, (size_t)view.len,
+                         MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (count < 0 && errno != EAGAIN && errno != EINTR)
+        PyErr_SetFromErrno(PyExc_OSError);
+    else if (count <= 0 && PyBytes_CheckExact(sealed))
+        rest = Py_NewRef(sealed);
+    else
+        rest = PyBytes_FromStringAndSize(
+            (char *)view.buf + (count > 0 ? count : 0),
+            view.len - (count > 0 ? count : 0));
+    PyBuffer_Release(&view);
+    return rest;
+}
+
 /* Sends what TLS has sealed, behind what is unsent; steals that. */
 static PyObject *send_sealed(const wire *it, PyObject *unsent)
 {
-    ssize_t count = 0;
     PyObject *sealed =
         PyObject_CallMethodNoArgs(it->to_send, it->words[READ]);
-    if (sealed == NULL || !PyBytes_CheckExact(sealed)) {
-        Py_XDECREF(sealed);
-        Py_DECREF(unsent);
-        if (!PyErr_Occurred())
-            PyErr_SetString(PyExc_TypeError, "TLS writes bytes");
-        return NULL;
+    if (sealed && !PyBytes_CheckExact(sealed)) {
+        PyErr_SetString(PyExc_TypeError, "TLS writes bytes");
+        Py_CLEAR(sealed);
     }
-    if (PyBytes_GET_SIZE(unsent)) {
+    if (sealed && PyBytes_GET_SIZE(unsent)) {
         PyBytes_ConcatAndDel(&unsent, sealed);
         return unsent;
     }
     Py_DECREF(unsent);
-    Py_ssize_t length = PyBytes_GET_SIZE(sealed);
-    count = send(it->socket, PyBytes_AS_STRING(sealed), (size_t)length,
-                 MSG_DONTWAIT | MSG_NOSIGNAL);
-    if (count < 0 && errno != EAGAIN && errno != EINTR) {
-        PyErr_SetFromErrno(PyExc_OSError);
-        Py_DECREF(sealed);
-        return NULL;
-    }
-    if (count <= 0)
-        return sealed;
-    unsent = PyBytes_FromStringAndSize(PyBytes_AS_STRING(sealed) + count,
-                                       length - count);
-    Py_DECREF(sealed);
-    return unsent;
+    PyObject *rest = sealed ? wire_push(it, sealed) : NULL;
+    Py_XDECREF(sealed);
+    return rest;
 }
 
 PyObject *wire_put(const wire *it, PyObject *octets)

@@ -32,6 +32,10 @@ int wire_init(PyObject **words, PyObject *wants_read);
 /* Opens what came: a new bytes object, and whether TLS ends behind it. */
 wire_news wire_take(const wire *it, PyObject **opened, bool *ended);
 
+/* Sends sealed octets, a bytes-like object: the rest as a new bytes object;
+ * NULL with an error. */
+PyObject *wire_push(const wire *it, PyObject *sealed);
+
 /* Sends octets, which may be NULL, and what TLS has to say by itself.  A new
  * bytes object with what the socket did not take, sealed; NULL with an error.
  */

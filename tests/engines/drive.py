@@ -85,7 +85,8 @@ def make_table(engine_class, dice):
     for body in BODIES:
         fields = GET + dice.choice([[], [(b"accept", body[:5])]])
         table.put(fields, tuple(OK), body, (path, identity(path)),
-                  (b"GET\0a.example\0/", b"h2"))
+                  (b"GET\0a.example\0/", b"static\0-"),
+                  (dice.randrange(8), dice.random() < 0.5))
     return table
 
 
@@ -113,7 +114,7 @@ def some_frames(dice):
 
 def take_turns(engine, dice):
     """Turns that the engine takes alone, until nothing can be sent."""
-    tls, (ours, theirs) = Clear(), socket.socketpair()
+    tls, (ours, theirs), pending = Clear(), socket.socketpair(), b""
     with ours, theirs:
         theirs.setblocking(False)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -122,11 +123,14 @@ def take_turns(engine, dice):
                 theirs.send(dice.choice([some_frames(dice), b"end of TLS"]))
                 theirs.recv(dice.choice([1, 10_000]))
             with contextlib.suppress(OSError):
-                engine.turn(ours.fileno(), tls, tls.sealed, tls.to_send)
+                done = engine.turn(ours.fileno(), tls, tls.sealed, tls.to_send,
+                                   pending, dice.choice([0, 9, 65536]))
+                pending = b"" if isinstance(done, bool) else done[1]
             engine.judged = engine.nuisance
         theirs.close()
         with contextlib.suppress(OSError):
-            engine.turn(ours.fileno(), tls, tls.sealed, tls.to_send)
+            engine.turn(ours.fileno(), tls, tls.sealed, tls.to_send, pending,
+                        9)
 
 
 def converse(engine_class, dice):
@@ -137,7 +141,7 @@ def converse(engine_class, dice):
     if dice.random() < 0.5:
         take_turns(engine, dice)
     for _ in range(dice.randrange(25)):
-        engine.is_free = dice.random() < 0.8
+        engine.serve(dice.choice([0, 1, 20_000, 10**6]))
         octets, stream = some_frames(dice), dice.choice([1, 3, 5])
         at = dice.randrange(len(octets) + 1)
         engine.receive(octets[:at])
@@ -154,6 +158,11 @@ def converse(engine_class, dice):
             engine.goodbye(0, 2**31 - 1)
         if dice.random() < 0.5:
             engine.output()
+        if dice.random() < 0.1:
+            engine.reprioritize(stream, dice.randrange(8), dice.random() < 0.5)
+            engine.backlog(), engine.waiting, engine.recalled
+        if dice.random() < 0.05:
+            engine.abandon()
         if dice.random() < 0.1:
             table.drop(os.fsencode(__file__))
         if dice.random() < 0.1:

@@ -27,7 +27,9 @@ ASKED = [(b":method", b"GET"), (b":scheme", b"https"),
          (b"cookie", b"secret")]
 HEAD = ((b":status", b"200"), (b"etag", b'"x"'))
 BODY = b"p { margin: 0 }\n" * 100
-WORDS = (b"GET\0a.example\0/a.css?v=1\x00200\x001600", b"h2\0static\0identity")
+WORDS = b"GET\0a.example\0/a.css?v=1\x00200", b"static\0identity"
+#: urgency of requests that do not say theirs
+USUAL = (3, False)
 
 
 class Place:
@@ -39,19 +41,18 @@ class Place:
         self.table = NATIVE_ENGINE.hot_table(limit, "w0-1", logs)
         self.table.date = b"today"
 
-    def put(self, fields=None, body=BODY, head=HEAD):
+    def put(self, fields=None, body=BODY, head=HEAD, urgency=USUAL):
         """Keeps an answer of the file as it is."""
         identity = file_identity(os.stat(self.path))
         self.table.put(fields or ASKED, head, body,
-                       (os.fsencode(self.path), identity), WORDS)
+                       (os.fsencode(self.path), identity), WORDS, urgency)
 
     def connect(self, *frames, limits=None):
         """An engine that may answer from the table."""
         engine = NATIVE_ENGINE(limits or EngineLimits())
         engine.answer_from(self.table, "192.0.2.1")
-        engine.is_free = True
         engine.receive(fr.PREFACE + fr.settings() + b"".join(frames))
-        engine.output()
+        written(engine)
         return engine
 
     def knows(self, fields):
@@ -69,13 +70,25 @@ def place(tmp_path):
     return place
 
 
+def written(engine, most=2**20):
+    """What an engine writes when it may send so much of bodies."""
+    engine.serve(most)
+    return engine.output()
+
+
+def frames_of(octets):
+    """(kind, stream, payload) of each frame."""
+    while octets:
+        length = int.from_bytes(octets[:3], "big")
+        yield octets[3], octets[8], octets[9:9 + length]
+        octets = octets[9 + length:]
+
+
 def exchange_of(octets):
     """Fields and body of what an engine wrote for stream 1."""
     head, body, decoder = [], b"", hpack.Decoder()
-    while octets:
-        length, kind = int.from_bytes(octets[:3], "big"), octets[3]
-        assert octets[5:9] == b"\0\0\0\1"
-        payload, octets = octets[9:9 + length], octets[9 + length:]
+    for kind, stream, payload in frames_of(octets):
+        assert stream == 1
         if kind == fr.HEADERS:
             head += decoder.decode(payload, raw=True)
         else:
@@ -104,7 +117,7 @@ def test_the_answer_is_sent_whole_with_the_date_of_the_moment(place):
     engine = place.connect()
     place.table.date = b"tomorrow"
     assert engine.receive(fr.head(1, *ASKED)) == []
-    assert exchange_of(engine.output()) == (
+    assert exchange_of(written(engine)) == (
         (*HEAD, (b"date", b"tomorrow")), BODY)
     assert (engine.recalled, place.table.hits) == (1, 1)
 
@@ -112,7 +125,8 @@ def test_the_answer_is_sent_whole_with_the_date_of_the_moment(place):
 @pytest.mark.parametrize("fields", [
     without(b"cookie"), changed(b"cookie", b"another"),
     [*ASKED, (b"user-agent", b"x"), (b"referer", b"y"), (b"dnt", b"1")],
-    [*ASKED, (b"priority", b"u=0, i")], [*ASKED, (b"priority", b"i")],
+    *([*ASKED, (b"priority", value)]
+      for value in (b"u=0, i", b"i", b"u=7", b"i,u=5", b"u=1, u=2")),
     [*ASKED, (b"te", b"trailers")], [*ASKED, (b"cookie", b"more")],
 ], ids=str)
 def test_a_request_is_the_same_whatever_idle_fields_it_has(place, fields):
@@ -126,7 +140,10 @@ def test_a_request_is_the_same_whatever_idle_fields_it_has(place, fields):
     changed(b":path", b"/A.css?v=1"), changed(b":authority", b"a.example"),
     changed(b":method", b"HEAD"), changed(b":scheme", b"http"),
     [*ASKED, (b"accept", b"text/css")],
-    [*ASKED, (b"priority", b"u=5")], [*ASKED, (b"priority", b"i, u=7")],
+    *([*ASKED, (b"priority", value)] for value in (
+        b"", b"u", b"u=8", b"u=10", b"u=1;x", b"i=?0", b"i=?1", b"u=1,",
+        b"u=1 , i", b"x, i", b"i, " * 99 + b"i")),
+    [*ASKED, (b"priority", b"i"), (b"priority", b"i")],
     *([*ASKED, (name, b"1")] for name in (
         b"range", b"if-range", b"if-none-match", b"if-match",
         b"if-modified-since", b"if-unmodified-since", b"expect",
@@ -159,12 +176,55 @@ def test_a_request_with_a_body_is_for_python(place):
     assert event == RequestStarted(1, ASKED, False)
 
 
-def test_nothing_overtakes_what_waits_to_be_sent(place):
+def order_of(engine):
+    """Streams in the order in which their bodies come."""
+    return [stream for kind, stream, _ in frames_of(written(engine))
+            if kind == fr.DATA]
+
+
+def wishes(*fields):
+    """A request on stream 1, 3, ... with each of these priorities."""
+    return b"".join(
+        fr.head(2 * n + 1, *ASKED, *([(b"priority", field)] if field else []))
+        for n, field in enumerate(fields))
+
+
+def test_of_answers_that_wait_the_most_urgent_is_first(place):
     engine = place.connect()
-    engine.is_free = False
-    assert engine.receive(fr.head(1, *ASKED))
-    engine.is_free = True
-    assert not engine.receive(fr.head(3, *ASKED))
+    assert engine.receive(wishes(b"u=5", b"u=2", b"", b"u=0")) == []
+    assert (engine.waiting, engine.backlog()) == (4, 0)
+    assert order_of(engine) == [7, 3, 5, 1]
+    assert (engine.waiting, engine.backlog()) == (0, 8)
+    engine = place.connect()
+    engine.receive(wishes(b"u=5", b"u=5", b"u=4"))
+    engine.reprioritize(1, 0, True)
+    engine.reprioritize(99, 0, True)
+    assert engine.backlog() == 0
+    assert order_of(engine) == [1, 5, 3]
+
+
+def test_who_says_nothing_gets_the_urgency_that_is_usual(place):
+    place.put(urgency=(1, True))
+    engine = place.connect()
+    engine.receive(wishes(b"u=2", b""))
+    assert order_of(engine) == [3, 1]
+
+
+def test_incremental_answers_take_turns_and_others_follow_each_other(place):
+    place.put(body=bytes(40_000))
+    engine = place.connect(fr.window_update(0, 2**30))
+    engine.receive(wishes(b"u=3", b"u=3"))
+    assert order_of(engine) == [1, 1, 1, 3, 3, 3]
+    engine = place.connect(fr.window_update(0, 2**30))
+    engine.receive(wishes(b"i", b"i"))
+    assert order_of(engine) == [1, 3, 1, 3, 1, 3]
+
+
+def test_no_answer_waits_for_ever_for_more_urgent_ones(place):
+    place.put(body=bytes(160_000))
+    engine = place.connect(fr.settings((4, 2**30)), fr.window_update(0, 2**30))
+    engine.receive(wishes(b"u=0", b"u=0", b"u=7"))
+    assert order_of(engine).index(5) < 16
 
 
 def test_a_priority_that_came_early_is_for_python(place):
@@ -206,37 +266,70 @@ def test_what_is_dropped_is_asked_of_python(place):
     assert (len(place.table), place.knows(ASKED)) == (0, False)
 
 
-def test_windows_must_take_the_whole_answer(place):
-    for pairs in [(4, 1599)], [(4, 0)]:
-        engine = place.connect()
-        engine.receive(fr.settings(*pairs))
-        assert engine.receive(fr.head(1, *ASKED))
-    engine = place.connect(fr.settings((4, 1600)))
-    engine.receive(fr.settings((4, 1600)))
-    assert not engine.receive(fr.head(1, *ASKED))
+def test_answers_wait_for_windows(place):
+    engine = place.connect(fr.settings((4, 1599)))
+    assert engine.receive(fr.head(1, *ASKED)) == []
+    assert exchange_of(first := written(engine))[1] == BODY[:1599]
+    assert (engine.waiting, engine.backlog(), engine.serve(9)) == (1, 8, 0)
+    engine.receive(fr.window_update(1, 1))
+    assert engine.backlog() == 3
+    assert exchange_of(first + written(engine))[1] == BODY
+    assert engine.waiting == 0
     # The connection's 65,535 octets last for 40 of them.
     engine, streams = place.connect(), range(1, 100, 2)
-    events = engine.receive(b"".join(fr.head(n, *ASKED) for n in streams))
-    assert [event.stream for event in events] == [*streams[40:]]
+    assert not engine.receive(b"".join(fr.head(n, *ASKED) for n in streams))
+    assert order_of(engine) == [*streams[:41]]
+    engine.receive(fr.window_update(0, 2**30))
+    assert order_of(engine) == [*streams[40:]]
 
 
-def test_output_that_nobody_takes_is_bounded(place):
+def test_no_more_is_written_than_is_asked_for(place):
     engine = place.connect(fr.window_update(0, 2**30))
     place.put(body=bytes(60_000))
-    events = engine.receive(
+    assert not engine.receive(
         b"".join(fr.head(n, *ASKED) for n in range(1, 20, 2)))
-    assert [event.stream for event in events] == [13, 15, 17, 19]
-    assert len(engine.output()) < 384 * 1024
-    assert not engine.receive(fr.head(21, *ASKED))
+    assert len(engine.output()) < 100
+    assert 65536 <= engine.serve(65536) < 65536 + 16384
+    assert len(engine.output()) < 65536 + 2 * 16384
+    assert engine.waiting == 9
+    assert engine.serve(10**7) + 65536 + 16384 > 600_000
+    assert engine.waiting == 0
 
 
-def test_bodies_are_of_a_size_that_goes_at_once(place):
-    place.table.clear()
-    place.put(body=bytes(64 * 1024 + 1))
+def test_bodies_are_of_a_size_that_many_fit_in(tmp_path):
+    place = Place(tmp_path, limit=10**7)
+    place.put(body=bytes(1024 * 1024 + 1))
     place.put(body=b"")
     assert len(place.table) == 0
-    place.put(body=bytes(64 * 1024))
+    place.put(body=bytes(1024 * 1024))
     assert len(place.table) == 1
+
+
+def test_an_answer_outlives_its_place_in_the_table(place):
+    engine = place.connect(fr.settings((4, 100)))
+    engine.receive(fr.head(1, *ASKED))
+    first = written(engine)
+    place.table.clear()
+    engine.receive(fr.window_update(1, 10_000))
+    assert exchange_of(first + written(engine))[1] == BODY
+
+
+@pytest.mark.parametrize("end", [
+    lambda engine: engine.receive(fr.reset(1)),
+    lambda engine: engine.abandon(),
+    lambda engine: engine.reset(1, 2),
+    lambda engine: engine.answer_from(None, ""),
+], ids=["client", "abandon", "server", "table"])
+def test_an_answer_that_is_broken_off_is_logged_as_cut(place, end):
+    engine = place.connect(fr.settings((4, 100)))
+    engine.receive(fr.head(1, *ASKED))
+    written(engine)
+    assert unpacked(place.table.drain()[0]) == []
+    end(engine)
+    (record,) = unpacked(place.table.drain()[0])
+    assert record.pieces[5:6] + record.pieces[7:] == (
+        "100", "h2", "cut", "identity")
+    assert (engine.waiting, engine.serve(9)) == (0, 0)
 
 
 def test_limits_of_streams_and_goodbyes_hold(place):
@@ -256,11 +349,11 @@ def test_malformed_requests_do_not_come_so_far(place):
     assert (engine.recalled, engine.nuisance) == (0, 15)
 
 
-def test_a_reset_finds_the_stream_closed(place):
+def test_a_reset_may_come_before_the_answer(place):
     engine = place.connect()
-    events = engine.receive(fr.head(1, *ASKED) + fr.reset(1))
-    assert not [x for x in events if not isinstance(x, StreamReset)]
-    assert exchange_of(engine.output())[1] == BODY
+    assert engine.receive(fr.head(1, *ASKED) + fr.reset(1)) == [
+        StreamReset(1, 8)]
+    assert (engine.waiting, written(engine)) == (0, b"")
 
 
 def test_the_least_used_answers_go_first(tmp_path):
@@ -293,13 +386,14 @@ def test_each_answer_leaves_a_record_as_python_would_write_it(place):
     engine = place.connect()
     before = time.time()
     engine.receive(fr.head(1, *ASKED) + fr.head(3, *ASKED))
+    written(engine)
     packed, lost = place.table.drain()
     first, second = unpacked(packed)
     for record in first, second:
         assert record[:1] + record[2:4] == ("w0-1", 5, 50001)
         assert before - 0.001 <= record.moment <= time.time() + 0.001
-        words = (*WORDS[0].decode().split("\0"), record.pieces[6],
-                 *WORDS[1].decode().split("\0"))
+        words = (*WORDS[0].decode().split("\0"), str(len(BODY)),
+                 record.pieces[6], "h2", *WORDS[1].decode().split("\0"))
         assert record.pieces == ("192.0.2.1", *words)
         assert 0 <= float(record.pieces[6]) < 5000
         assert LOG.record(50001, *record.pieces)._replace(
@@ -314,11 +408,11 @@ def test_records_that_nobody_takes_are_counted(tmp_path):
     identity = file_identity(os.stat(place.path))
     fields = changed(b":path", path)
     place.table.put(fields, HEAD, b"x",
-                    (os.fsencode(place.path), identity), words)
+                    (os.fsencode(place.path), identity), words, USUAL)
     engine = place.connect()
     for stream in range(1, 801, 2):
         engine.receive(fr.head(stream, *fields))
-        engine.output()
+        written(engine)
     packed, lost = place.table.drain()
     assert len(packed) <= 16 * 1024 * 1024
     assert lost > 0
@@ -350,14 +444,15 @@ def test_what_is_put_in_is_let_go_of(place):
 
 
 @pytest.mark.parametrize("arguments", [
-    (), (ASKED, HEAD, BODY, (b"/", (1, 2, 3, 4, 5))),
-    (ASKED, HEAD, "text", (b"/", (1, 2, 3, 4, 5)), WORDS),
-    (ASKED, [HEAD], BODY, (b"/", (1, 2, 3, 4, 5)), WORDS),
-    (ASKED, (HEAD,), BODY, (b"/", (1, 2, 3, 4, 5)), WORDS),
-    (ASKED, HEAD, BODY, (b"/", (1, 2, 3, 4)), WORDS),
-    (ASKED, HEAD, BODY, ("/", (1, 2, 3, 4, 5)), WORDS),
-    (ASKED, HEAD, BODY, (b"/", (1, 2, 3, 4, 5)), ("a", "b")),
-    ([b"x"], HEAD, BODY, (b"/", (1, 2, 3, 4, 5)), WORDS),
+    (), (ASKED, HEAD, BODY, (b"/", (1, 2, 3, 4, 5)), WORDS),
+    (ASKED, HEAD, BODY, (b"/", (1, 2, 3, 4, 5)), WORDS, (3,)),
+    (ASKED, HEAD, "text", (b"/", (1, 2, 3, 4, 5)), WORDS, USUAL),
+    (ASKED, [HEAD], BODY, (b"/", (1, 2, 3, 4, 5)), WORDS, USUAL),
+    (ASKED, (HEAD,), BODY, (b"/", (1, 2, 3, 4, 5)), WORDS, USUAL),
+    (ASKED, HEAD, BODY, (b"/", (1, 2, 3, 4)), WORDS, USUAL),
+    (ASKED, HEAD, BODY, ("/", (1, 2, 3, 4, 5)), WORDS, USUAL),
+    (ASKED, HEAD, BODY, (b"/", (1, 2, 3, 4, 5)), ("a", "b"), USUAL),
+    ([b"x"], HEAD, BODY, (b"/", (1, 2, 3, 4, 5)), WORDS, USUAL),
 ], ids=lambda arguments: str(arguments)[-40:])
 def test_a_wrong_call_is_a_type_error_and_changes_nothing(place, arguments):
     with pytest.raises(TypeError):
@@ -375,6 +470,7 @@ def test_a_table_must_be_one_and_zero_octets_are_in_no_path(place):
         with pytest.raises(TypeError):
             engine.answer_from(*arguments)
     with pytest.raises(ValueError):
-        place.table.put(ASKED, HEAD, BODY, (b"/\0", (1, 2, 3, 4, 5)), WORDS)
+        place.table.put(ASKED, HEAD, BODY, (b"/\0", (1, 2, 3, 4, 5)), WORDS,
+                        USUAL)
     with pytest.raises(ValueError):
         place.table.drop(b"/\0")

@@ -246,3 +246,22 @@ def test_any_sequence_of_calls_keeps_the_books_right(calls):
             assert (turn is None) == (not known)
             assert turn is None or turn[0] in known
         assert len(scheduler) == len(known)
+
+
+@pytest.mark.parametrize("level, turns", [
+    (3, {True: 16, False: 16}), (2, {True: 30, False: 2}),
+    (4, {True: 2, False: 30}), (8, {False: 32})])
+def test_somebody_else_gets_turns_by_urgency(level, turns):
+    scheduler = Scheduler()
+    scheduler.add(1, USUAL)
+    scheduler.add(3, Urgency(6))
+    assert turns == collections.Counter(
+        scheduler.yields(able, level) for _ in range(32))
+
+
+def test_somebody_else_gets_all_turns_that_nobody_can_use():
+    scheduler = Scheduler()
+    assert scheduler.yields(able, 7)
+    scheduler.add(1, Urgency(0))
+    assert all(scheduler.yields(lambda stream: 0, 7) for _ in range(32))
+    assert not scheduler.yields(lambda stream: 0, 8)

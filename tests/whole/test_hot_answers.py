@@ -86,14 +86,22 @@ class Client(H2Client):
         return [(self.heads[stream], self.bodies[stream].getvalue())
                 for stream in streams]
 
+    def widen(self):
+        """Lets all come at once that streams may send."""
+        self._connection.increment_flow_control_window(1 << 26)
+        self._send()
+
     def is_hot(self, path):
-        """Whether a request overtakes one that Python has to answer."""
+        """Whether one that Python has to answer overtakes a request.
+
+        Python writes all heads first, the engine each before its body.
+        """
         path += ASIDE
-        slow, quick = self.ask_all([
-            (path, [("x-unheard", "of")], "GET"), (path, [], "GET")])
+        hot, other = self.ask_all([
+            (path, [], "GET"), (path, [("x-unheard", "of")], "GET")])
         self.finish()
-        order = [stream for stream in self.heads if stream in (slow, quick)]
-        return order[0] == quick
+        order = [stream for stream in self.heads if stream in (hot, other)]
+        return order[0] == other
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +186,33 @@ def test_no_answer_and_no_line_differs_from_what_python_says(native, pure):
     said, expected = (words(server, count * len(asked))
                       for server, count in ((native, 3), (pure, 1)))
     assert said == {line: 3 * count for line, count in expected.items()}
+
+
+@pytest.mark.parametrize("hot, other", [(1, 6), (6, 1)])
+def test_answers_of_engine_and_python_come_by_urgency(native, hot, other):
+    path = "/longer.bin" + ASIDE
+    until_hot(native, "/longer.bin")
+    with Client(native) as client:
+        client.widen()
+        streams = client.ask_all([
+            (path, [("priority", f"u={hot}")], "GET"),
+            (path, [("priority", f"u={other}"), ("x-unheard", "of")], "GET")])
+        while len(client.open) == 2:
+            client.turn()
+        assert client.open == {streams[hot < other]}
+        client.finish()
+        assert [client.bodies[stream].getvalue() for stream in streams] == [
+            FILES["longer.bin"]] * 2
+
+
+def test_what_the_socket_does_not_take_at_once_comes_later(native):
+    until_hot(native, "/longer.bin")
+    with Client(native) as client:
+        client.widen()
+        streams = client.ask("/longer.bin" + ASIDE, count=80)
+        client.finish()
+        assert {client.bodies[stream].getvalue() for stream in streams} == {
+            FILES["longer.bin"]}
 
 
 @pytest.fixture(scope="module")
