@@ -15,7 +15,7 @@ from harness import (
     make_site,
     trusting_context,
 )
-from zoo import Origin, answer
+from zoo import Origin, answer, silent
 
 from shimmercat import Tweaks, connection_limit
 
@@ -170,6 +170,31 @@ def test_who_a_proxy_speaks_for_is_the_peer(tmp_path, peers):
         others = [behind(f"192.0.2.{n}") for n in range(2, 6)]
         assert mine[0].has_ended()
         assert all(peer.get() for peer in (*mine[1:], *others))
+
+
+def test_who_would_wait_behind_too_many_is_told_when_to_come_again(
+        tmp_path, peers):
+    folder = make_files(tmp_path, {"max-waiting": 3})
+    with Origin(silent) as origin:
+        with open(folder / "devlove.yaml", "a") as settings:
+            settings.write(f"    api api.test:\n      port: {origin.port}\n")
+        with Server(folder, mode="devlove") as server:
+            waiting = [peers(server, PEER) for _ in range(4)]
+            assert waiting[0].get()
+            asked = b"GET / HTTP/1.1\r\nHost: api.test\r\n\r\n"
+            for peer in waiting[:3]:
+                peer.socket.sendall(asked)
+            eventually(lambda: origin.count() == 3)
+            waiting[3].socket.sendall(asked)
+            said = waiting[3].socket.recv(4096)
+            assert said.startswith(b"HTTP/1.1 503 ")
+            assert b"\r\nretry-after: 2\r\n" in said
+            # What takes no waiting is answered all the same.
+            assert peers(server, PEER).get()
+            for peer in waiting:
+                peer.socket.close()
+            eventually(lambda: server.fetch("/huge.bin", headers={
+                "range": "bytes=0-3"}).status_code == 206)
 
 
 def test_running_out_of_descriptors_is_survived(tmp_path, peers):

@@ -18,7 +18,8 @@ import time
 
 import pytest
 from harness import DOMAIN, Server, eventually, make_site
-from zoo import Origin, answer
+from zoo import CLOSE, Origin, answer
+from zoo import head as head_of
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "engines"))
 
@@ -65,8 +66,14 @@ def open_files(server):
 
 @pytest.fixture(scope="module")
 def origin():
-    """An application with a large page."""
-    with Origin(lambda _: answer(bytes(PAGE_BYTES))) as running:
+    """An application with a large page, and events that come seldom."""
+    def animal(asked):
+        if asked.target != "/events":
+            return [answer(bytes(PAGE_BYTES))]
+        return [head_of("200 OK", content_type="text/event-stream"),
+                b"data: 1\n\n", 2.5, b"data: 2\n\n", CLOSE]
+
+    with Origin(animal) as running:
         yield running
 
 
@@ -292,8 +299,7 @@ def test_readers_that_do_not_read(server, others, wires):
     eventually(lambda: open_files(server) < before + 50, PATIENCE_SECONDS)
 
 
-@pytest.mark.parametrize("path, domain", [
-    (b"/text.txt", DOMAIN), (b"/huge.bin", DOMAIN), (b"/", API)])
+@pytest.mark.parametrize("path, domain", [(b"/text.txt", DOMAIN), (b"/", API)])
 @pytest.mark.parametrize("opening", [WIDE, SHUT], ids=["wide", "shut"])
 def test_streams_that_nobody_reads(others, wires, opening, path, domain):
     greedy = [wires("h2", 4096) for _ in range(20)]
@@ -386,3 +392,9 @@ def test_what_is_too_large(others, wires):
                   for octets in OVERSIZE_2.values()]
         for task in tasks:
             task.result()
+
+
+@pytest.mark.parametrize("protocol", ["h2", "http/1.1"])
+def test_who_waits_for_events_is_not_slow(server, protocol):
+    events = server.fetch("/events", protocol, API)
+    assert events.text == "data: 1\n\ndata: 2\n\n"
