@@ -190,7 +190,9 @@ def test_the_log_can_be_heard_by_others(server):
         server.fetch("/for-others")
         said = b""
         while b"/for-others" not in said:
-            said += listener.stdout.readline()
+            line = listener.stdout.readline()
+            assert line, server.explained("nothing more to hear")
+            said += line
         assert b"sc_log_w" in said
     finally:
         listener.terminate()
