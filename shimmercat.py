@@ -11,6 +11,7 @@ form, restarts that lose nothing, a log that explains itself.
     python shimmercat.py explain URL  says what would answer, and why
     python shimmercat.py warm         makes smaller forms ahead of time
     python shimmercat.py purge WHAT   forgets fetched and smaller forms
+    python shimmercat.py prove-restart   restarts under load, and counts
     python shimmercat.py messages     lists everything the log can say
 
 The file runs alone: copy it beside a ``devlove.yaml`` and start it.  It is
@@ -221,6 +222,7 @@ import hashlib
 import heapq
 import html
 import http
+import importlib
 import importlib.util
 import io
 import ipaddress
@@ -15346,6 +15348,13 @@ class LoneWorker(Worker):
 
 _PURGE_SECONDS = 5  #: until workers must have purged
 _LEAST_APOPTOSIS_SECONDS = 900  #: without a flag that is named unsafe
+#: what prove-restart lets one choose, of the options of a server too
+_PROOF_OPTIONS = (
+    Option("requests", "flag", "count", 4000, (1, 10 ** 8),
+           "requests during all planned restarts together, at the least"),
+    Option("restarts", "flag", "count", 20, (1, 10 ** 5),
+           "planned restarts"))
+_OF_A_PROOF = {"engine", "scratch-dir-name", "workers", "working-dir"}
 #: what a browser leaves as it is in a URL's path and query
 _URL_SAFE = "/!$%&'()*+,;=:@?[]"
 #: what `explain` asks with when it is not told: as Chromium does for images
@@ -15421,31 +15430,42 @@ def _parser():
              "Makes the smaller forms of all files ahead of their visitors"),
             ("purge", flags, _purge,
              "Forgets fetched assets and smaller forms, in all workers"),
+            ("prove-restart", flags, _prove_restart,
+             "Restarts an instance like yours in every way, under load, and"
+             " counts what fails"),
             ("messages", (), _messages,
              "Lists everything that the log can say")):
         mode = modes.add_parser(name, help=text, description=text,
                                 allow_abbrev=False)
         options = [option for option in OPTIONS if option.where in places]
+        if run is _prove_restart:
+            options = [*_PROOF_OPTIONS, *(
+                option for option in options if option.name in _OF_A_PROOF)]
         mode.set_defaults(run=run, known=[f"--{x.name}" for x in options])
         for option in options:
             _add_flag(mode, option)
-    modes.choices["warm"].add_argument(
+    _add_own_words(modes.choices)
+    return parser
+
+
+def _add_own_words(modes):
+    """Adds what only one mode takes, to the parsers of all by name."""
+    modes["warm"].add_argument(
         "folder", metavar="DIR", nargs="?", default="/",
         help="look at the files below this folder, or at this file, only")
-    modes.choices["warm"].add_argument(
+    modes["warm"].add_argument(
         "--again", action="store_true",
         help="try again what was given up or did not become smaller")
-    modes.choices["purge"].add_argument(
+    modes["purge"].add_argument(
         "selectors", metavar="SELECTOR", nargs="+",
         help="/path, /folder/, /a*.css, images, fonts, scripts, styles,"
         " pages, videos, sounds, or an extension such as jpg")
-    modes.choices["purge"].add_argument(
+    modes["purge"].add_argument(
         "--domain", metavar="NAME", help="only what this domain serves")
-    modes.choices["explain"].add_argument("url", metavar="URL")
-    modes.choices["explain"].add_argument(
+    modes["explain"].add_argument("url", metavar="URL")
+    modes["explain"].add_argument(
         "--header", metavar="NAME:VALUE", action="append", default=[],
         help="a field of the request; may be given several times")
-    return parser
 
 
 def _add_flag(parser, option):
@@ -15591,6 +15611,24 @@ def _purge(flags):
         print(f"{root}{path}: {size} bytes")
     print(f"{len(freed)} assets purged, {freed.total()} bytes")
     return 0
+
+
+def _prove_restart(flags):
+    """Restarts a second instance under load; 1 if that has cost anything."""
+    _refuse_late_patching()
+    try:
+        # Not at the top: a server does without it.
+        companion = importlib.import_module("shimmercat_ext.prove_restart")
+    except ImportError as error:
+        raise _Unreachable(
+            f"prove-restart needs what the package has beside this file:"
+            f" {error}") from error
+    settings = _settings(flags)
+    requests, restarts = (
+        getattr(flags, option.attribute, option.default)
+        for option in _PROOF_OPTIONS)
+    return companion.prove(
+        Path(__file__).absolute(), settings, requests, restarts)
 
 
 def _selection(flags, settings):
