@@ -27,6 +27,7 @@ from shimmercat import (
     ShimmerCatError,
     Site,
     load_settings,
+    quick_form,
 )
 
 CSS = b"".join(b"p.c%d { margin: 0 }\n" % n for n in range(500))
@@ -84,7 +85,7 @@ class House:
         tweaks = self.settings.tweaks
         self.larder = Larder(tweaks, self.store, notes or LocalNotes())
         self.site = Site(self.settings, Repository(
-            tweaks, self.store, self), self.larder)
+            tweaks, self.store, self, quick_form), self.larder)
 
     def put(self, job, weight=1):
         """Takes an order for the artisan."""
