@@ -4525,6 +4525,13 @@ class ScratchFolder:
             os.close(self._lock)
             self._lock = None
 
+    def tidy(self) -> None:
+        """Removes what processes of ours did not come to finish writing."""
+        if self._lock is not None:
+            for draft in itertools.chain(self.path.glob(".draft-*"),
+                                         self.cache.rglob(".draft-*")):
+                draft.unlink(missing_ok=True)
+
     def holder(self) -> str:
         """Id of the process that has the folder, empty when none has.
 
@@ -14621,6 +14628,7 @@ class Arbiter:
             if slot.children:
                 return
         self._press.doors[0].remove()
+        self._premises.scratch.tidy()
         LOG.say(40005, int(time.monotonic() - self._born))
         self._is_finished = True
 

@@ -1,10 +1,13 @@
 """TERM: everything that was accepted is finished, and then all is gone."""
 
 import os
+import pathlib
 import signal
+import socket
 import threading
 
-from harness import DOMAIN, Server, eventually, make_site
+import pytest
+from harness import DOMAIN, Server, eventually, free_port, make_site
 
 BIG = os.urandom(2 << 20)
 
@@ -133,3 +136,104 @@ def test_the_port_is_free_again_at_once(site):
         first.fetch()
     with Server(site, port=first.port) as second:
         assert second.fetch().status_code == 200
+
+
+def left_behind(folder):
+    """Return the files of a scratch folder that only processes need."""
+    scratch = folder / ".shimmercat.loves.devs"
+    return [str(path) for path in scratch.rglob("*")
+            if path.is_socket() or path.name.startswith(".draft-")]
+
+
+def end_amid(server, begin):
+    """Do something to a server and end it in that state."""
+    begin(server)
+    server.signal(signal.SIGTERM)
+    assert server.wait(20) == 0
+    assert server.lines()[-1].code == "M40005"
+    assert not server.lines("M60001")
+    assert not left_behind(server.folder)
+
+
+def kill_redis(server):
+    os.kill(server.redis(), signal.SIGKILL)
+    server.await_line("M60002", about="redis")
+
+
+def stop_redis(server):
+    """Leave a Redis that does not answer."""
+    os.kill(server.redis(), signal.SIGSTOP)
+
+
+def kill_press(server):
+    os.kill(dict(server.started())["press-1"], signal.SIGKILL)
+
+
+def kill_worker(server):
+    os.kill(server.workers()["w0-1"], signal.SIGKILL)
+
+
+def grow(server):
+    server.signal(signal.SIGTTIN)
+
+
+def shrink(server):
+    server.signal(signal.SIGTTOU)
+
+
+def break_configuration(server):
+    (server.folder / "devlove.yaml").write_text("{")
+    server.signal(signal.SIGHUP)
+
+
+@pytest.mark.parametrize("begin", [
+    kill_redis, stop_redis, kill_press, kill_worker, grow, shrink,
+    break_configuration])
+def test_term_amid_trouble_and_changes_leaves_nothing(server, begin):
+    end_amid(server, begin)
+
+
+def test_term_amid_an_apoptosis_leaves_nothing(site):
+    with Server(site, "--apoptosis-seconds", "1-2",
+                "--unsafe-fast-apoptosis") as server:
+        end_amid(server, lambda server: server.await_line("M40022"))
+
+
+def test_term_amid_a_job_of_the_artisan_leaves_nothing(tmp_path):
+    text = b"".join(b"%d lines of text, none the same\n" % n
+                    for n in range(300_000))
+    make_site(tmp_path, {"big.txt": text})
+
+    def ask(server):
+        with server.client() as client:
+            client.get("/big.txt", extensions={"sni_hostname": DOMAIN},
+                       headers={"accept-encoding": "br"})
+        children = pathlib.Path(f"/proc/{server.artisan()}/task"
+                                f"/{server.artisan()}/children")
+        eventually(children.read_text)
+    with Server(tmp_path, "--workers", "1") as server:
+        end_amid(server, ask)
+
+
+def test_term_amid_a_fetch_that_stalls_leaves_nothing(tmp_path):
+    port = free_port()
+    make_site(tmp_path, tweaks={"graceful-seconds": 1})
+    (tmp_path / "devlove.yaml").write_text(
+        "shimmercat-devlove:\n  domains:\n"
+        f"    {DOMAIN}:\n      views-dir: www\n      root-dir:\n"
+        "        fetch-backend: http\n"
+        f"        http-port: 127.0.0.1:{port}\n")
+    with (socket.create_server(("127.0.0.1", port)) as origin,
+          Server(tmp_path, "--workers", "1") as server,
+          server.connect() as client):
+        client.sendall(f"GET /a.bin HTTP/1.1\r\nHost: {DOMAIN}\r\n\r\n"
+                       .encode())
+        answering, _ = origin.accept()
+        with answering:
+            answering.recv(4096)
+            answering.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 999999"
+                              b"\r\nContent-Type: image/png\r\n\r\n"
+                              + bytes(100_000))
+            assert client.recv(4096)
+            end_amid(server, lambda server: eventually(
+                lambda: left_behind(server.folder)))
