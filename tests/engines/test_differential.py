@@ -23,6 +23,7 @@ from shimmercat import (
     EngineLimits,
     Http2Engine,
     ProtocolFault,
+    RequestRefused,
     RequestStarted,
     StreamGone,
 )
@@ -374,3 +375,23 @@ def test_what_is_tolerated_has_its_reason_and_happens(row):
         pure, native = [side.send([octets]) for side in sides]
     assert row.reason and pure != native
     assert row.applies(("send", octets), pure, native)
+
+
+def test_a_field_above_64_kib_ends_the_connection_of_the_native_engine():
+    """nghttp2 decodes none (NGHTTP2_HD_MAX_NV, no option changes it), and what
+    was not decoded leaves both dynamic tables at odds: RFC 7541 section 2.2
+    has no way back.  h2 decodes it, and only the request is refused."""
+    octets = fr.block(*GET, (b"x", b"yz" * 33_000))
+    parts = [octets[n:n + 16000] for n in range(0, len(octets), 16000)]
+    frames = fr.frame(fr.HEADERS, fr.END_STREAM, 1, parts[0]) + b"".join(
+        fr.frame(fr.CONTINUATION, fr.END_HEADERS * (part is parts[-1]), 1,
+                 part) for part in parts[1:])
+    events = []
+    for engine_class in Http2Engine, NATIVE_ENGINE:
+        engine = engine_class(EngineLimits())
+        engine.receive(fr.PREFACE + fr.settings())
+        events.append(engine.receive(frames))
+    ((refused,), (fault,)) = events
+    assert refused == RequestRefused(1, 431)
+    assert fault[:1] == (fr.COMPRESSION_ERROR,)
+    assert isinstance(fault, ProtocolFault)
