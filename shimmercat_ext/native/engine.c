@@ -36,6 +36,8 @@
 /* Limits; those of shimmercat.py's room 5. */
 #define HEAD_BYTES 9
 #define FRAME_BYTES 16384
+/* NGHTTP2_FRAMEBUF_CHUNKLEN: where a session writes its frames. */
+#define FRAME_BUFFER_BYTES (HEAD_BYTES + 1 + FRAME_BYTES)
 #define MOST_CONTINUATIONS 32
 #define MOST_CLOSED 512
 #define MOST_SETTINGS (FRAME_BYTES / 6)
@@ -131,6 +133,7 @@ typedef struct {
     PyObject *events[EVENTS];   /* named tuples */
     PyObject *gone;             /* the exception StreamGone */
     PyObject *wire[WIRE_WORDS];
+    uint8_t frame[FRAME_BUFFER_BYTES]; /* lent to all sessions */
 } words;
 
 typedef struct {
@@ -142,6 +145,7 @@ typedef struct {
     long long judged;  /* what it was when our caller looked last */
     char closing;
     bool poisoned, busy, settled;
+    bool borrows;      /* whether it has the module's frame buffer */
     size_t preface;    /* octets of it that are still due */
     buffer rest;       /* of a frame that is coming */
     buffer block;      /* frames of a header block that is coming */
@@ -2120,17 +2124,23 @@ static PyObject *engine_answer_from(engine *self, PyObject *const *args,
 
 /* ------------------------------------------------------ life of an engine */
 
-/* nghttp2 takes its memory where Python does: tracemalloc sees it. */
+/* nghttp2 takes its memory where Python does: tracemalloc sees it.
+ *
+ * But for the buffer that a session begins with to write a frame into: `pump`
+ * leaves it empty, and no two sessions are on the stack at a time, so that
+ * one does for all.  It is most of what an idle session would hold.
+ */
 static void *take_memory(size_t size, void *nothing)
 {
     (void)nothing;
     return PyMem_Malloc(size);
 }
 
-static void free_memory(void *it, void *nothing)
+static void free_memory(void *it, void *user)
 {
-    (void)nothing;
-    PyMem_Free(it);
+    engine *self = user;
+    if (it != self->words->frame)
+        PyMem_Free(it);
 }
 
 static void *take_cleared_memory(size_t count, size_t size, void *nothing)
@@ -2139,10 +2149,22 @@ static void *take_cleared_memory(size_t count, size_t size, void *nothing)
     return PyMem_Calloc(count, size);
 }
 
-static void *resize_memory(void *it, size_t size, void *nothing)
+static void *resize_memory(void *it, size_t size, void *user)
 {
-    (void)nothing;
-    return PyMem_Realloc(it, size);
+    engine *self = user;
+    uint8_t *frame = self->words->frame;
+    if (it == NULL && size == FRAME_BUFFER_BYTES && !self->session &&
+        !self->borrows) {
+        self->borrows = true;
+        return frame;
+    }
+    if (it != frame)
+        return PyMem_Realloc(it, size);
+    void *own = PyMem_Malloc(size);
+    if (own)
+        memcpy(own, frame,
+               size < FRAME_BUFFER_BYTES ? size : FRAME_BUFFER_BYTES);
+    return own;
 }
 
 /* Rules that are ours are lifted from nghttp2. */
@@ -2175,8 +2197,9 @@ static void set_callbacks(nghttp2_session_callbacks *to)
 /* Makes the session; 0, or nghttp2's error. */
 static int open_session(engine *self)
 {
-    nghttp2_mem memory = {NULL, take_memory, free_memory, take_cleared_memory,
+    nghttp2_mem memory = {self, take_memory, free_memory, take_cleared_memory,
                           resize_memory};
+    nghttp2_session *session;
     nghttp2_option *option = NULL;
     nghttp2_session_callbacks *callbacks = NULL;
     int result = nghttp2_option_new(&option);
@@ -2185,8 +2208,10 @@ static int open_session(engine *self)
     if (!result) {
         set_options(option);
         set_callbacks(callbacks);
-        result = nghttp2_session_server_new3(&self->session, callbacks, self,
-                                             option, &memory);
+        result = nghttp2_session_server_new3(&session, callbacks, self, option,
+                                             &memory);
+        if (!result)
+            self->session = session;
     }
     nghttp2_session_callbacks_del(callbacks);
     nghttp2_option_del(option);

@@ -207,3 +207,42 @@ def test_an_engine_without_memory_fails_and_says_so_ever_after():
         with pytest.raises(RuntimeError, match="has failed before"):
             engine.output()
     assert failures > 10
+
+
+def conversation(engine):
+    """What an engine writes, step by step, with heads of several frames."""
+    engine.receive(fr.PREFACE + fr.settings((4, 2**20)))
+    engine.receive(fr.window_update(0, 2**20))
+    yield engine.output()
+    for stream in (1, 3):
+        engine.receive(fr.head(stream, *drive.GET))
+        engine.headers(stream, drive.OK)
+        engine.headers(stream, [(b"x", b"%d" % stream * 40_000)], end=True)
+        yield engine.output()
+        engine.receive(fr.frame(fr.PING, 0, 0, b"%8d" % stream))
+        yield engine.output()
+
+
+@needs_native
+def test_engines_that_take_turns_do_not_disturb_each_other():
+    alone = [*conversation(NATIVE_ENGINE(EngineLimits()))]
+    both = [conversation(NATIVE_ENGINE(EngineLimits())) for _ in range(2)]
+    assert [*zip(*both, strict=True)] == [(octets,) * 2 for octets in alone]
+    assert len(alone[1]) > 20_000
+
+
+@needs_native
+def test_an_idle_engine_holds_little():
+    def make():
+        engine = NATIVE_ENGINE(EngineLimits())
+        assert all(conversation(engine))
+        return engine
+    make()
+    tracemalloc.start()
+    try:
+        engines = [make() for _ in range(20)]
+        gc.collect()
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size / len(engines) < 16_000
