@@ -750,7 +750,7 @@ MESSAGES = {
     40024: Message("consultant {}: {} is left out for {} s after {} failures",
                    "its other addresses are asked; it is tried again then"),
     40025: Message("consultant {}: {} answers again", "it takes part again"),
-    40026: Message("{} connections are left, for {} s at most",
+    40026: Message("connections that are left: {}, for {} s at most",
                    "downloads, WebSockets: see replacement-seconds"),
     40027: Message("{} is cut off: as many old ones as allowed remain",
                    "see lingering-workers in tweaks.yaml"),

@@ -384,6 +384,27 @@ def test_subscribing_without_redis_says_so(tmp_path):
         subscription.connect()
 
 
+def test_who_leaves_in_order_has_all_that_was_received(child, tap):
+    reader = LogSubscription(child.path)
+    reader.connect()
+    for n in range(50):
+        tap.append(numbered(n))
+    got = []
+    eventually(lambda: got.extend(heard(reader)) or got)
+    for n in range(50, 100):
+        tap.append(numbered(n))
+    gevent.sleep(0.1)
+    got += [record for _, packed in reader.leave()
+            for record in records_in(packed)]
+    tap.append(numbered(100))
+    gevent.sleep(0.2)
+    # What nobody receives waits for the next one who listens.
+    reader.connect()
+    eventually(lambda: got.extend(heard(reader)) or len(got) > 100)
+    reader.close()
+    assert got == [numbered(n) for n in range(101)]
+
+
 def test_a_subscription_works_in_a_thread_without_a_hub(child, tap):
     got = []
 
@@ -416,6 +437,14 @@ def test_a_job_is_queued_once_until_it_is_done(link):
     assert queue.take(0.01) is None
     queue.done(JOB)
     assert queue.put(JOB)
+
+
+def test_a_job_that_was_given_back_is_there_for_another(link):
+    queue = JobQueue(link)
+    queue.put(JOB)
+    assert queue.take(1) == JOB
+    queue.give_back(JOB)
+    assert queue.take(1) == JOB
 
 
 def test_the_most_wanted_job_is_taken_first_and_then_none(link):

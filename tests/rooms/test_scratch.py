@@ -1,4 +1,4 @@
-"""Room 8, Scratch."""
+"""Rooms 8, Scratch, and 8b, Certificates."""
 
 import contextlib
 import datetime
@@ -194,6 +194,49 @@ class TestScratchFolder:
             finally:
                 os.kill(child, signal.SIGKILL)
 
+    def test_who_serves_the_same_sockets_may_be_there_too(self, tmp_path):
+        share = OCCUPY.replace(".occupy(", ".occupy(door='7', ")
+        assert share != OCCUPY
+        with program(share + WAIT, tmp_path) as holder:
+            assert holder.stdout.readline() == "occupied\n"
+            with pytest.raises(ScratchBusy):
+                ScratchFolder(tmp_path).occupy(door="8")
+            plain, guest = ScratchFolder(tmp_path), ScratchFolder(tmp_path)
+            guest.occupy(door="7")
+            assert guest.redis_socket != plain.redis_socket
+            assert not guest.claim()
+            assert guest.lock() is None
+            assert plain.holder() == str(holder.pid)
+            assert plain.redis_socket.name == f"redis-{holder.pid}.sock"
+        assert guest.claim()
+        guest.release()
+        assert plain.holder() == ""
+
+    def test_a_lock_that_was_passed_on_is_signed_anew(self, tmp_path):
+        first, second = ScratchFolder(tmp_path), ScratchFolder(tmp_path)
+        first.occupy()
+        before = (tmp_path / "lock").read_text()
+        second.occupy(lock=first.lock())
+        assert second.claim()
+        assert (tmp_path / "lock").read_text() != before
+        second.release()
+
+    def test_drafts_are_removed_by_the_holder_only(self, tmp_path):
+        folder = ScratchFolder(tmp_path)
+        folder.occupy()
+        drafts = [tmp_path / ".draft-1", folder.cache / ".draft-2",
+                  folder.cache / "v1" / "ab" / ".draft-3"]
+        drafts[-1].parent.mkdir(parents=True)
+        others = [drafts[-1].with_name("whole"), tmp_path / "cert.pem"]
+        for path in (*drafts, *others):
+            path.touch()
+        ScratchFolder(tmp_path).tidy()
+        assert all(path.exists() for path in drafts)
+        folder.tidy()
+        assert not any(path.exists() for path in drafts)
+        assert all(path.exists() for path in others)
+        folder.release()
+
     def test_a_tweaks_yaml_is_written_once(self, tmp_path):
         written = tmp_path / "tweaks.yaml"
         for text in ("idle-seconds: 1", "idle-seconds: 2"):
@@ -372,6 +415,64 @@ class TestDevelopmentCertificates:
         assert store.ca_file is None
         assert {path: path.read_bytes() for path in scratch.path.iterdir()
                 if path.is_file()} == before
+
+
+class TestRenewal:
+    NAMES = ("one.example", "two.example")
+
+    @pytest.fixture
+    def stores(self, scratch, make_store):
+        """A store with a context, and a function that makes the next one."""
+        write_operators_pair(scratch.path, self.NAMES)
+        write_operators_pair(scratch.sni_certificates / "two.example",
+                             self.NAMES[1:])
+        first = make_store(self.NAMES)
+        context = first.context()
+        return first, context, lambda names=self.NAMES, **options: make_store(
+            names, before=first, **options)
+
+    def test_what_has_not_changed_keeps_its_context(self, stores):
+        first, context, renewed = stores
+        second = renewed()
+        assert second.context() is context
+        assert second.used() == first.used() == first.found()
+
+    def test_another_minimum_makes_another_context(self, stores):
+        _, context, renewed = stores
+        assert renewed(tls_minimum="1.3").context() is not context
+
+    def test_a_renewed_pair_is_shown(self, stores, scratch):
+        first, context, renewed = stores
+        write_operators_pair(scratch.path, (*self.NAMES, "three.example"))
+        assert first.found() != first.used()
+        second = renewed()
+        assert second.context() is not context
+        assert second.used() == first.found()
+        assert shown_certificate(second.context(), "one.example") == [
+            *self.NAMES, "three.example"]
+
+    @pytest.mark.parametrize("folder", ["", "sni-certs/two.example"])
+    def test_a_pair_with_problems_is_refused_and_nothing_changes(
+            self, stores, scratch, folder):
+        first, context, renewed = stores
+        for spoil, words in (
+                (lambda path: write_operators_pair(path, self.NAMES, -9, -1),
+                 "has expired"),
+                (lambda path: write_operators_pair(path, ["x.example"]),
+                 "misses the domain"),
+                (lambda path: (path / KEY).write_text("half"), "PEM"),
+                (lambda path: (path / KEY).unlink(), "No such file")):
+            spoil(scratch.path / folder)
+            with pytest.raises(CertificateError, match=words):
+                renewed().context()
+        assert shown_certificate(context, "two.example") == ["two.example"]
+
+    def test_what_was_wrong_before_is_no_reason_against_another_change(
+            self, scratch, make_store):
+        write_operators_pair(scratch.path, ["one.example"], -9, -1)
+        first = make_store(self.NAMES)
+        context = first.context()
+        assert make_store(self.NAMES, before=first).context() is context
 
 
 class TestProblems:

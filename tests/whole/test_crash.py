@@ -105,6 +105,7 @@ def test_a_worker_that_is_told_to_leave_by_others_is_replaced(server):
 
 
 def test_a_killed_artisan_is_replaced(server):
+    server.await_line("M20002", about="artisan")
     os.kill(server.artisan(), signal.SIGKILL)
     server.await_line("M60002", about="artisan")
     server.await_line("M20002", 2, about="artisan")

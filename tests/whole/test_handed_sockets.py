@@ -10,7 +10,7 @@ import pytest
 from harness import DOMAIN, Server, eventually, make_site
 
 #: sets the variables that systemd sets, and becomes the program
-_AS_SYSTEMD = ("sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh")
+AS_SYSTEMD = ("sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh")
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def listener(family=socket.AF_INET, place=("127.0.0.1", 0)):
 class Handed(Server):
     """The program with sockets that it inherits as descriptors 3, 4 ..."""
 
-    def __init__(self, folder, doors, *flags, environment=None, through=()):
+    def __init__(self, folder, doors, *flags, through=(), **options):
         move = "; ".join(
             f"os.dup2({door.fileno()}, {50 + n})"
             for n, door in enumerate(doors))
@@ -33,7 +33,7 @@ class Handed(Server):
                           for n, _ in enumerate(doors))
         run = "os.execvp(sys.argv[1], sys.argv[1:])"
         super().__init__(
-            folder, "--workers", "2", *flags, environment=environment,
+            folder, "--workers", "2", *flags, **options,
             port=doors[0].getsockname()[1] if doors[0].family
             == socket.AF_INET else None,
             pass_fds=[door.fileno() for door in doors],
@@ -55,7 +55,7 @@ def test_systemd_hands_over_sockets_and_hears_how_we_are(site):
         server = Handed(site, [door, plain], environment={
             "LISTEN_FDS": "2", "LISTEN_FDNAMES": "https:redirect",
             "NOTIFY_SOCKET": str(site / "notify"),
-            "WATCHDOG_USEC": "300000"}, through=_AS_SYSTEMD)
+            "WATCHDOG_USEC": "300000"}, through=AS_SYSTEMD)
         with server:
             assert server.fetch().status_code == 200
             assert "systemd" in server.lines("M10009")[0].message

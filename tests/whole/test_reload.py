@@ -149,7 +149,7 @@ def test_a_download_is_finished_by_its_old_worker(tmp_path):
             reload(server)
         said = server.await_line("M40026")[0].message
         assert re.fullmatch(
-            r"1 connections are left, for 59\d s at most", said)
+            r"connections that are left: 1, for 59\d s at most", said)
         assert length_of_rest(client) > len(BIG)
         eventually(lambda: len(server.workers()) == 2)
 

@@ -9,6 +9,7 @@ import socket
 
 import pytest
 from harness import DOMAIN, PROGRAM, Server, eventually, is_alive, make_site
+from test_handed_sockets import AS_SYSTEMD, Handed, listener
 from visitors import Visitors
 
 BIG = os.urandom(8 << 20)
@@ -203,3 +204,18 @@ def test_the_arbiter_has_no_more_memory_than_after_a_start(dropped):
         before = memory()
         upgrade(server)
         assert memory() < before + 4096
+
+
+def test_sockets_of_systemd_are_kept_over_reload_and_upgrade(dropped):
+    program = dropped.folder / "shimmercat.py"
+    with (listener() as door,
+          Handed(dropped.folder, [door], environment={"LISTEN_FDS": "1"},
+                 through=AS_SYSTEMD, program=program) as server,
+          Visitors(server, 2) as visitors):
+        server.signal(signal.SIGHUP)
+        server.await_line("M50004")
+        upgrade(server)
+        upgrade(server)
+        assert len(server.lines("M10009")) == 3
+        assert server.fetch().status_code == 200
+    assert not visitors.failures
