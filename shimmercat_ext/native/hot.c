@@ -8,9 +8,10 @@
  * - the key is made of all that an answer may depend on, octet for octet:
  *   authority, target, Accept and Accept-Encoding of a GET over https;
  * - a request with any field that is not in `IDLE`, those which nothing looks
- *   at that answers from files, has no key;
- * - the source is looked at before each answer (hot_confirm), just as
- *   Asset.is_current does in room 10b;
+ *   at that answers from files, has no key; its urgency changes no more than
+ *   the order of answers;
+ * - the source is looked at behind each request (hot_confirm), just as
+ *   Asset.is_current does in room 10b: once for all that came together;
  * - whoever changes what a file is answered with calls `drop`.
  *
  * `put` takes its key from a request that was answered, by the same function
