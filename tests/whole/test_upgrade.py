@@ -62,8 +62,8 @@ def test_the_program_is_another_and_the_process_the_same(dropped):
         assert server.redis() == redis
         assert lock.read_text().startswith(f"{server.pid}\n")
         eventually(lambda: not any(map(is_alive, before.values())))
-        assert sorted(name.partition("-")[0]
-                      for name in server.workers()) == ["w0", "w1"]
+        eventually(lambda: sorted(name.partition("-")[0] for name in (
+            server.workers())) == ["w0", "w1"])
         server.signal(signal.SIGTTIN)
         server.await_line("M40002")
         eventually(lambda: len(server.workers()) == 3)
@@ -75,16 +75,20 @@ def test_the_program_is_another_and_the_process_the_same(dropped):
 
 
 def test_nothing_piles_up_over_upgrades(dropped):
+    def descriptors():
+        # The artisan of before has gone, and lines arrive.
+        eventually(lambda: len(server.processes()) == 6)
+        count = len(server.lines("M50001"))
+        server.fetch()
+        server.await_line("M50001", count + 1)
+        return len(os.listdir(f"/proc/{server.pid}/fd"))
     with dropped as server:
         upgrade(server)
-        eventually(lambda: len(server.workers()) == 2)
-        before = len(os.listdir(f"/proc/{server.pid}/fd"))
+        before = descriptors()
         for _ in range(2):
             upgrade(server)
-        eventually(lambda: len(server.workers()) == 2)
-        eventually(lambda: len(os.listdir(f"/proc/{server.pid}/fd"))
-                   == before)
-        assert len(server.processes()) == 6
+        # One may just come or go.
+        assert descriptors() <= before + 1
 
 
 @pytest.mark.parametrize(("spoil", "words"), [
