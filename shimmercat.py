@@ -721,8 +721,9 @@ MESSAGES = {
     30001: Message("{} left {}", "it was told to, and it has finished"),
     30002: Message("log file {} opened again", "USR1, after a rotation"),
     30003: Message("development certificate {} for {}", "not for real use"),
-    40001: Message("new settings: one worker after the other takes them",
-                   "HUP or a new certificate; flags stay those of the start"),
+    40001: Message("settings and certificates were read: one worker after the"
+                   " other takes them; flags stay those of the start",
+                   "HUP, or a new certificate; USR2 does not change flags"),
     40002: Message("one worker more: {}", "TTIN"),
     40003: Message("one worker less: {}", "TTOU; one always stays"),
     40004: Message("graceful end: {} workers finish what they have",
@@ -792,8 +793,8 @@ MESSAGES = {
     60010: Message("no alternate of {}: {}", "the asset is served as it is"),
     60011: Message("certificate: {}", "clients complain; renew or replace it"),
     60012: Message("{} is not forked: {}", "out of memory or processes"),
-    60013: Message("new settings are refused, nothing changes:\n{}",
-                   "correct them; `check` says the same"),
+    60013: Message("what was read is refused, nothing changes:\n{}",
+                   "correct it; `check` says the same"),
     60014: Message("r-cache takes no more files: {}", "disk full?"
                    " What is not there is served from its source"),
     60015: Message("no worker starts with the new settings: back to the old",
@@ -14311,7 +14312,7 @@ class Arbiter:
         """
         self._supervisor = Supervisor(os.environ)
         self._settings = self._supervisor.settings(settings)
-        self._reread = reread
+        self._reread = lambda: self._supervisor.settings(reread())
         #: the premises to go back to if no worker starts in those of now
         self._before = None
         self._slots = []
@@ -14328,7 +14329,7 @@ class Arbiter:
             signal.SIGTERM: self._finish, signal.SIGINT: self._end_now,
             signal.SIGQUIT: self._end_now,
             signal.SIGUSR1: lambda: self._premises.console.reopen(),
-            signal.SIGHUP: self._reload,
+            signal.SIGHUP: lambda: self._renew(self._reread),
             signal.SIGUSR2: self._try_program,
             signal.SIGTTIN: self._grow, signal.SIGTTOU: self._shrink}
         if self._supervisor.replaces_us:
@@ -14464,7 +14465,7 @@ class Arbiter:
             return
         self._empty_closed()
         if self._watch.has_changed():
-            self._reload()
+            self._renew(lambda: self._settings)
         if self._upgrade and not self._upgrade.slot.children:
             self._conclude(self._upgrade)
         slots = self._all_slots()
@@ -14500,17 +14501,16 @@ class Arbiter:
             self._was_ready = True
             LOG.say(50003, workers, os.getpid())
 
-    def _reload(self):
-        """Has new workers take over what is written in files by now.
+    def _renew(self, read):
+        """Has new workers take over settings, and certificates as they are.
 
-        Where that is wrong nothing changes, and it is said what is wrong.
+        Where something is wrong nothing changes, and it is said what.
         """
         if self._is_ending:
             return
         self._supervisor.tell_reloading()
         try:
-            settings = self._supervisor.settings(self._reread())
-            premises = self._premises.renewed(settings)
+            premises = self._premises.renewed(read())
         except ShimmerCatError as error:
             LOG.say(60013, error)
             self._watch.settle()

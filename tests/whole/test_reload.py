@@ -242,6 +242,19 @@ def test_a_renewed_certificate_is_noticed(certified, site):
     assert not certified.lines("M60013")
 
 
+def test_a_renewed_certificate_needs_no_settings_that_are_right(
+        certified, site):
+    scratch = site / ".shimmercat.loves.devs"
+    (site / "devlove.yaml").write_text("{")
+    pair = make_pair(site / "renewed", DOMAIN)
+    before = shown(certified)
+    for name in PAIR:
+        shutil.copy(pair / name, scratch / name)
+    certified.await_line("M50004")
+    assert shown(certified) != before
+    assert not certified.lines("M60013")
+
+
 def test_a_broken_certificate_is_refused_once_and_the_old_one_kept(
         certified, site):
     scratch = site / ".shimmercat.loves.devs"
