@@ -527,7 +527,7 @@ def test_a_full_disk_is_survived_and_the_loss_bounded():
     console.close(0)
 
 
-def test_a_row_with_line_ends_is_the_only_kind_that_shows_them():
+def test_rows_with_line_ends_are_the_only_kind_that_shows_them():
     assert [code for code, row in MESSAGES.items() if "\n" in row.format
             ] == [60001, 60013, 60016]
     assert isinstance(MESSAGES[60001], Message)
