@@ -10,7 +10,18 @@ import subprocess
 
 from harness import Server, eventually, make_site
 
-from shimmercat import Deadline, LogRecord, LogTap, RedisLink
+from shimmercat import (
+    Deadline,
+    LogRecord,
+    LogTap,
+    RedisLink,
+    ScratchFolder,
+)
+
+
+def redis_socket(folder):
+    """Return where a site's Redis is: elsewhere if the path is long."""
+    return ScratchFolder(folder / ".shimmercat.loves.devs").redis_socket
 
 
 def test_lines_of_all_workers_come_in_their_order(server):
@@ -82,8 +93,7 @@ def test_of_a_flood_all_lines_are_written_in_order_or_counted(tmp_path):
     count = 30_000
     try:
         eventually(lambda: answers(server), 30)
-        tap = LogTap(RedisLink(
-            tmp_path / ".shimmercat.loves.devs" / "redis.sock"), count)
+        tap = LogTap(RedisLink(redis_socket(tmp_path)), count)
         tap.append_packed(b"".join(
             LogRecord("flood", 1.0, 5, 50001, (n,) + ("-",) * 9).pack()
             for n in range(count)))
@@ -179,9 +189,8 @@ def test_a_reader_that_goes_away_stops_nobody(site):
 
 
 def test_the_log_can_be_heard_by_others(server):
-    folder = server.folder / ".shimmercat.loves.devs"
     listener = subprocess.Popen(
-        ["redis-cli", "-s", str(folder / "redis.sock"),
+        ["redis-cli", "-s", str(redis_socket(server.folder)),
          "psubscribe", "sc_log_*"], stdout=subprocess.PIPE,
         stdin=subprocess.DEVNULL)
     try:

@@ -279,7 +279,9 @@ def test_all_widths_of_images_are_made_ahead(tmp_path):
         eventually(lambda: "avif_160" in stored(tmp_path, files["photo.jpg"]),
                    30)
         process.kill()
-    before = kept(tmp_path)
+    # Marks are set anew by the job that was broken off.
+    before = {path: known for path, known in kept(tmp_path).items()
+              if not re.search(r"\.(note|kin)\.", path.name)}
     done = run(tmp_path, "warm")
     assert done.returncode == 0
     assert before.items() <= kept(tmp_path).items()
