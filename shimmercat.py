@@ -14111,9 +14111,9 @@ class Watch:
         """
         if not self._due.passed():
             return False
-        begin, before = time.monotonic(), self._found
+        begin, before = time.thread_time(), self._found
         self._found = self._look()
-        spent = time.monotonic() - begin
+        spent = time.thread_time() - begin
         self._due = Deadline(max(_WATCH_SECONDS, spent / _WATCHING))
         if self._found != before or self._found == self._known:
             return False

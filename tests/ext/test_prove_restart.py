@@ -93,6 +93,7 @@ def test_answers_that_are_errors_are_failures(tmp_path):
     with Proof(tmp_path, "--restarts", "1", "--requests", "20") as proof:
         status, table, said = proof.end()
     assert status == 1
+    assert "HUP" in rows(table), said
     _, requests, failed, _ = rows(table)["HUP"]
     assert requests == failed >= 20
     assert re.search(r"HUP: \d+ x status 50[23]", said)
