@@ -4732,6 +4732,8 @@ def _tls_context(folder, minimum):
                         | ssl.OP_IGNORE_UNEXPECTED_EOF)
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     context.set_alpn_protocols(["h2", "http/1.1"])
+    # One connection is all that HTTP/2 needs, and it brings the next ticket.
+    context.num_tickets = 1
     try:
         context.load_cert_chain(folder / _CERTIFICATE_FILE, folder / _KEY_FILE)
     except OSError as error:
@@ -11980,7 +11982,9 @@ class ConnectionTable:
     """
 
     def __init__(self, tweaks: Tweaks):
-        self._tweaks, self._trusted = tweaks, tweaks.trusted_proxies
+        self._tweaks = tweaks
+        self._peer_of = functools.lru_cache(maxsize=1024)(functools.partial(
+            peer_of, networks=tweaks.trusted_proxies))
         self._most = connection_limit(
             tweaks, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         #: {connection: its peer}, and the other way round
@@ -12008,7 +12012,7 @@ class ConnectionTable:
 
     def admits(self, client: str) -> bool:
         """Whether one more of the client's may come, as in has_room."""
-        theirs = self._by_peer.get(peer_of(client, self._trusted), ())
+        theirs = self._by_peer.get(self._peer_of(client), ())
         most = self._tweaks.connections_per_peer
         if len(theirs) < most:
             return True
@@ -12053,7 +12057,7 @@ class ConnectionTable:
             self._dismiss(connection)
 
     def _attribute(self, connection, client):
-        peer = self._open[connection] = peer_of(client, self._trusted)
+        peer = self._open[connection] = self._peer_of(client)
         if peer is not None:
             self._by_peer.setdefault(peer, []).append(connection)
 
@@ -12734,7 +12738,7 @@ _RETRY = ((b"retry-after", b"2"),)
 class PlainWire:
     """Octets of a conversation as they are on a non-blocking socket."""
 
-    __slots__ = "_socket", "has_ended", "pending"
+    __slots__ = "_socket", "has_ended", "is_cut", "pending"
 
     def __init__(self, sock: socket.socket):
         self._socket = sock
@@ -12742,6 +12746,8 @@ class PlainWire:
         self.pending = b""
         #: whether nothing comes behind what was taken, which no event tells
         self.has_ended = False
+        #: whether the socket has ended without the last words of TLS
+        self.is_cut = False
 
     def take(self) -> bytes:
         """What came, nothing at the end; raises BlockingIOError, OSError."""
@@ -12807,6 +12813,7 @@ class TlsWire(PlainWire):
             return early
         sealed = super().take()
         if not sealed:
+            self.is_cut = True
             return sealed
         _SEALED.write(sealed)
         try:
@@ -12852,7 +12859,7 @@ class TlsWire(PlainWire):
             self._settle()
             raise
         if isinstance(done, bool):
-            self.pending = b""
+            self.pending, self.is_cut = b"", not done
             return done
         events, unsent, self.has_ended = done
         self.pending = memoryview(unsent) if unsent else b""
@@ -12973,7 +12980,8 @@ class Connection:
             return
         self._is_alone = False
         if events is False:
-            self._converse()
+            if not self._hear_end():
+                self._send()
             return
         if events is not True:
             talk.hear(events)
@@ -13010,16 +13018,13 @@ class Connection:
         if not self._service.may_shake_hands():
             # The loop calls again, as long as there is something to read.
             return
-        is_done = self._wire.shake_hands()
-        if not self._write():
-            self._watch(_READ | _WRITE)
-        elif is_done:
+        if self._wire.shake_hands():
             engine = make_engine(
                 self._wire.protocol(), self._service.limits,
                 self._service.settings.engine)
             self._begin(engine, self._service.site)
         else:
-            self._watch(_READ)
+            self._watch(_READ if self._write() else _READ | _WRITE)
 
     def _explain(self):
         """Tells a client that forgot the s of https."""
@@ -13036,17 +13041,26 @@ class Connection:
         self._service.connections.end_handshake(self)
         if self._service.draining:
             self.drain()
-        self._converse()
+        # The first words go out with the end of the handshake.
+        self._hear()
 
     def _converse(self):
-        """Reads what came, answers, writes what fits."""
+        """Hears the client once it has taken what it was told."""
         if self._write():
-            try:
-                if self._read():
-                    return
-            except BlockingIOError:
-                # Nothing there after all, or not enough for a TLS record.
-                pass
+            self._hear()
+        else:
+            self._settle()
+
+    def _hear(self):
+        """Reads what came, answers, writes what fits."""
+        try:
+            if self._read():
+                return
+        except BlockingIOError:
+            # Nothing there after all, or not enough for a TLS record.
+            if (not self._conversation.is_sending()
+                    and self._answer_at_once()):
+                return
         self._send()
 
     def _read(self):
@@ -13060,8 +13074,7 @@ class Connection:
                 return False
             data = self._wire.take()
             if not data:
-                self._hear_end()
-                return False
+                return self._hear_end()
             talk.receive(data)
             # What is most urgent may be the last that came.
             if not talk.is_sending():
@@ -13090,8 +13103,19 @@ class Connection:
         return True
 
     def _hear_end(self):
+        """Whether nothing is left to be done, since nobody is there.
+
+        A client of HTTP/2 with nothing in hand that goes without close_notify
+        has closed its socket: last words would be answered by a reset.
+        """
+        talk, wire = self._conversation, self._wire
+        if (wire.is_cut and talk.engine.protocol == "h2" and talk.is_idle()
+                and not wire.pending):
+            self.close()
+            return True
         self._stage = self._finish_up
-        self._conversation.hear_end()
+        talk.hear_end()
+        return False
 
     def _finish_up(self):
         """The client will say no more; what is ours to send is sent."""
@@ -13306,21 +13330,6 @@ class Connection:
         LOG.say(2, self._client)
 
 
-class _PlainConnection(Connection):
-    """A client of the redirect port: one answer, three seconds (seed)."""
-
-    __slots__ = ()
-
-    def _open(self, sock, site):
-        self._clock, self._deadline = "redirect", Deadline(_REDIRECT_SECONDS)
-        self._wire = PlainWire(sock)
-        engine = Http1Engine(_REDIRECT_LIMITS)
-        return lambda: self._begin(engine, site)
-
-    def _set_clock(self, clock, seconds):
-        """Does nothing: the time is set once for all."""
-
-
 _READ, _WRITE = 1, 2
 #: tweaks for the times in which a connection costs no more than its place
 _IDLE_CLOCKS = {"handshake": "handshake_seconds", "head": "header_seconds",
@@ -13330,15 +13339,13 @@ _WRONG_SCHEME = (b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n"
                  b"This port speaks HTTPS: begin the address with https://\n")
 _FAREWELL_SECONDS, _LINGER_SECONDS = 1, 2
 _READS_A_TURN = 64
-_REDIRECT_SECONDS = 3
-_REDIRECT_LIMITS = EngineLimits(header_bytes=16384, requests=1)
 
 
 # ---------------------------------------------------------------------------
 # 16e. Listeners: where clients are accepted
 #
 #    Offers   CannotListen, TlsListener, RedirectListener, listen
-#    Uses     1 Words, 2 Messages, 4 HTTP, 15 Site
+#    Uses     1 Words, 2 Messages, 4 HTTP, 5 Engines, 15 Site
 # ---------------------------------------------------------------------------
 
 
@@ -13357,6 +13364,7 @@ class TlsListener:
                  service: Service):
         """`sock` is non-blocking and not patched."""
         self._socket, self._context, self._service = sock, context, service
+        self._family = sock.family
         self._watcher = service.loop.io(sock.fileno(), _READ)
         self._pause, self._is_short = None, False
         if sock.family != socket.AF_UNIX:
@@ -13389,7 +13397,9 @@ class TlsListener:
         if not connections.has_room():
             return self._rest("as many connections as allowed, none is idle")
         try:
-            sock, address = self._socket.accept()
+            # accept() would make a socket of gevent's, which costs several
+            # times as much and is for greenlets that wait.
+            descriptor, address = self._socket._accept()
         except BlockingIOError:
             self._go_on()
             return False
@@ -13400,6 +13410,7 @@ class TlsListener:
             LOG.say(3, "-", error)
             return True
         self._go_on()
+        sock = _socket.socket(self._family, socket.SOCK_STREAM, 0, descriptor)
         ends = Ends()
         try:
             if address:
@@ -13434,6 +13445,21 @@ class TlsListener:
         if self._is_short:
             LOG.say(40011, self._socket.getsockname())
             self._is_short = False
+
+
+class _PlainConnection(Connection):
+    """A client of the redirect port: one answer, three seconds (seed)."""
+
+    __slots__ = ()
+
+    def _open(self, sock, site):
+        self._clock, self._deadline = "redirect", Deadline(_REDIRECT_SECONDS)
+        self._wire = PlainWire(sock)
+        engine = Http1Engine(_REDIRECT_LIMITS)
+        return lambda: self._begin(engine, site)
+
+    def _set_clock(self, clock, seconds):
+        """Does nothing: the time is set once for all."""
 
 
 class RedirectListener(TlsListener):
@@ -13507,6 +13533,8 @@ def _bound(family, place, *options):
     return door
 
 
+_REDIRECT_SECONDS = 3
+_REDIRECT_LIMITS = EngineLimits(header_bytes=16384, requests=1)
 _PAUSE_SECONDS = 0.5
 _ACCEPTS_A_TURN, _MOST_QUEUED = 32, 65536
 _TCP_NOTSENT_LOWAT = 25

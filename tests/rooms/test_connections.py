@@ -475,6 +475,35 @@ def test_an_idle_connection_of_http2_hears_goaway(quick_server):
         assert not [*browser.frames()]
 
 
+def close_one_way(browser):
+    """Ends what the client says, without close_notify."""
+    socket.socket.shutdown(browser.socket, socket.SHUT_WR)
+
+
+def test_a_client_of_http2_that_says_goodbye_is_answered(server):
+    with Browser(server) as browser:
+        browser.send(browser.head(1, "/"))
+        assert browser.body(1) == PAGE
+        # Raises where there is no close_notify from the other side.
+        browser.socket.unwrap().close()
+
+
+def test_a_client_of_http2_that_goes_without_goodbye_is_told_nothing(server):
+    with Browser(server) as browser:
+        browser.send(browser.head(1, "/"))
+        assert browser.body(1) == PAGE
+        close_one_way(browser)
+        assert socket.socket.recv(browser.socket, 1) == b""
+
+
+def test_a_client_of_http2_that_says_no_more_gets_its_answers(server):
+    with Browser(server) as browser:
+        browser.send(browser.head(1, "/medium.bin"))
+        close_one_way(browser)
+        assert browser.body(1) == MEDIUM
+        assert not [*browser.frames()]
+
+
 TOO_LARGE = [[("x-large", "y" * 3000)], [("x-many", "y")] * 30]
 
 
