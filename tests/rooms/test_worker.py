@@ -241,7 +241,8 @@ def test_a_change_is_told_once_and_when_it_has_settled(monkeypatch):
 
 def test_looks_that_take_long_are_rare(monkeypatch):
     clock, looks = [0.0], []
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    for name in ("monotonic", "thread_time"):
+        monkeypatch.setattr(time, name, lambda: clock[0])
 
     def look():
         looks.append(clock[0])
