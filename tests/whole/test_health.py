@@ -84,12 +84,9 @@ def test_devlove_mode_has_no_redis(site):
 
 def test_a_worker_more_is_told(server):
     server.process.send_signal(signal.SIGTTIN)
-    # Not over HTTP/2: httpx takes a GOAWAY for a failure.
-    eventually(lambda: server.fetch(
-        HEALTH, "http/1.1").json()["workers"] == 3)
+    eventually(lambda: server.fetch(HEALTH).json()["workers"] == 3)
     server.process.send_signal(signal.SIGTTOU)
-    eventually(lambda: server.fetch(
-        HEALTH, "http/1.1").json()["workers"] == 2)
+    eventually(lambda: server.fetch(HEALTH).json()["workers"] == 2)
 
 
 def test_a_redis_that_hangs_is_told_and_serving_goes_on(server):
