@@ -167,13 +167,15 @@ def test_the_oldest_of_too_many_generations_ends(tmp_path):
     make_site(tmp_path, {"big.bin": BIG}, {"lingering-workers": 2})
     with Server(tmp_path, "--workers", "1") as server:
         clients = []
-        for _ in range(4):
+        # One who leaves may still take the next connection, and have two.
+        while len(server.lines("M40027")) < 2 and len(clients) < 12:
             clients.append(begin_download(server))
             reload(server)
         server.await_line("M40027", 2)
         eventually(lambda: len(server.workers()) == 3)
-        lengths = [length_of_rest(client) > len(BIG) for client in clients]
-        assert lengths == [False, False, True, True]
+        are_whole = [length_of_rest(client) > len(BIG) for client in clients]
+        assert are_whole == sorted(are_whole)
+        assert are_whole.count(False) >= 2 and are_whole.count(True) >= 2
 
 
 def test_term_amid_a_reload_counts_for_old_and_new_workers(tmp_path):
