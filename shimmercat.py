@@ -4608,19 +4608,34 @@ class CertificateStore:
     def ensure(self) -> None:
         """Makes or renews the development leaf where there is no other.
 
-        A certificate that is not from a CA of ours is never touched.
-        Raises CertificateError.
+        A certificate that is not from a CA of ours is never touched, and has
+        no other put in its place while it is served.  Raises CertificateError.
         """
         file = self._folder / _CERTIFICATE_FILE
         issuer = _read_pem(file).issuer if file.exists() else None
         if (issuer is not None
                 and _AUTHORITY_NAME not in issuer.rfc4514_string()):
             return
+        if missing := self._missing():
+            raise CertificateError(f"{', '.join(missing)} is missing; what"
+                                   " was there is no development certificate")
         authority = self._find_authority()
         self.ca_file = authority.file
         if issuer != authority.certificate.subject or _pair_problems(
                 self._folder, self._domains, self.renewal_days):
             self._make_leaf(authority)
+
+    def _missing(self):
+        """Files of an operator that have gone since `before`: a development
+        leaf in their place would turn visitors away."""
+        if not self._before:
+            return []
+        folders = {self._sni_folder / name for name in self._domains}
+        if not self._before.ca_file:
+            folders.add(self._folder)
+        return [str(folder / _CERTIFICATE_FILE)
+                for folder in sorted(folders & {*self._before.used()})
+                if not (folder / _CERTIFICATE_FILE).is_file()]
 
     def problems(self) -> list[str]:
         """What is wrong with the certificates, a line each, files named."""

@@ -467,6 +467,26 @@ class TestRenewal:
                 renewed().context()
         assert shown_certificate(context, "two.example") == ["two.example"]
 
+    def test_no_development_leaf_takes_the_place_of_an_operators(
+            self, stores, scratch):
+        _, _, renewed = stores
+        (scratch.path / "cert.pem").unlink()
+        with pytest.raises(CertificateError, match="cert.pem is missing"):
+            renewed().ensure()
+        assert not (scratch.path / "cert.pem").exists()
+
+    def test_nor_that_of_an_operators_for_one_domain(
+            self, scratch, make_store):
+        write_operators_pair(
+            scratch.sni_certificates / "two.example", ["two.example"])
+        first = make_store(self.NAMES)
+        first.ensure()
+        first.context()
+        (scratch.sni_certificates / "two.example" / "cert.pem").unlink()
+        with pytest.raises(CertificateError, match="two.example/cert.pem is"):
+            make_store(self.NAMES, before=first).ensure()
+        make_store(["one.example"], before=first).ensure()
+
     def test_what_was_wrong_before_is_no_reason_against_another_change(
             self, scratch, make_store):
         write_operators_pair(scratch.path, ["one.example"], -9, -1)

@@ -294,6 +294,23 @@ def test_a_certificate_that_misses_a_domain_is_not_taken(certified, site):
     assert shown(certified) == before
 
 
+def test_a_certificate_that_is_gone_is_served_until_there_is_another(
+        certified, site):
+    scratch = site / ".shimmercat.loves.devs"
+    before = shown(certified)
+    shutil.rmtree(scratch.rename(site / "away"))
+    certified.await_line("M60013")
+    certified.signal(signal.SIGHUP)
+    certified.await_line("M60013", 2)
+    assert shown(certified) == before
+    assert not certified.lines("M30003")
+    pair = make_pair(site / "renewed", DOMAIN)
+    for name in PAIR:
+        shutil.copy(pair / name, scratch / name)
+    certified.await_line("M50004")
+    assert shown(certified) != before
+
+
 def sabotaged(folder):
     """Return a copy of the program whose workers die while a file is there."""
     text = PROGRAM.read_text()
