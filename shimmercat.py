@@ -4626,15 +4626,13 @@ class CertificateStore:
             self._make_leaf(authority)
 
     def _missing(self):
-        """Files of an operator that have gone since `before`: a development
-        leaf in their place would turn visitors away."""
-        if not self._before:
-            return []
+        """Files of an operator that have gone since `before` used them."""
+        used = self._before.used() if self._before else {}
         folders = {self._sni_folder / name for name in self._domains}
-        if not self._before.ca_file:
+        if used and not self._before.ca_file:
             folders.add(self._folder)
         return [str(folder / _CERTIFICATE_FILE)
-                for folder in sorted(folders & {*self._before.used()})
+                for folder in sorted(folders & used.keys())
                 if not (folder / _CERTIFICATE_FILE).is_file()]
 
     def problems(self) -> list[str]:
