@@ -521,9 +521,9 @@ def prove(program: Path, settings, requests: int, restarts: int) -> int:
     asks = what_to_ask(settings)
     print(f"{len(asks)} different requests, such as https://"
           f"{asks[0].authority}{asks[0].path}", file=sys.stderr)
-    # As INT does, so that nothing is left behind.
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # So that nothing is left behind; gevent prints a KeyboardInterrupt.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     names = [*itertools.islice(itertools.cycle(PLANNED), restarts), *ACCIDENTS]
     try:
         with Instance(program, settings) as instance:

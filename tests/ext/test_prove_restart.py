@@ -119,9 +119,10 @@ def test_a_proof_that_is_broken_off_leaves_nothing(tmp_path, number):
     with Proof(tmp_path, "--restarts", "1000") as proof:
         eventually(lambda: len(proof.processes()) > 4, 30)
         proof.process.send_signal(number)
-        status, table, _ = proof.end()
+        status, table, said = proof.end()
     assert status == 128 + number
     assert not table
+    assert "KeyboardInterrupt" not in said
 
 
 def test_a_wrong_configuration_is_told_as_check_tells_it(tmp_path):
