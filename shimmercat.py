@@ -748,7 +748,8 @@ MESSAGES = {
     40022: Message("worker {} leaves after {} s and is replaced",
                    "apoptosis, planned: nothing to do"),
     40023: Message("consultant {}: {}", "its client got 502, 503 or 504"),
-    40024: Message("consultant {}: {} is left out for {} s after {} failures",
+    40024: Message("consultant {}: {} is left out for {} s after {} failures"
+                   " where there is another",
                    "its other addresses are asked; it is tried again then"),
     40025: Message("consultant {}: {} answers again", "it takes part again"),
     40026: Message("connections that are left: {}, for {} s at most",
@@ -7430,11 +7431,14 @@ class _Upstream:
         return self.pause.passed() and not self.outstanding
 
     def note_failure(self, error):
+        if not self.pause.passed():
+            # Asked for want of others: it was said that it fails.
+            return
         LOG.say(error.message_code, self.name, error)
         self._failures += 1
         if self._failures >= _MOST_FAILURES:
-            seconds = min(2 ** (self._failures - _MOST_FAILURES),
-                          _LONGEST_PAUSE_SECONDS)
+            doublings = min(self._failures - _MOST_FAILURES, _MOST_DOUBLINGS)
+            seconds = min(2 ** doublings, _LONGEST_PAUSE_SECONDS)
             self.pause = Deadline(seconds)
             LOG.say(40024, self.name, self, seconds, self._failures)
 
@@ -7480,7 +7484,7 @@ def _may_ask_again(question, error):
 _IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")
 #: failures in a row after which an address is left out
 _MOST_FAILURES = 3
-_LONGEST_PAUSE_SECONDS = 60
+_LONGEST_PAUSE_SECONDS, _MOST_DOUBLINGS = 60, 6
 _MOST_RETRIES = 2
 #: time to wait for others to give back one of max-connections
 _PLACE_SECONDS = 10

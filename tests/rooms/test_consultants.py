@@ -387,6 +387,14 @@ def test_an_address_that_was_left_out_is_probed_and_taken_back(said):
     assert codes(said)[-2:] == [40024, 40025]
 
 
+def test_an_only_address_that_fails_all_the_time_is_told_of_seldom(said):
+    app = consultant(free_port())
+    for _ in range(50):
+        with pytest.raises(UpstreamFailed):
+            app.ask(question())
+    assert codes(said) == [40023] * 3 + [40024]
+
+
 def test_the_address_with_the_fewest_questions_is_asked():
     with Origin(zoo.slow(lambda _: answer(b"slow"), 0.5)) as slow, Origin(
             lambda _: answer(b"quick")) as quick:
