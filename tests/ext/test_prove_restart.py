@@ -136,6 +136,9 @@ def test_a_wrong_configuration_is_told_as_check_tells_it(tmp_path):
 def test_a_file_that_was_dropped_alone_says_what_it_lacks(tmp_path):
     make_site(tmp_path)
     shutil.copy(PROGRAM, tmp_path)
+    # So that no installed one is found.
+    (tmp_path / "shimmercat_ext").mkdir()
+    (tmp_path / "shimmercat_ext" / "__init__.py").touch()
     with Proof(tmp_path, program=tmp_path / "shimmercat.py") as proof:
         status, _, said = proof.end()
     assert status == 69
