@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 
 
@@ -34,6 +33,7 @@ class Fd3Server(http.server.ThreadingHTTPServer):
     """Serves a socket that others listen at, too."""
 
     daemon_threads = False
+    timeout = 0.02
 
     def __init__(self):
         super().__init__(("", 0), Handler, bind_and_activate=False)
@@ -41,11 +41,15 @@ class Fd3Server(http.server.ThreadingHTTPServer):
         self.socket = socket.socket(fileno=3)
         # Somebody else may have accepted what woke us.
         self.socket.setblocking(False)
+        self.is_told = False
 
     def finish(self, number, _):
-        """Say which signal came; accept no more, answer what was accepted."""
+        """Say which signal came; accept no more, answer what was accepted.
+
+        No thread is begun here: one may just be begun by who was interrupted.
+        """
         print("told", signal.Signals(number).name, flush=True)
-        threading.Thread(target=self.shutdown).start()
+        self.is_told = True
 
 
 def main():
@@ -61,7 +65,8 @@ def main():
     print("open", sorted(os.listdir("/proc/self/fd")), flush=True)
     print("user", os.getuid(), os.getgid(), os.getgroups(), flush=True)
     print("ready", flush=True)
-    server.serve_forever(poll_interval=0.02)
+    while not server.is_told:
+        server.handle_request()
     server.server_close()
 
 
