@@ -15681,7 +15681,7 @@ def _prove_restart(flags):
         getattr(flags, option.attribute, option.default)
         for option in _PROOF_OPTIONS)
     return companion.prove(
-        Path(__file__).absolute(), settings, requests, restarts)
+        Path(__file__).absolute(), settings, requests, restarts, _draw_bar)
 
 
 def _selection(flags, settings):
@@ -15723,14 +15723,20 @@ def _show_progress(work):
 
 
 def _draw_progress(work, begin):
-    """Writes a bar: in place on a terminal, else as a line."""
+    """Says how far a warm-up is."""
     share = work.done / max(1, work.total)
     left = (time.monotonic() - begin) * (1 / share - 1) if share else math.inf
+    _draw_bar(work.done, work.total, f"files, {work.saved() / MIB:.1f} MiB"
+              f" saved, {left:.0f} s left   ")
+
+
+def _draw_bar(done, total, text):
+    """Writes a bar: in place on a terminal, else as a line."""
+    share = done / max(1, total)
     bar = "#" * int(30 * share)
     mark, end = ("\r", "") if sys.stderr.isatty() and share < 1 else ("", "\n")
-    print(f"{mark}[{bar:30}] {work.done}/{work.total} files,"
-          f" {work.saved() / MIB:.1f} MiB saved, {left:.0f} s left   ",
-          end=end, file=sys.stderr, flush=True)
+    print(f"{mark}[{bar:30}] {done}/{total} {text}", end=end,
+          file=sys.stderr, flush=True)
 
 
 def _shown(value):

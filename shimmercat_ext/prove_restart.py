@@ -68,7 +68,11 @@ class Row:
 
 
 class _Connection:
-    """One connection of a visitor; ends when it must or may not be used."""
+    """One connection of a visitor; ends when it must or may not be used.
+
+    Speaks in frames: the h2 library takes nothing more after a GOAWAY, and
+    what was asked before it is still answered.
+    """
 
     def __init__(self, port, authority, streams):
         self._streams = streams
@@ -207,11 +211,9 @@ class _Request:
     def __init__(self, ask):
         self.ask = ask
         self.started, self.tries = time.monotonic(), 0
-        self.begin()
-        self.tries = 0
 
     def begin(self):
-        """Forgets what came of an earlier try."""
+        """Begins one more try, of which nothing has come yet."""
         self.tries += 1
         self.status, self.expected, self.length = 0, -1, 0
 
@@ -512,11 +514,12 @@ def _files(root):
         (path for path in paths if "/." not in path), _MOST_PATHS)
 
 
-def prove(program: Path, settings, requests: int, restarts: int) -> int:
+def prove(program: Path, settings, requests: int, restarts: int,
+          draw: typing.Callable[[int, int, str], None]) -> int:
     """Proves and prints; 1 where a planned restart has cost a request.
 
     `restarts` planned ones, and `requests` during them, at the least; then
-    accidents.
+    accidents.  `draw` shows how many of all are done, and a text.
     """
     asks = what_to_ask(settings)
     print(f"{len(asks)} different requests, such as https://"
@@ -531,23 +534,16 @@ def prove(program: Path, settings, requests: int, restarts: int) -> int:
             proof = Proof(instance, crowd, -(-requests // restarts))
             crowd.start()
             for count, name in enumerate(names):
-                _draw(count, len(names), name, crowd.total)
+                draw(count, len(names),
+                     f"restarts, {crowd.total} requests, {name:20}")
                 proof.run(name)
             crowd.stop()
-            _draw(len(names), len(names), "done", crowd.total)
+            draw(len(names), len(names),
+                 f"restarts, {crowd.total} requests, {'done':20}")
     except ProofBroken as error:
         print(f"\nnot proved: {error}", file=sys.stderr)
         return 1
     return _report(proof.rows)
-
-
-def _draw(count, total, name, requests):
-    """Says how far the proof is: in place on a terminal, else as a line."""
-    bar = "#" * (30 * count // total)
-    mark, end = ("\r", "") if sys.stderr.isatty() and count < total else (
-        "", "\n")
-    print(f"{mark}[{bar:30}] {count}/{total} restarts, {requests} requests,"
-          f" {name:20}", end=end, file=sys.stderr, flush=True)
 
 
 def _report(rows):

@@ -257,15 +257,16 @@ class Server:
         A worker that leaves says GOAWAY, which is no error to browsers, but
         is one to httpx: then the request is made once more.
         """
-        options["extensions"] = {"sni_hostname": domain}
-        try:
+        def once():
             with self.client(protocol, domain) as client:
-                return client.get(path, **options)
+                return client.get(
+                    path, extensions={"sni_hostname": domain}, **options)
+        try:
+            return once()
         except httpx.RemoteProtocolError as error:
             if "ConnectionTerminated error_code:0" not in str(error):
                 raise
-        with self.client(protocol, domain) as client:
-            return client.get(path, **options)
+        return once()
 
     def connect(self, protocol="http/1.1", domain=DOMAIN):
         """Return a raw TLS socket; the caller closes it."""

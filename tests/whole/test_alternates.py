@@ -1,7 +1,6 @@
 """The smaller forms of files: made beside serving, chosen by each client."""
 
 import concurrent.futures
-import functools
 import hashlib
 import io
 import os
@@ -17,6 +16,7 @@ import time
 import numpy as np
 import pytest
 from harness import DOMAIN, PROGRAM, Server, eventually, make_site
+from images import gradient, photograph, saved
 from PIL import Image, ImageCms
 
 #: what Chromium sends for an image
@@ -35,29 +35,8 @@ SCRIPTED = (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9">'
             + b'<rect width="3" height="3" fill="#123456"/>' * 20 + b"</svg>")
 
 
-def saved(image, form, **options):
-    stream = io.BytesIO()
-    image.save(stream, form, **options)
-    return stream.getvalue()
-
-
 def opened(body):
     return Image.open(io.BytesIO(body))
-
-
-def gradient(seed, size=(96, 64)):
-    """A picture of colours that change slowly under noise."""
-    width, height = size
-    y, x = np.mgrid[:height, :width]
-    slopes = np.stack([255 * x / width, 255 * y / height,
-                       255 * (x + y) / (width + height)], -1)
-    grain = np.random.default_rng(seed).normal(0, 12, (height, width, 1))
-    return Image.fromarray(np.clip(slopes + grain, 0, 255).astype(np.uint8))
-
-
-@functools.cache
-def photograph(seed, size=(96, 64)):
-    return saved(gradient(seed, size), "JPEG", quality=92)
 
 
 def album(count, **options):

@@ -6,6 +6,7 @@ import re
 
 import pytest
 from harness import DEMO, DOMAIN, Server, eventually, make_site
+from images import animation
 from PIL import Image
 
 PHOTO = (DEMO / "www/photos/small/petals.jpg").read_bytes()
@@ -116,13 +117,3 @@ def smaller(server, target):
     answer = server.fetch(target, headers=ACCEPT)
     return re.search(r'-(avif|webp)-\d+"', answer.headers["etag"]) and (
         Image.open(io.BytesIO(answer.content)))
-
-
-def animation():
-    """A GIF of colours that take each other's places."""
-    stream, frames = io.BytesIO(), [
-        Image.linear_gradient("L").rotate(30 * n).resize((48, 48))
-        for n in range(6)]
-    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:],
-                   loop=0, duration=100)
-    return stream.getvalue()

@@ -2,7 +2,6 @@
 
 import base64
 import collections
-import functools
 import hashlib
 import io
 import os
@@ -16,6 +15,7 @@ import sys
 import numpy as np
 import pytest
 from harness import DOMAIN, PROGRAM, Server, eventually, make_site
+from images import animation, photograph
 from PIL import Image
 
 CHROMIUM = {"accept": "image/avif,image/webp,image/apng,*/*;q=0.8",
@@ -24,19 +24,6 @@ CODINGS = {"br", "zstd", "gzip"}
 FORMS = {".jpg": {"jpeg", "webp", "avif"}}
 TEXT = b"".join(b"p.class-%d { margin: %dpx; }\n" % (n, n * n % 97)
                 for n in range(500))
-
-
-@functools.cache
-def photograph(seed, size=(96, 64)):
-    """A JPEG of colours that change slowly under noise."""
-    width, height = size
-    y, x = np.mgrid[:height, :width]
-    slopes = np.stack([255 * x / width, 255 * y / height,
-                       255 * (x + y) / (width + height)], -1)
-    grain = np.random.default_rng(seed).normal(0, 12, (height, width, 1))
-    pixels, stream = np.clip(slopes + grain, 0, 255), io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(stream, "JPEG", quality=92)
-    return stream.getvalue()
 
 
 def album(count, **options):
@@ -305,16 +292,6 @@ def test_all_widths_of_images_are_made_ahead(tmp_path):
             ("/photo.jpg?sc-width=399", everything): (modern, 400),
             ("/photo.jpg?sc-width=2560", "*/*"): ("jpeg", 400),
             ("/moving.gif?sc-width=16", everything): (modern, 48)})
-
-
-def animation():
-    """A GIF of colours that take each other's places."""
-    stream, frames = io.BytesIO(), [
-        Image.linear_gradient("L").rotate(30 * n).resize((48, 48))
-        for n in range(6)]
-    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:],
-                   loop=0, duration=100)
-    return stream.getvalue()
 
 
 VIEWS = {
