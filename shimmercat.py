@@ -287,6 +287,7 @@ import redis.retry
 import urllib3
 import yaml
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -538,7 +539,7 @@ class YamlEntry(typing.NamedTuple):
             if name not in fields:
                 self.blame(f"the key {name} is missing")
         for name in fields.keys() - readers.keys():
-            known = nearest(name, readers)
+            known = nearest(name, readers, len(readers) > _MOST_LISTED)
             fields[name].blame(
                 f"unknown key, nearest known: {known}" if known
                 else f"unknown key, expected {', '.join(readers)}")
@@ -611,12 +612,18 @@ def exit_text(status: int) -> str:
     return f"with status {os.WEXITSTATUS(status)}"
 
 
-def nearest(word: str, known: typing.Iterable[str]) -> str | None:
+def nearest(word: str, known: typing.Iterable[str],
+            however_far: bool = False) -> str | None:
     """The known word that `word` most likely misspells, or None."""
     folded = {name.lower().replace("_", "-"): name for name in known}
     found = difflib.get_close_matches(
-        word[:80].lower().replace("_", "-"), folded, n=1)
+        word[:80].lower().replace("_", "-"), folded, 1,
+        0 if however_far else _LEAST_LIKENESS)
     return folded[found[0]] if found else None
+
+
+#: of a misspelt word to the right one (difflib); keys that a message may list
+_LEAST_LIKENESS, _MOST_LISTED = 0.6, 20
 
 
 class Crew:
@@ -4569,6 +4576,7 @@ _KEY_FILE = "privkey.unencrypted-pkcs8.pem"
 _CURVE = ec.SECP256R1()
 #: every development CA is called so, with six letters behind
 _AUTHORITY_NAME = "shimmercat Testing Cert. Authority"
+_PEM_BEGIN = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,80})-----")
 _TLS_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 
@@ -4871,16 +4879,40 @@ def _pair_problems(folder, names, days_left=0):
 
 
 def _read_key(path):
-    return _read_pem(path, serialization.load_pem_private_key, None)
+    return _read_pem(path, "an unencrypted PRIVATE KEY", functools.partial(
+        serialization.load_pem_private_key, password=None))
 
 
-def _read_pem(path, parse=x509.load_pem_x509_certificate, *options):
-    """What the file holds, by default the first certificate, the leaf."""
+def _read_pem(path, wanted="a CERTIFICATE",
+              parse=lambda text: x509.load_pem_x509_certificates(text)[0]):
+    """What the file holds, by default its leaf, if all of a chain is right."""
+    text = b""
     try:
-        return parse(path.read_bytes(), *options)
-    except (OSError, ValueError, TypeError) as error:
-        raise CertificateError(f"{path} is not such a PEM file as its name"
-                               f" says: {error}") from error
+        text = path.read_bytes()
+        return parse(text)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise CertificateError(
+            f"{path} {_pem_flaw(text, wanted, error)}, expected"
+            f" a PEM file with {wanted}") from error
+
+
+def _pem_flaw(text, wanted, error):
+    """Why a file is no certificate or key: the end of a sentence about it."""
+    labels = [label.decode() for label in _PEM_BEGIN.findall(text)]
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror}"
+    if not text:
+        return "is empty"
+    if not labels:
+        return "has no line -----BEGIN ...-----"
+    kind = wanted.lstrip(string.ascii_lowercase + " ")
+    if not any(label.endswith(kind) for label in labels):
+        return f"has {labels[0]} only"
+    if isinstance(error, TypeError):
+        return "is encrypted"
+    if text.count(b"-----END ") < len(labels):
+        return "breaks off before -----END ...-----"
+    return "is damaged between BEGIN and END"
 
 
 def _pem(what, form=serialization.PrivateFormat.PKCS8):

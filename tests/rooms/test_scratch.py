@@ -460,7 +460,7 @@ class TestRenewal:
                  "has expired"),
                 (lambda path: write_operators_pair(path, ["x.example"]),
                  "misses the domain"),
-                (lambda path: (path / KEY).write_text("half"), "PEM"),
+                (lambda path: (path / KEY).write_text("half"), "no line"),
                 (lambda path: (path / KEY).unlink(), "No such file")):
             spoil(scratch.path / folder)
             with pytest.raises(CertificateError, match=words):
@@ -536,6 +536,44 @@ class TestProblems:
             assert f"{scratch.path}/{name}" in problem
             with pytest.raises(CertificateError, match=name):
                 store.context()
+
+    @pytest.mark.parametrize("spoil, words", [
+        (lambda pem, _: b"", "is empty"),
+        (lambda pem, _: ssl.PEM_cert_to_DER_cert(pem.decode()),
+         "has no line -----BEGIN ...-----"),
+        (lambda _, key: key, "has PRIVATE KEY only"),
+        (lambda pem, _: pem[:-30], "breaks off before -----END ...-----"),
+        (lambda pem, _: pem.replace(b"M", b"%", 1),
+         "is damaged between BEGIN and END"),
+        # the second of a chain
+        (lambda pem, _: pem + pem.replace(b"M", b"%", 1),
+         "is damaged between BEGIN and END")])
+    def test_what_is_wrong_in_a_certificate_is_told(
+            self, make_store, scratch, spoil, words):
+        write_operators_pair(scratch.path, NAMES[:2])
+        file = scratch.path / "cert.pem"
+        file.write_bytes(spoil(
+            file.read_bytes(), (scratch.path / KEY).read_bytes()))
+        assert make_store(NAMES[:2]).problems() == [
+            f"{file} {words}, expected a PEM file with a CERTIFICATE"]
+
+    @pytest.mark.parametrize("password, form, words", [
+        (b"secret", serialization.PrivateFormat.PKCS8, "is encrypted"),
+        (b"secret", serialization.PrivateFormat.TraditionalOpenSSL,
+         "is encrypted"),
+        (b"", None, "has PUBLIC KEY only")])
+    def test_what_is_wrong_in_a_key_is_told(
+            self, make_store, scratch, password, form, words):
+        write_operators_pair(scratch.path, NAMES[:2])
+        file, pem = scratch.path / KEY, serialization.Encoding.PEM
+        key = serialization.load_pem_private_key(file.read_bytes(), None)
+        file.write_bytes(key.private_bytes(
+            pem, form, serialization.BestAvailableEncryption(password))
+            if password else key.public_key().public_bytes(
+                pem, serialization.PublicFormat.SubjectPublicKeyInfo))
+        assert make_store(NAMES[:2]).problems() == [
+            f"{file} {words}, expected a PEM file with an unencrypted"
+            " PRIVATE KEY"]
 
     def test_a_folder_for_a_name_that_is_not_served_is_named(
             self, make_store, scratch):
