@@ -4450,7 +4450,7 @@ class ScratchFolder:
             self.redis_socket, self.press_socket = (
                 self._of_process(place, os.getpid())
                 for place in (self.redis_socket, self.press_socket))
-        try:
+        with self._named():
             self._make_folders()
             if lock is not None:
                 self._sign(lock)
@@ -4462,19 +4462,22 @@ class ScratchFolder:
                         f" {holder}; stop that one or name another folder")
             if tweaks and not (self.path / "tweaks.yaml").exists():
                 write_atomically(self.path / "tweaks.yaml", tweaks.encode())
-        except OSError as error:
-            raise ScratchError(
-                f"scratch folder {self.path}: {error}") from error
 
     def restore(self) -> None:
         """Makes it once more after somebody has removed it.
 
         Raises ScratchError.
         """
-        try:
+        with self._named():
             self._make_folders()
             self.release()
             self.claim()
+
+    @contextlib.contextmanager
+    def _named(self):
+        """Has an OSError inside end as ScratchError, with the folder."""
+        try:
+            yield
         except OSError as error:
             raise ScratchError(
                 f"scratch folder {self.path}: {error}") from error
@@ -5435,10 +5438,10 @@ def _job_text(job):
 class LocalJobQueue:
     """Does jobs in this process, one by one."""
 
-    def __init__(self, work: typing.Callable[[dict], object],
+    def __init__(self, work: typing.Callable[[dict], object] | None = None,
                  limit: int = 1000):
-        """Calls `work` with each job; lets at most `limit` wait."""
-        self._work, self._limit = work, limit
+        """Calls `work` with each job; at most `limit` wait, none without."""
+        self._work, self._limit = work, limit if work else 0
         self._jobs = {}
         self._greenlet = None
 
@@ -8602,8 +8605,9 @@ class HttpFetchBackend:
                 _UnixConnection, address.path)
 
     def get(self, target: str, fields: tuple = ()) -> Fetched:
-        """What the origin has at a path; raises OriginFailed.
+        """What the origin has at a path.
 
+        Raises OriginFailed, OutOfDescriptors.
         `fields` are (name, value) bytes.  Waits `static-seconds` for the
         answer to begin, and as long for each piece of its body.
         """
@@ -8643,6 +8647,8 @@ class HttpFetchBackend:
                     assert_same_host=False, preload_content=False,
                     decode_content=False)
             except urllib3.exceptions.HTTPError as error:
+                if getattr(error.__cause__, "errno", 0) in OUT_OF_RESOURCES:
+                    raise OutOfDescriptors(str(error)) from error
                 # The origin may close a kept connection as we use it.
                 is_cut = isinstance(error, urllib3.exceptions.ProtocolError)
                 if is_last or not is_cut:
@@ -8702,12 +8708,14 @@ class _UnixConnection(urllib3.connection.HTTPConnection):
         self._path = path
 
     def _new_conn(self):
-        wire = socket.socket(socket.AF_UNIX)
+        wire = None
         try:
+            wire = socket.socket(socket.AF_UNIX)
             wire.settimeout(self.timeout)
             wire.connect(self._path)
         except OSError as error:
-            wire.close()
+            if wire:
+                wire.close()
             raise urllib3.exceptions.NewConnectionError(
                 self, str(error)) from error
         return wire
@@ -8875,8 +8883,11 @@ class _Errand:
             self.seen.set()
 
     def followed(self, origin):
-        """What is under way, for a reader; raises FileNotFoundError."""
-        file = io.FileIO(self.path)
+        """What is under way, for a reader.
+
+        Raises FileNotFoundError, OutOfDescriptors.
+        """
+        file = io.FileIO(open_to_read(self.path))
         return Found(origin, None, tuple(self.fields), Stream(
             self._follow(file), file.close))
 
@@ -9259,6 +9270,8 @@ class Larder:
         live, errand.live = errand.live, None
         if live:
             return self._spool.passing(live)
+        if isinstance(errand.error, OutOfDescriptors):
+            raise errand.error
         if errand.error:
             raise _missing(str(errand.error), _is_gone(errand.error))
         return self._pass(wanted)
@@ -9267,6 +9280,8 @@ class Larder:
         """An answer for one client alone."""
         try:
             reply = wanted.pull(())
+        except OutOfDescriptors:
+            raise
         except ShimmerCatError as error:
             raise AssetMissing(str(error)) from error
         if reply.status != 200:
@@ -9352,6 +9367,9 @@ class Larder:
         except StoreFull:
             # That says nothing of the asset: who waits has it passed on.
             pass
+        except OutOfDescriptors:
+            # Nor does this, and it is no fault of the origin's.
+            raise
         except ShimmerCatError as error:
             key, seconds = wanted.key, self._tweaks.missing_seconds
             self._absences.say(f"{key.root}{key.path}", str(error))
@@ -11697,8 +11715,7 @@ class WarmUp:
         self._jobs = JobQueue(link, lease_seconds=lease_seconds(tweaks))
         self._news = Announcements(link)
         #: orders go nowhere: we do them ourselves
-        self._repository = Repository(tweaks, self._store, LocalJobQueue(
-            lambda job: None, 0))
+        self._repository = Repository(tweaks, self._store, LocalJobQueue())
         #: versions of texts that clients may hold
         self._families = self._store.families()
         self.tallies = collections.defaultdict(Tally)
@@ -15603,8 +15620,7 @@ def _explain(flags):
     store = StoreReader(ScratchFolder(settings.scratch_dir).cache)
     site = Site(
         settings,
-        Repository(settings.tweaks, store,
-                   LocalJobQueue(lambda job: None, 0), quick_form),
+        Repository(settings.tweaks, store, LocalJobQueue(), quick_form),
         Larder(settings.tweaks, store, LocalNotes(), asks=False), asks=False)
     response = site.answer(request)
     print("\n".join(request.trail))

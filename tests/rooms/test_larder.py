@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import hashlib
+import os
 import random
+import resource
 import shutil
 import time
 from pathlib import Path
@@ -22,6 +24,7 @@ from shimmercat import (
     LocalNotes,
     NetworkAddress,
     OriginFailed,
+    OutOfDescriptors,
     RemoteRoot,
     Repository,
     ShimmerCatError,
@@ -454,6 +457,40 @@ def test_an_origin_may_listen_on_a_unix_socket(house, tmp_path):
         assert origin.accepted == 1
     with pytest.raises(OriginFailed):
         backend.get("/u.css")
+
+
+@contextlib.contextmanager
+def no_descriptors():
+    """Let this process open nothing more, after the event loop."""
+    gevent.sleep(0)
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    first = os.dup(0)
+    os.close(first)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
+
+
+@pytest.mark.parametrize("consultant", [False, True])
+def test_a_want_of_descriptors_is_not_held_against_the_origin(
+        house, said, consultant):
+    here = house(consultant=consultant)
+    with no_descriptors():
+        response = here.get("/a.css")
+    assert response.status == 503
+    assert response.fields[b"retry-after"]
+    assert [line.code for line in said] == [40049]
+    assert here.get("/a.css").body == CSS
+
+
+def test_nor_is_one_against_an_origin_on_a_unix_socket(tmp_path):
+    backend = HttpFetchBackend(RemoteRoot(
+        http_port=NetworkAddress("unix", path=str(tmp_path / "x"))),
+        DOMAIN, shimmercat.Tweaks())
+    with no_descriptors(), pytest.raises(OutOfDescriptors):
+        backend.get("/a.css")
 
 
 def test_connections_are_used_again_and_one_that_was_closed_is_renewed(house):
