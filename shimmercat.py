@@ -4201,12 +4201,12 @@ class PageTemplate:
 
         Gives way to others while it works, and has an end to time and size.
         """
-        pace, page = _Pace(), bytearray()
+        steps, page = _Steps(), bytearray()
         try:
-            for piece in self._template.generate({**values, _PACE: pace}):
+            for piece in self._template.generate({**values, _STEPS: steps}):
                 page += piece.encode("utf-8", "replace")
                 _borne(page)
-                pace.step()
+                steps.take()
         except _TEMPLATE_FAULTS as error:
             lines = [str(frame.lineno) for frame in traceback.extract_tb(
                 error.__traceback__) if frame.filename == self._path]
@@ -4216,49 +4216,37 @@ class PageTemplate:
         return bytes(page)
 
 
-class _Pace:
-    """Counts the steps of a template at work; others get their turn."""
+class _Steps:
+    """Counts what a template at work does; others get their turn."""
 
-    __slots__ = "_deadline", "_steps"
+    __slots__ = "_count", "_deadline"
 
     def __init__(self):
-        self._deadline, self._steps = Deadline(_RENDER_SECONDS), 0
+        self._count, self._deadline = 0, Deadline(_RENDER_SECONDS)
 
-    def step(self):
-        self._steps += 1
-        if self._steps % _STEPS_AT_ONCE == 0:
+    def take(self):
+        """One more; raises OverflowError when it takes too long."""
+        self._count += 1
+        if self._count % _STEPS_AT_ONCE == 0:
             gevent.sleep(0)
             if self._deadline.passed():
                 raise OverflowError(f"takes more than {_RENDER_SECONDS} s")
 
 
-class _PacedItems:
-    """What a loop goes through, a step each."""
+class _Bounding(jinja2.visitor.NodeTransformer):
+    """Puts filters where Jinja2 has no hook: into the parsed template."""
 
-    __slots__ = "_items", "_pace"
-
-    def __init__(self, pace, items):
-        self._pace, self._items = pace, items
-
-    def __iter__(self):
-        for item in self._items:
-            self._pace.step()
-            yield item
-
-    def __len__(self):
-        return len(self._items)
-
-
-class _Pacing(jinja2.visitor.NodeTransformer):
-    """Puts limits where Jinja2 has no hook: into the parsed template."""
+    def _filtered(self, node, name):
+        return jinja2.nodes.Filter(
+            node, name, [], [], None, None, lineno=node.lineno)
 
     def visit_For(self, node):
         self.generic_visit(node)
-        node.iter = _filtered(node.iter, "paced")
+        node.iter = self._filtered(node.iter, "in steps")
         return node
 
     def visit_Concat(self, node):
-        return _filtered(self.generic_visit(node), "borne")
+        return self._filtered(self.generic_visit(node), "borne")
 
 
 class _TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -4267,7 +4255,7 @@ class _TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def _generate(self, source, *words, **named):
-        source = _Pacing().visit(source).set_environment(self)
+        source = _Bounding().visit(source).set_environment(self)
         return super()._generate(source, *words, **named)
 
     def getattr(self, obj, attribute):
@@ -4278,40 +4266,31 @@ class _TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call(self, context, obj, /, *words, **named):
         """What a function returns, or a method of a text without bombs."""
-        context[_PACE].step()
+        context[_STEPS].take()
         # The sandbox wraps the methods that format.
         method = getattr(obj, "__wrapped__", obj)
         text = getattr(method, "__self__", None)
         if isinstance(text, str):
             is_format = method.__name__.startswith("format")
-            values = *words, *named.values()
-            _bear_format(text, values) if is_format else _bear_widths(values)
+            _bear_widths(text if is_format else (*words, *named.values()))
         return _borne(super().call(context, obj, *words, **named))
 
     def call_binop(self, context, operator, left, right):
         """What an operator makes, unless it would be too much."""
-        context[_PACE].step()
+        context[_STEPS].take()
         if operator == "%" and isinstance(left, str):
-            _bear_format(left, right if isinstance(right, tuple) else ())
-        elif _extent(operator, left, right) > _PAGE_BYTES:
-            raise OverflowError(_TOO_MUCH)
+            _bear_widths(left)
+        else:
+            _bear(_extent(operator, left, right))
         return super().call_binop(context, operator, left, right)
-
-
-def _filtered(node, name):
-    """A node whose value goes through a filter."""
-    return jinja2.nodes.Filter(
-        node, name, [], [], None, None, lineno=node.lineno)
 
 
 def _extent(operator, left, right):
     """Elements of what an operator makes; a number weighs by its bits."""
-    are_whole = isinstance(left, int), isinstance(right, int)
-    if operator == "**":
-        return _weight(left) * max(right, 0) if all(are_whole) else 0
-    if operator == "*" and any(are_whole) and not all(are_whole):
-        count, other = (left, right) if are_whole[0] else (right, left)
-        return _weight(other) * max(count, 0)
+    for what, count in ((left, right), (right, left)):
+        if isinstance(count, int) and (operator == "**" or (
+                operator == "*" and not isinstance(what, int))):
+            return _weight(what) * max(count, 0)
     return _weight(left) + _weight(right)
 
 
@@ -4321,65 +4300,72 @@ def _weight(value):
     return len(value) if isinstance(value, collections.abc.Sized) else 0
 
 
+def _bear(size):
+    """Raises OverflowError for more than a page may have."""
+    if size > _PAGE_BYTES:
+        raise OverflowError(f"more than {size_text(_PAGE_BYTES)}")
+
+
 def _borne(value):
     """A value, unless it is longer than a page may be."""
-    if (isinstance(value, (str, bytearray, list, tuple))
-            and len(value) > _PAGE_BYTES):
-        raise OverflowError(_TOO_MUCH)
+    _bear(_weight(value))
     return value
 
 
-def _bear_widths(values):
-    """Raises OverflowError if there are numbers too large for widths."""
-    if any(isinstance(value, int) and value > _PAGE_BYTES for value in values):
-        raise OverflowError(_TOO_MUCH)
+def _bear_widths(asked):
+    """Raises OverflowError for too large numbers, among values or in a format.
+
+    What is formatted may be any number, but no width.
+    """
+    if isinstance(asked, str):
+        if _OPEN_WIDTH.search(asked):
+            raise OverflowError("a width that is none of the format's own")
+        asked = map(int, _DIGITS.findall(asked))
+    _bear(max((x for x in asked if isinstance(x, int)), default=0))
 
 
-def _bear_format(form, values):
-    """The same for the widths in a format and those that it takes."""
-    _bear_widths(map(int, _DIGITS.findall(form)))
-    if _OPEN_WIDTH.search(form):
-        _bear_widths(values)
+def _bounded(name):
+    """A filter of Jinja2 whose arguments and results are not too large."""
+    work = jinja2.filters.FILTERS[name]
+    first = 1 if hasattr(work, "jinja_pass_arg") else 0
 
-
-def _narrow(work):
-    """A filter whose arguments and results are not too large."""
     @functools.wraps(work)
-    def narrowed(*words, **named):
-        own = words[2 if hasattr(work, "jinja_pass_arg") else 1:]
-        values = *own, *named.values()
-        is_format = work is jinja2.filters.FILTERS["format"]
-        _bear_format(str(words[0]), values) if is_format else _bear_widths(
-            values)
+    def bounded(*words, **named):
+        _bear_widths(str(words[first]) if name == "format" else (
+            *words[first + 1:], *named.values()))
         return _borne(work(*words, **named))
-    return narrowed
+    return bounded
+
+
+@jinja2.pass_context
+def _in_steps(context, items):
+    """What a loop goes through, a step each."""
+    for item in items:
+        context[_STEPS].take()
+        yield item
 
 
 _PAGE_BYTES, _RENDER_SECONDS, _STEPS_AT_ONCE = 8 * MIB, 5, 200
-_TOO_MUCH = f"more than {size_text(_PAGE_BYTES)}"
 #: so that a number has no more digits than Python prints
 _BIT_WEIGHT = 512
 _DIGITS = re.compile(r"[0-9]+")
 #: `%*d` and `{:{}}` have their width from a value
 _OPEN_WIDTH = re.compile(r"%[^%a-zA-Z]*\*|\{[^}]*\{")
-#: name of the pace among a template's values; none that it could use
-_PACE = " pace"
+#: name of the steps among a template's values; none that it could use
+_STEPS = " steps"
 #: a missing value is an error: a page with holes tells nobody
 _TEMPLATES = _TemplateEnvironment(
     autoescape=True, undefined=jinja2.StrictUndefined,
     keep_trailing_newline=True)
 # Many words of nonsense, as many as asked for.
 del _TEMPLATES.globals["lipsum"]
-_TEMPLATES.filters |= {
-    name: _narrow(_TEMPLATES.filters[name]) for name in (
-        "batch", "center", "format", "indent", "join", "replace", "slice",
-        "tojson", "wordwrap")} | {
-    "borne": _borne, "paced": jinja2.pass_context(
-        lambda context, items: _PacedItems(context[_PACE], items))}
+_TEMPLATES.filters |= {name: _bounded(name) for name in (
+    "batch", "center", "format", "indent", "join", "replace", "round", "slice",
+    "tojson", "wordwrap")} | {"borne": _borne, "in steps": _in_steps}
 #: what a template's own operations raise
 _TEMPLATE_FAULTS = (
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError,
-    RecursionError, TypeError, ValueError)
+    MemoryError, RecursionError, TypeError, ValueError)
 
 
 # ---------------------------------------------------------------------------
@@ -8912,6 +8898,17 @@ def _missing(reason, is_gone):
     return error
 
 
+def _is_gone(error):
+    return isinstance(error, AssetMissing) and error.is_gone
+
+
+def _absence(error):
+    """What a visitor gets to know of a fetch that failed."""
+    if isinstance(error, OutOfDescriptors):
+        return error
+    return _missing(str(error), _is_gone(error))
+
+
 def _validators(kept):
     """What makes a request conditional (RFC 9110 section 13.1)."""
     fields = []
@@ -9270,20 +9267,16 @@ class Larder:
         live, errand.live = errand.live, None
         if live:
             return self._spool.passing(live)
-        if isinstance(errand.error, OutOfDescriptors):
-            raise errand.error
         if errand.error:
-            raise _missing(str(errand.error), _is_gone(errand.error))
+            raise _absence(errand.error)
         return self._pass(wanted)
 
     def _pass(self, wanted):
         """An answer for one client alone."""
         try:
             reply = wanted.pull(())
-        except OutOfDescriptors:
-            raise
         except ShimmerCatError as error:
-            raise AssetMissing(str(error)) from error
+            raise _absence(error) from error.__cause__
         if reply.status != 200:
             reply.close()
             raise AssetMissing(f"the origin answered {reply.status}")
@@ -9504,10 +9497,6 @@ class Larder:
 def _note(key, kept):
     """What the store is to remember; a purge chooses by root and path."""
     return {**kept.note(), "root": key.root, "path": key.path}
-
-
-def _is_gone(error):
-    return isinstance(error, AssetMissing) and error.is_gone
 
 
 def _put(table, place, what):
