@@ -1,11 +1,12 @@
 """What `shimmercat.py prove-restart` does: restarts under load, counted.
 
 A second instance is started with the operator's configuration, on a spare
-port and with a scratch folder of its own.  Visitors ask it for the site's
-files without a pause while it is restarted in every way; each request must be
-answered whole.  Whoever is asked to leave a connection (GOAWAY, a refused
-stream: RFC 9113 sections 6.8 and 8.7) asks once more on another one, as
-browsers do, and the time of both counts.
+port and with a scratch folder of its own.  What visitors will ask for is
+asked for once, and what fails by itself is told and left out.  Then they ask
+for the rest without a pause while the instance is restarted in every way; each
+request must be answered whole.  Whoever is asked to leave a connection
+(GOAWAY, a refused stream: RFC 9113 sections 6.8 and 8.7) asks once more on
+another one, as browsers do, and the time of both counts.
 """
 
 import collections
@@ -27,6 +28,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import gevent
+import gevent.pool
 import hpack
 import hyperframe.exceptions
 import hyperframe.frame as frames
@@ -43,6 +45,10 @@ _MOST_ENTRIES = 10_000  #: of a folder that are looked at for them
 _STEP_SECONDS = 60  #: until a restart must be over
 _START_SECONDS = 60
 _NO_ERROR, _REFUSED_STREAM = 0, 7
+_MOST_TOLD = 10  #: lines about what is left out
+#: what the log says of requests that fail: of applications, origins, views
+_CAUSES = frozenset(("M40023", "M40041", "M60001", "M60025", "M60026"))
+_CAUSE_SECONDS = 2  #: that a line may take from a worker to the log
 
 #: s; lives of workers, short enough for apoptosis to be seen
 _LIVES = "2-8"
@@ -210,7 +216,7 @@ class _Request:
 
     def __init__(self, ask):
         self.ask = ask
-        self.started, self.tries = time.monotonic(), 0
+        self.started, self.tries, self.status = time.monotonic(), 0, 0
 
     def begin(self):
         """Begins one more try, of which nothing has come yet."""
@@ -239,8 +245,11 @@ class Crowd:
 
     def start(self) -> None:
         """Sends the visitors on their way."""
-        self._greenlets = [
-            gevent.spawn(self._visit, number) for number in range(_VISITORS)]
+        for number, authority in zip(range(_VISITORS), itertools.cycle(
+                _by_authority(self._asks).items()), strict=False):
+            self._greenlets.append(gevent.spawn(
+                _visit, self._port, authority[0],
+                self._fresh(authority[1], number), self._end))
 
     def stop(self) -> None:
         """Has them finish what they have begun; raises what they raised."""
@@ -248,46 +257,12 @@ class Crowd:
         gevent.joinall(self._greenlets, _ANSWER_SECONDS, raise_error=True)
         gevent.killall(self._greenlets)
 
-    def _visit(self, number):
-        """One visitor: connections, one after the other; a greenlet's body."""
-        domains = sorted({ask.authority for ask in self._asks})
-        authority = domains[number % len(domains)]
-        asks = [ask for ask in self._asks if ask.authority == authority]
-        again, count = collections.deque(), number
-        while again or not self._stopped:
-            if not again:
-                again.append(_Request(asks[count % len(asks)]))
-            try:
-                connection = _Connection(self._port, authority, _STREAMS)
-            except OSError as error:
-                self._end(again.popleft(), f"not connected: {error}")
-                gevent.sleep(0.01)
-                continue
-            with contextlib.closing(connection):
-                count = self._use(connection, asks, again, count)
-
-    def _use(self, connection, asks, again, count):
-        """Asks over a connection until it ends; how often there was asked."""
-        try:
-            while True:
-                while connection.has_place() and (
-                        again or not self._stopped):
-                    count += not again
-                    connection.ask(again.popleft() if again else _Request(
-                        asks[count % len(asks)]))
-                if not connection.open:
-                    return count
-                for request, fault in connection.turn():
-                    if fault is None and request.tries < _MOST_TRIES:
-                        again.append(request)
-                    else:
-                        self._end(request, "refused again and again"
-                                  if fault is None else fault)
-        except (OSError, hpack.HPACKError,
-                hyperframe.exceptions.HyperframeError) as error:
-            for request in connection.open.values():
-                self._end(request, f"connection lost: {error}")
-            return count
+    def _fresh(self, asks, number):
+        """Requests without end; visitors begin at different ones."""
+        for ask in itertools.islice(itertools.cycle(asks), number, None):
+            if self._stopped:
+                return
+            yield _Request(ask)
 
     def _end(self, request, fault):
         """Counts a request that has ended."""
@@ -297,6 +272,71 @@ class Crowd:
             self.row.longest, time.monotonic() - request.started)
         if fault:
             self.row.failures[fault] += 1
+
+
+def survey(port: int, asks: list[Ask]) -> dict[Ask, tuple[int, str]]:
+    """Status, and what is wrong if anything, of each request asked once."""
+    answers = {}
+
+    def end(request, fault):
+        answers[request.ask] = request.status, fault
+
+    pool = gevent.pool.Pool(_VISITORS)
+    for authority, group in _by_authority(asks).items():
+        # One stream, so that who is late is not held against others.
+        pool.spawn(_visit, port, authority, map(_Request, group), end, 1)
+    pool.join(raise_error=True)
+    return {ask: answers[ask] for ask in asks}
+
+
+def _by_authority(asks):
+    """{authority: its requests}."""
+    groups = collections.defaultdict(list)
+    for ask in asks:
+        groups[ask.authority].append(ask)
+    return groups
+
+
+def _visit(port, authority, fresh, end, streams=_STREAMS):
+    """Asks what the iterator `fresh` gives; a greenlet's body.
+
+    Connections follow one after the other; `end` gets each request and what
+    went wrong, or "".
+    """
+    again = collections.deque()
+    for request in fresh:
+        again.append(request)
+        while again:
+            try:
+                connection = _Connection(port, authority, streams)
+            except OSError as error:
+                end(again.popleft(), f"not connected: {error}")
+                gevent.sleep(0.01)
+                continue
+            with contextlib.closing(connection):
+                _use(connection, again, fresh, end)
+
+
+def _use(connection, again, fresh, end):
+    """Asks over a connection until it ends, or there is nothing to ask."""
+    try:
+        while True:
+            while connection.has_place() and (
+                    request := again.popleft() if again
+                    else next(fresh, None)):
+                connection.ask(request)
+            if not connection.open:
+                return
+            for request, fault in connection.turn():
+                if fault is None and request.tries < _MOST_TRIES:
+                    again.append(request)
+                else:
+                    end(request, "refused again and again"
+                        if fault is None else fault)
+    except (OSError, hpack.HPACKError,
+            hyperframe.exceptions.HyperframeError) as error:
+        for request in connection.open.values():
+            end(request, f"connection lost: {error}")
 
 
 class Instance:
@@ -335,6 +375,8 @@ class Instance:
         #: how often each code was in the log, and its last lines
         self.seen = collections.Counter()
         self._said = collections.deque(maxlen=50)
+        #: what it said of requests that failed
+        self.causes = collections.deque(maxlen=_MOST_TOLD)
 
     def __enter__(self):
         try:
@@ -385,6 +427,8 @@ class Instance:
         words = message.split()
         self.seen[code] += 1
         self._said.append(f"{code} {line['worker']} {message}")
+        if code in _CAUSES:
+            self.causes.append(f"{code} {message}")
         if code == "M20001":
             self._children[words[0]].append([int(words[-1]), False])
         elif code == "M20002":
@@ -416,7 +460,7 @@ class Instance:
 
 
 class ProofBroken(Exception):
-    """A restart that did not happen, with what the instance said last."""
+    """What keeps a proof from being one, with what was said about it."""
 
     def __init__(self, what, said):
         super().__init__("\n    ".join([what, *said]))
@@ -521,15 +565,13 @@ def prove(program: Path, settings, requests: int, restarts: int,
     `restarts` planned ones, and `requests` during them, at the least; then
     accidents.  `draw` shows how many of all are done, and a text.
     """
-    asks = what_to_ask(settings)
-    print(f"{len(asks)} different requests, such as https://"
-          f"{asks[0].authority}{asks[0].path}", file=sys.stderr)
     # So that nothing is left behind; gevent prints a KeyboardInterrupt.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     names = [*itertools.islice(itertools.cycle(PLANNED), restarts), *ACCIDENTS]
     try:
         with Instance(program, settings) as instance:
+            asks, left_out = _answered(instance, what_to_ask(settings))
             crowd = Crowd(instance.port, asks)
             proof = Proof(instance, crowd, -(-requests // restarts))
             crowd.start()
@@ -543,7 +585,39 @@ def prove(program: Path, settings, requests: int, restarts: int,
     except ProofBroken as error:
         print(f"\nnot proved: {error}", file=sys.stderr)
         return 1
+    if left_out:
+        print(f"left out: {left_out} of {left_out + len(asks)} URLs, which"
+              " were not answered before")
     return _report(proof.rows)
+
+
+def _answered(instance, asks):
+    """The requests that are answered without a restart, and how many not.
+
+    Tells which ones are, and why others are not; raises ProofBroken when it is
+    none.
+    """
+    answers = survey(instance.port, asks)
+    counts = collections.Counter(
+        fault or f"status {status}" for status, fault in answers.values())
+    print(f"{len(asks)} URLs were asked once: " + ", ".join(
+        f"{count} x {what}" for what, count in counts.most_common()),
+        file=sys.stderr)
+    bad = [f"https://{ask.authority}{ask.path}: {fault}"
+           for ask, (_, fault) in answers.items() if fault]
+    if not bad:
+        return asks, 0
+    with contextlib.suppress(ProofBroken):
+        # Then nothing is known but the status.
+        instance.until(lambda: instance.causes, "a cause", _CAUSE_SECONDS)
+    told = [*bad[:_MOST_TOLD], *(f"and {len(bad) - _MOST_TOLD} more"
+                                 for _ in bad[_MOST_TOLD:_MOST_TOLD + 1]),
+            *dict.fromkeys(instance.causes)]
+    if len(bad) == len(asks):
+        raise ProofBroken("nothing is answered, with or without restarts",
+                          told)
+    print("\n    ".join(["left out:", *told]), file=sys.stderr)
+    return [ask for ask in asks if not answers[ask][1]], len(bad)
 
 
 def _report(rows):

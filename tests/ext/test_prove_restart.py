@@ -11,6 +11,7 @@ import uuid
 
 import pytest
 from harness import PROGRAM, eventually, free_port, is_alive, make_site
+from zoo import Origin, answer
 
 PATIENCE_SECONDS = 120
 ROW = re.compile(r"(.{22}) *(\d+) +(\d+) +(\d+) +(\d+) ms")
@@ -85,18 +86,54 @@ def test_every_way_of_restarting_is_counted_and_planned_ones_cost_nothing(
     assert not (tmp_path / ".shimmercat.loves.devs").exists()
 
 
+def make_api(folder, port):
+    """Add a domain that is an application to those of a folder."""
+    with open(folder / "devlove.yaml", "a") as settings:
+        settings.write(f"    api.example.test:\n      port: {port}\n")
+
+
 def test_answers_that_are_errors_are_failures(tmp_path):
-    # Nobody listens where the application should.
-    (tmp_path / "devlove.yaml").write_text(
-        "shimmercat-devlove:\n  domains:\n"
-        f"    api.example.test:\n      port: {free_port()}\n")
-    with Proof(tmp_path, "--restarts", "1", "--requests", "20") as proof:
-        status, table, said = proof.end()
+    def animal(_):
+        # Once it answers, before the load.
+        return [answer(b"well") if origin.count() == 1 else answer(
+            b"", "500 Internal Server Error")]
+
+    (tmp_path / "devlove.yaml").write_text("shimmercat-devlove:\n  domains:\n")
+    with Origin(animal) as origin:
+        make_api(tmp_path, origin.port)
+        with Proof(tmp_path, "--restarts", "1", "--requests", "20") as proof:
+            status, table, said = proof.end()
     assert status == 1
     assert "HUP" in rows(table), said
     _, requests, failed, _ = rows(table)["HUP"]
     assert requests == failed >= 20
-    assert re.search(r"HUP: \d+ x status 50[23]", said)
+    assert re.search(r"HUP: \d+ x status 500", said)
+
+
+def test_what_is_not_answered_before_the_load_is_told_and_left_out(tmp_path):
+    make_site(tmp_path)
+    # Nobody listens where the application should.
+    port = free_port()
+    make_api(tmp_path, port)
+    with Proof(tmp_path, "--restarts", "1", "--requests", "20") as proof:
+        status, table, said = proof.end()
+    assert status == 0, said
+    assert "2 URLs were asked once: 1 x status 200, 1 x status 502\n" in said
+    assert "left out:\n    https://api.example.test/: status 502\n" in said
+    assert re.search(rf"M40023 consultant .*127.0.0.1:{port}.* refused", said)
+    assert table.startswith("left out: 1 of 2 URLs")
+    assert "0 failed" in table
+
+
+def test_without_any_answer_nothing_is_proved(tmp_path):
+    (tmp_path / "devlove.yaml").write_text("shimmercat-devlove:\n  domains:\n")
+    make_api(tmp_path, free_port())
+    with Proof(tmp_path) as proof:
+        status, table, said = proof.end()
+    assert (status, table) == (1, "")
+    assert "not proved: nothing is answered, with or without " in said
+    assert "https://api.example.test/: status 502\n" in said
+    assert "M40023 consultant " in said
 
 
 def test_a_restart_that_fails_is_told_with_the_end_of_the_log(tmp_path):
