@@ -11609,7 +11609,7 @@ class Board:
         self._page = mmap.mmap(-1, mmap.PAGESIZE)
 
     def write(self, state: str, workers: int) -> None:
-        """Shows one of STATES and the number of workers that live."""
+        """Shows one of STATES and the number of workers that serve."""
         _BOARD_FORM.pack_into(
             self._page, 0, self.STATES.index(state), workers)
 
@@ -14156,16 +14156,18 @@ class Premises:
         if self.certificates.ca_file:
             LOG.say(10006, self.certificates.ca_file)
         self.say_problems()
-        wanted = settings.tweaks.connections_per_worker
-        most = connection_limit(
-            settings.tweaks, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-        if most < wanted:
-            LOG.say(40047, most, wanted)
 
     def say_problems(self) -> None:
-        """Says what is wrong with certificates that are used all the same."""
+        """Says what is wrong with what is used all the same."""
         for problem in self.certificates.problems():
             LOG.say(60011, problem)
+        tweaks = self.settings.tweaks
+        wanted = tweaks.connections_per_worker
+        most = connection_limit(
+            tweaks, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        # The default is as many as there can be, within reason.
+        if most < wanted != Tweaks().connections_per_worker:
+            LOG.say(40047, most, wanted)
 
 
 def _hold_standard_streams():
@@ -14218,7 +14220,7 @@ class Watch:
 #: the first descriptor that systemd hands over
 _FIRST_FD = 3
 #: how a program that runs and the one that takes over understand each other
-HERITAGE_FORMAT = "1"
+HERITAGE_FORMAT = "2"
 #: the variable that makes a run a trial run
 TRIAL_VARIABLE = "SHIMMERCAT_TRIAL"
 
@@ -14659,8 +14661,7 @@ class Arbiter:
         state = ("draining" if self._is_ending else
                  "ready" if self._was_ready else "starting")
         self._premises.board.write(state, sum(
-            child.stage != "starting" for slot in self._slots + self._closed
-            for child in slot.children))
+            bool(slot.find("serving")) for slot in self._slots + self._closed))
 
     def _mend(self):
         """Makes the scratch folder anew that was removed under our hands.
@@ -14862,8 +14863,8 @@ class Slot:
              may_renew: bool = False) -> None:
         """Does the next step towards one process that is well.
 
-        One that has grown old is replaced if it may, one whose generation is
-        another if it may be renewed.
+        One that has grown old, or lacks doors, is replaced if it may, one
+        whose generation is another if it may be renewed.
         """
         terms = self._terms()
         *replaced, last = self.find("serving") or [None]
@@ -14874,8 +14875,9 @@ class Slot:
         for child in self.find("retiring")[:-terms.lingering]:
             if child.retire(PRESS_SECONDS, signal.SIGQUIT):
                 LOG.say(40027, child.name)
-        is_wanted = (not last or (may_replace and last.wants_successor)
-                     or (may_renew and not self.is_current()))
+        is_wanted = not last or (may_renew and not self.is_current()) or (
+            may_replace and (last.wants_successor
+                             or set(self.doors) - set(last.doors)))
         if is_wanted and not self.find("starting") and self._pause.passed():
             self.hire(private())
 
@@ -14891,29 +14893,27 @@ class Slot:
     def inherit(self, doors: list[Doors]) -> None:
         """Its next process, who is wanted soon, takes more doors."""
         self.doors += [found for found in doors if found not in self.doors]
-        for child in self.children:
-            child.wants_successor |= set(child.doors) != set(self.doors)
 
     def bequest(self) -> tuple[str, int, list, list]:
         """Name, count, descriptors of doors, and processes.
 
-        Of each the name, id, descriptor of its line, and stage.
+        Of each the name, id, descriptor of its line, stage, and since when.
         """
         return self.name, self._count, [door.fds() for door in self.doors], [
-            (child.name, child.pid, child.line.fileno(), child.stage)
-            for child in self.children]
+            (child.name, child.pid, child.line.fileno(), child.stage,
+             child.born) for child in self.children]
 
     def adopt(self, count: int, children: list, generation: object) -> None:
         """Takes processes from a bequest; `generation` is theirs."""
         self._count, self.is_proven = count, True
         terms = self._terms()
-        for name, pid, fd, stage in children:
+        for name, pid, fd, stage, born in children:
             child = Child(name, pid, WorkerLine.of(fd), (),
                           terms._replace(generation=generation))
             self.children.append(child)
             if stage == "retiring":
                 child.retire(terms.farewell)
-            child.stage = stage
+            child.stage, child.born = stage, born
 
     def hire(self, private: list) -> None:
         """Forks a process, which keeps nothing private but the doors."""
@@ -15241,7 +15241,7 @@ def _descriptors(heritage):
              heritage["artisan"], heritage["redis"]]
     found = {heritage["lock"]}
     for _, _, doors, children in slots:
-        found.update(itertools.chain(*doors), (fd for *_, fd, _ in children))
+        found.update(itertools.chain(*doors), (child[2] for child in children))
     return found - {None, -1}
 
 

@@ -89,6 +89,15 @@ def test_a_worker_more_is_told(server):
     eventually(lambda: server.fetch(HEALTH).json()["workers"] == 2)
 
 
+def test_who_starts_and_who_leaves_are_no_workers_more(server):
+    before = len(server.lines("M50004"))
+    server.signal(signal.SIGHUP)
+    counts = set()
+    while len(server.lines("M50004")) == before:
+        counts.add(server.fetch(HEALTH).json()["workers"])
+    assert counts == {2}
+
+
 def test_a_redis_that_hangs_is_told_and_serving_goes_on(server):
     os.kill(server.redis(), signal.SIGSTOP)
     try:

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import socket
+import time
 
 import pytest
 from harness import DOMAIN, PROGRAM, Server, eventually, is_alive, make_site
@@ -74,6 +75,15 @@ def test_the_program_is_another_and_the_process_the_same(dropped):
     assert len(answers) == visitors.answered
 
 
+def test_who_leaves_after_an_upgrade_is_as_old_as_it_is(dropped):
+    with dropped as server:
+        begin = time.monotonic()
+        eventually(lambda: time.monotonic() - begin > 3)
+        upgrade(server)
+        for line in server.await_line("M40029", 2, about="w"):
+            assert int(line.message.split()[3]) >= 3
+
+
 def test_nothing_piles_up_over_upgrades(dropped):
     def descriptors():
         # The artisan of before has gone, and lines arrive.
@@ -99,7 +109,7 @@ def test_nothing_piles_up_over_upgrades(dropped):
       "        self._oven()\n        while not self._is_finished"), "_oven"),
     (("        self._leaving.wait()\n", "        os._exit(3)\n"),
      "died with status 3"),
-    (('HERITAGE_FORMAT = "1"', 'HERITAGE_FORMAT = "2"'), "start again"),
+    (('HERITAGE_FORMAT = "2"', 'HERITAGE_FORMAT = "1"'), "start again"),
     (("import argparse\n",
       "import argparse\nimport time; time.sleep(3600)\n"), ""),
 ])
