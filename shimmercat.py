@@ -4925,7 +4925,7 @@ def _from_now(**span):
 # 8c. Files: how they are written, and what is said if not
 #
 #    Offers   write_atomically, make_folder, DiskTrouble
-#    Uses     2 Messages
+#    Uses     1 Words, 2 Messages
 # ---------------------------------------------------------------------------
 
 #: where the time of the last failure lies in a page of memory
@@ -4948,6 +4948,9 @@ class DiskTrouble:
     def note(self, place: Path, error: OSError) -> None:
         """Says why nothing can be written there, unless that was said."""
         number = error.errno or 0
+        if number in OUT_OF_RESOURCES:
+            # That is not the disk's trouble, and others tell of it.
+            return
         is_known = self._page[number]
         self._page[number] = 1
         _MOMENT.pack_into(self._page, _MOMENT_PLACE, time.monotonic())
@@ -5919,7 +5922,7 @@ class AlternateStore:
 
     @contextlib.contextmanager
     def or_full(self) -> typing.Iterator[None]:
-        """Tells of what is not written, and raises StoreFull for OSError."""
+        """Raises StoreFull for OSError, and tells of it if the disk is why."""
         try:
             yield
         except OSError as error:
@@ -9429,8 +9432,8 @@ class Larder:
         """Stores a body while others follow it; raises ShimmerCatError."""
         try:
             fd, draft = self._store.draft()
-        except StoreFull:
-            self._let_pass(errand, wanted, reply, "r-cache is full")
+        except StoreFull as error:
+            self._let_pass(errand, wanted, reply, str(error))
             return
         try:
             errand.fields = _head(wanted, reply, self._tweaks)

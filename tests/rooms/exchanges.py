@@ -1,7 +1,11 @@
 """What rooms that answer and rooms that ask are tested with."""
 
+import contextlib
+import os
+import resource
 import time
 
+import gevent
 from harness import DOMAIN
 
 from shimmercat import Request
@@ -46,3 +50,17 @@ def body_of(answer):
             lambda: body.read(50_000), b""))
     finally:
         body.close()
+
+
+@contextlib.contextmanager
+def no_descriptors():
+    """Let this process open nothing more, after the event loop."""
+    gevent.sleep(0)
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    first = os.dup(0)
+    os.close(first)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)

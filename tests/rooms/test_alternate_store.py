@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from exchanges import no_descriptors
 
 import shimmercat
 from shimmercat import LOG, AlternateStore, Mark, StoreFull
@@ -156,6 +157,12 @@ except shimmercat.StoreFull as error:
     assert f"M60014 main     r-cache takes no more files: {tmp_path}/" in (
         done.stderr)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_want_of_descriptors_is_not_told_as_trouble_of_the_disk(store, said):
+    with no_descriptors(), pytest.raises(StoreFull):
+        store.put(SHA, "br", 11, b"smaller")
+    assert not said
 
 
 def test_loading_marks_a_file_as_used_but_not_each_time(store):

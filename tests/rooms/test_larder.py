@@ -3,9 +3,7 @@
 import argparse
 import contextlib
 import hashlib
-import os
 import random
-import resource
 import shutil
 import time
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import gevent
 import pytest
 import zoo
-from exchanges import body_of, request_for
+from exchanges import body_of, no_descriptors, request_for
 from harness import DOMAIN, eventually
 
 import shimmercat
@@ -457,20 +455,6 @@ def test_an_origin_may_listen_on_a_unix_socket(house, tmp_path):
         assert origin.accepted == 1
     with pytest.raises(OriginFailed):
         backend.get("/u.css")
-
-
-@contextlib.contextmanager
-def no_descriptors():
-    """Let this process open nothing more, after the event loop."""
-    gevent.sleep(0)
-    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
-    first = os.dup(0)
-    os.close(first)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (first, usual[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
 
 
 @pytest.mark.parametrize("consultant", [False, True])
