@@ -2510,8 +2510,12 @@ class Engine:
     waiting = 0
     #: octets of bodies that it sent so
     served = 0
-    #: takes a turn of a connection by itself, where it can
-    turn = None
+    #: what an engine that is attached does when the loop says that the
+    #: socket is ready; whether it takes that turn alone, since nothing is due
+    #: until the peer says more; whether it did and found the same
+    wake = None
+    rests = False
+    stirred = False
     #: what `nuisance` was when somebody with a clock looked at it last
     judged = 0
 
@@ -2520,6 +2524,13 @@ class Engine:
 
         The log calls the peer `client`.
         """
+
+    def attach(self, tls: ssl.SSLObject, socket: int) -> bool:
+        """Has it move the octets of a connection by itself, if it can."""
+        return False
+
+    def turn(self, pending: bytes, most: int) -> object:
+        """Takes a turn of a connection that it is attached to."""
 
     def receive(self, data: bytes) -> list:
         """Events that `data` gives; a ProtocolFault is always the last."""
@@ -3290,10 +3301,9 @@ except ImportError:
     NATIVE_ENGINE = None
 else:
     # None as well when it was built for other words (engine.c, ABI).
-    NATIVE_ENGINE = _bind(5, (
+    NATIVE_ENGINE = _bind(6, (
         RequestStarted, RequestRefused, BodyReceived, RequestEnded,
-        StreamReset, PriorityChanged, PeerLeaving, ProtocolFault), StreamGone,
-        ssl.SSLWantReadError)
+        StreamReset, PriorityChanged, PeerLeaving, ProtocolFault), StreamGone)
 
 
 def http2_engine(choice: str = "auto") -> type:
@@ -12828,6 +12838,10 @@ class PlainWire:
     def part(self) -> None:
         """Says the last words of the protocol, if it has any."""
 
+    def attach(self, engine: Engine) -> bool:
+        """Has the engine move the octets by itself, if it can."""
+        return False
+
 
 class TlsWire(PlainWire):
     """The same through TLS.
@@ -12902,23 +12916,21 @@ class TlsWire(PlainWire):
                 rest = rest[self._tls.write(rest):]
         self._settle()
 
-    def turn(self, engine: Engine, most: int) -> list | bool:
-        """Has the engine take a turn by itself: `push`, `take` and all.
+    def attach(self, engine):
+        return engine.attach(self._tls, self._socket.fileno())
 
-        Of bodies about `most` octets are sent.  True when nothing is left to
-        be done, False at the end of the socket, else events.  Raises
-        ssl.SSLError, OSError.
+    def follow(self, done: object) -> list | bool:
+        """Takes over what an engine that is attached did in a turn.
+
+        True when nothing is left to be done, False at the end of the socket,
+        else events.  Raises ssl.SSLError, OSError.
         """
-        try:
-            done = engine.turn(
-                self._socket.fileno(), self._tls, _SEALED, _TO_SEND,
-                self.pending, most)
-        except (ssl.SSLError, OSError):
-            self._settle()
-            raise
         if isinstance(done, bool):
             self.pending, self.is_cut = b"", not done
             return done
+        if isinstance(done, Exception):
+            self._settle()
+            raise done
         events, unsent, self.has_ended = done
         self.pending = memoryview(unsent) if unsent else b""
         return events
@@ -12964,7 +12976,7 @@ class Connection:
 
     __slots__ = ("_client", "_clock", "_conversation", "_deadline", "_ends",
                  "_events", "_farewell", "_goes_on", "_has_parted",
-                 "_has_room", "_has_stirred", "_is_alone", "_pace",
+                 "_has_room", "_is_alone", "_is_attached", "_pace",
                  "_service", "_socket", "_stage", "_watcher", "_wire")
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext,
@@ -12974,14 +12986,13 @@ class Connection:
         self._conversation, self._socket = None, sock
         #: when the client must have heard that we leave; whether it has
         self._farewell, self._has_parted = None, False
-        #: whether the engine may take turns alone; whether the client said
-        #: something in one since the last sweep
-        self._is_alone = self._has_stirred = False
+        #: whether the engine moves octets by itself; and may do so now
+        self._is_attached = self._is_alone = False
         sock.setblocking(False)
         self._stage = self._open(sock, context)
         self._events = _READ
         self._watcher = service.loop.io(self._socket.fileno(), _READ)
-        self._watcher.start(self._turn, pass_events=True)
+        self._start_watcher()
         #: whether the kernel has sent most of the chunk before
         self._has_room = False
         #: whether the engine takes more in the loop's next turn
@@ -13029,12 +13040,29 @@ class Connection:
         self._has_room = bool(events & _WRITE)
         self._guard(self._turn_alone if self._is_alone else self._stage)
 
+    def _start_watcher(self):
+        if self._is_attached:
+            self._watcher.start(
+                self._conversation.engine.wake, self._turn, self._take_over,
+                self._service.tweaks.send_chunk_bytes, pass_events=True)
+        else:
+            self._watcher.start(self._turn, pass_events=True)
+
+    def _take_over(self, done):
+        """Goes on with what the engine did when the loop called it."""
+        self._has_room = False
+        self._guard(functools.partial(self._follow, done))
+
     def _turn_alone(self):
         """Has the engine take the turn, and does what it leaves."""
-        talk = self._conversation
-        events = self._wire.turn(talk.engine, self._chunk())
+        self._follow(self._conversation.engine.turn(
+            self._wire.pending, self._chunk()))
+
+    def _follow(self, done):
+        events, talk = self._wire.follow(done), self._conversation
         if events is True and self._clock == "idle":
-            self._has_stirred = True
+            talk.engine.stirred = True
+            talk.engine.rests = self._events == _READ
             return
         self._is_alone = False
         if events is False:
@@ -13096,6 +13124,10 @@ class Connection:
             self._service, site, engine, self._ends,
             functools.partial(self._service.flush_soon, self))
         self._stage = self._converse
+        if self._wire.attach(engine):
+            self._is_attached = True
+            self._watcher.stop()
+            self._start_watcher()
         self._service.connections.end_handshake(self)
         if self._service.draining:
             self.drain()
@@ -13157,7 +13189,7 @@ class Connection:
             return False
         self._clock = None
         self._set_clock("idle", self._service.tweaks.idle_seconds)
-        self._is_alone = self._conversation.engine.turn is not None
+        self._is_alone = self._is_attached
         return True
 
     def _hear_end(self):
@@ -13184,9 +13216,9 @@ class Connection:
         self._guard(self._send)
 
     def _send(self):
-        self._is_alone = False
         talk = self._conversation
         engine = talk.engine
+        self._is_alone = engine.rests = False
         while self._write():
             chunk, self._has_room = self._chunk(), False
             if data := talk.output(chunk):
@@ -13237,7 +13269,7 @@ class Connection:
             self._goes_on = True
             self._service.loop.run_callback(self._go_on)
         self._is_alone = (
-            talk.engine.turn is not None and talk.is_alone()
+            self._is_attached and talk.is_alone()
             and self._stage == self._converse
             and not (self._wire.has_ended or self._has_parted))
         if unsent or talk.is_sending():
@@ -13270,7 +13302,7 @@ class Connection:
             self._watcher.stop()
             if events:
                 self._watcher.events = events
-                self._watcher.start(self._turn, pass_events=True)
+                self._start_watcher()
 
     def look_after_time(self, now: float) -> None:
         """Ends what takes too long; the sweep calls it."""
@@ -13281,8 +13313,8 @@ class Connection:
         if talk and (talk.part_with_answered(now)
                      or (talk.is_busy() and talk.part_with_slow())):
             self.flush()
-        if self._has_stirred and self._clock == "idle":
-            self._has_stirred, self._clock = False, None
+        if talk and talk.engine.stirred and self._clock == "idle":
+            talk.engine.stirred, self._clock = False, None
             self._set_clock("idle", self._service.tweaks.idle_seconds)
         if self._deadline.moment <= now or not self._is_read():
             LOG.say(6, self._client, self._clock)

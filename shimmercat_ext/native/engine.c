@@ -33,7 +33,7 @@
 #include <string.h>
 
 /* Changes with all that shimmercat.py and this file say to each other. */
-#define ABI 5
+#define ABI 6
 
 /* Limits; those of shimmercat.py's room 5. */
 #define HEAD_BYTES 9
@@ -134,7 +134,7 @@ typedef struct {
     PyObject *table;            /* HotTable */
     PyObject *events[EVENTS];   /* named tuples */
     PyObject *gone;             /* the exception StreamGone */
-    PyObject *wire[WIRE_WORDS];
+    tls_library tls;            /* cleared where that is out of reach */
     uint8_t frame[FRAME_BUFFER_BYTES]; /* lent to all sessions */
 } words;
 
@@ -183,6 +183,9 @@ typedef struct {
     int waiting;             /* streams with an answer of it */
     long long served;        /* octets of bodies out of it */
     uint64_t turns, queue_turn; /* turns of such; the last out of a queue */
+    wire wire;
+    char rests;              /* nothing is due until the peer says more */
+    char stirred;            /* it said something, and all is at rest again */
 } engine;
 
 /* -------------------------------------------------- small helpers, no peer */
@@ -1926,19 +1929,6 @@ static PyObject *engine_consumed(engine *self, PyObject *const *args,
     return leave(self, result, result == GOOD ? Py_NewRef(Py_None) : NULL);
 }
 
-/* Takes the output: a new bytes object, NULL with an error. */
-static PyObject *take_output(engine *self)
-{
-    PyObject *written = self->out;
-    self->out = NULL;
-    if (written == NULL)
-        written = PyBytes_FromStringAndSize(NULL, 0);
-    else if ((size_t)PyBytes_GET_SIZE(written) != self->out_used)
-        _PyBytes_Resize(&written, (Py_ssize_t)self->out_used);
-    self->out_used = 0;
-    return written;
-}
-
 PyDoc_STRVAR(output_doc, "All that is to be written since the last call.");
 
 static PyObject *engine_output(engine *self, PyObject *nothing)
@@ -1946,7 +1936,13 @@ static PyObject *engine_output(engine *self, PyObject *nothing)
     (void)nothing;
     if (enter(self) < 0)
         return NULL;
-    PyObject *written = take_output(self);
+    PyObject *written = self->out;
+    self->out = NULL;
+    if (written == NULL)
+        written = PyBytes_FromStringAndSize(NULL, 0);
+    else if ((size_t)PyBytes_GET_SIZE(written) != self->out_used)
+        _PyBytes_Resize(&written, (Py_ssize_t)self->out_used);
+    self->out_used = 0;
     return leave(self, written ? GOOD : BROKEN, written);
 }
 
@@ -1960,64 +1956,58 @@ static bool is_at_rest(const engine *self)
 }
 
 /* Takes what came and sends what there is, unless there are events. */
-static outcome take_turn(engine *self, const wire *it, PyObject *data,
+static outcome take_turn(engine *self, const uint8_t *octets, size_t count,
                          size_t most, PyObject *events, PyObject **unsent)
 {
     size_t served;
     outcome result = GOOD;
-    if (data)
-        result = take_octets(
-            self, events, (const uint8_t *)PyBytes_AS_STRING(data),
-            (size_t)PyBytes_GET_SIZE(data));
+    if (count)
+        result = take_octets(self, events, octets, count);
     if (result == FAULT)
         result = end_with_fault(self, events);
     if (result != GOOD || PyList_GET_SIZE(events))
         return result;
     if (serve(self, most, &served) != GOOD)
         return BROKEN;
-    PyObject *written = self->out ? take_output(self) : NULL;
-    if (PyErr_Occurred())
-        return BROKEN;
-    *unsent = wire_put(it, written);
-    Py_XDECREF(written);
+    *unsent = wire_put(
+        &self->wire,
+        self->out ? (uint8_t *)PyBytes_AS_STRING(self->out) : NULL,
+        self->out_used);
+    Py_CLEAR(self->out);
+    self->out_used = 0;
     return GOOD;
 }
 
-PyDoc_STRVAR(turn_doc,
-             "turn(socket, tls, sealed, to_send, pending, most): a turn of a "
-             "connection\nwhere nobody else has anything in hand: `pending` "
-             "is sent, what came is\ntaken, and about `most` octets of bodies "
-             "go.\n\n"
-             "True: it is at rest.  False: its socket has an end.  Else a "
-             "tuple of\nevents, what the socket did not take, and whether "
-             "TLS has ended.\nRaises ssl.SSLError, OSError.");
-
-static PyObject *engine_turn(engine *self, PyObject *const *args,
-                             Py_ssize_t count)
+/* The exception that is set, as a value. */
+static PyObject *take_exception(void)
 {
-    PyObject *data = NULL, *answer = NULL;
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    if (traceback)
+        PyException_SetTraceback(value, traceback);
+    Py_XDECREF(type);
+    Py_XDECREF(traceback);
+    return value;
+}
+
+/* A turn: what `turn` returns, NULL with an error that is no OSError. */
+static PyObject *move_octets(engine *self, PyObject *pending, size_t most)
+{
+    uint8_t octets[OPENED_BYTES];
+    size_t count = 0;
     bool ended = false;
-    if (count != 6) {
-        PyErr_SetString(
-            PyExc_TypeError,
-            "expected (socket, tls, sealed, to_send, pending, most)");
-        return NULL;
-    }
-    wire it = {_PyLong_AsInt(args[0]), args[1], args[2], args[3],
-               self->words->wire};
-    size_t most = PyLong_AsSize_t(args[5]);
-    int is_pending = PyObject_IsTrue(args[4]);
-    if (PyErr_Occurred() || enter(self) < 0)
-        return NULL;
+    PyObject *answer = NULL;
     PyObject *events = PyList_New(0);
-    PyObject *unsent = events && is_pending ? wire_push(&it, args[4]) : NULL;
+    PyObject *unsent = events && pending ? wire_push(&self->wire, pending)
+                                         : NULL;
     wire_news news = PyErr_Occurred() ? WIRE_BROKEN : WIRE_SILENT;
     outcome result = GOOD;
     if (news == WIRE_SILENT && (!unsent || !PyBytes_GET_SIZE(unsent))) {
         Py_CLEAR(unsent);
-        news = wire_take(&it, &data, &ended);
+        news = wire_take(&self->wire, octets, &count, &ended);
         if (news == WIRE_GAVE || news == WIRE_SILENT)
-            result = take_turn(self, &it, data, most, events, &unsent);
+            result = take_turn(self, octets, count, most, events, &unsent);
     }
     if (news == WIRE_CLOSED)
         answer = Py_NewRef(Py_False);
@@ -2027,10 +2017,104 @@ static PyObject *engine_turn(engine *self, PyObject *const *args,
     else if (result == GOOD && !PyErr_Occurred())
         answer = Py_BuildValue("OOO", events, unsent ? unsent : Py_None,
                                ended ? Py_True : Py_False);
+    else if (result == GOOD && PyErr_ExceptionMatches(PyExc_OSError))
+        answer = take_exception();
     Py_XDECREF(events);
-    Py_XDECREF(data);
     Py_XDECREF(unsent);
-    return leave(self, result, answer);
+    return answer;
+}
+
+PyDoc_STRVAR(attach_doc,
+             "attach(tls, socket): has it move the octets of this "
+             "ssl.SSLObject, whose\nhandshake is over, and of the descriptor "
+             "below, by `turn` and `wake`.\n\n"
+             "False: that is an object of a kind that it does not know.");
+
+static PyObject *engine_attach(engine *self, PyObject *const *args,
+                               Py_ssize_t count)
+{
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "expected (tls, socket)");
+        return NULL;
+    }
+    int socket = _PyLong_AsInt(args[1]);
+    if (PyErr_Occurred() || enter(self) < 0)
+        return NULL;
+    bool attached =
+        wire_attach(&self->wire, &self->words->tls, args[0], socket);
+    return leave(self, GOOD,
+                 PyErr_Occurred() ? NULL : PyBool_FromLong(attached));
+}
+
+/* Every turn begins with it: -1 and an error when there can be none. */
+static int enter_turn(engine *self)
+{
+    if (self->wire.tls == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "attach comes first");
+        return -1;
+    }
+    return enter(self);
+}
+
+PyDoc_STRVAR(turn_doc,
+             "turn(pending, most): a turn of a connection where nobody else "
+             "has anything\nin hand: `pending` is sent, what came is taken, "
+             "and about `most` octets of\nbodies go.\n\n"
+             "True: it is at rest.  False: its socket has an end.  An "
+             "OSError: what is\nwrong with socket or TLS.  Else a tuple of "
+             "events, what the socket did\nnot take, and whether TLS has "
+             "ended.");
+
+static PyObject *engine_turn(engine *self, PyObject *const *args,
+                             Py_ssize_t count)
+{
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "expected (pending, most)");
+        return NULL;
+    }
+    size_t most = PyLong_AsSize_t(args[1]);
+    int is_pending = PyObject_IsTrue(args[0]);
+    if (PyErr_Occurred() || enter_turn(self) < 0)
+        return NULL;
+    PyObject *answer =
+        move_octets(self, is_pending ? args[0] : NULL, most);
+    return leave(self, answer ? GOOD : BROKEN, answer);
+}
+
+PyDoc_STRVAR(wake_doc,
+             "wake(events, otherwise, go_on, most): for the loop to call "
+             "when the socket\nis ready.\n\n"
+             "While `rests`, it takes a turn.  If all is at rest again, "
+             "`stirred` becomes\ntrue and that was all; else it is "
+             "go_on(what the turn returned).  While not,\nit is "
+             "otherwise(events).");
+
+static PyObject *engine_wake(engine *self, PyObject *const *args,
+                             Py_ssize_t count)
+{
+    if (count != 4) {
+        PyErr_SetString(PyExc_TypeError,
+                        "expected (events, otherwise, go_on, most)");
+        return NULL;
+    }
+    if (!self->rests)
+        return PyObject_CallOneArg(args[1], args[0]);
+    size_t most = PyLong_AsSize_t(args[3]);
+    if (PyErr_Occurred() || enter_turn(self) < 0)
+        return NULL;
+    PyObject *answer = move_octets(self, NULL, most);
+    answer = leave(self, answer ? GOOD : BROKEN, answer);
+    if (answer == Py_True) {
+        self->stirred = true;
+        Py_DECREF(answer);
+        Py_RETURN_NONE;
+    }
+    self->rests = false;
+    if (answer == NULL)
+        answer = take_exception();
+    PyObject *done = PyObject_CallOneArg(args[2], answer);
+    Py_DECREF(answer);
+    return done;
 }
 
 PyDoc_STRVAR(serve_doc,
@@ -2327,7 +2411,7 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args,
     return (PyObject *)self;
 }
 
-/* Nothing here refers to a container, so there is no GC support. */
+/* Nothing here refers to what may refer to us, so there is no GC support. */
 static void engine_dealloc(engine *self)
 {
     PyTypeObject *type = Py_TYPE(self);
@@ -2344,6 +2428,7 @@ static void engine_dealloc(engine *self)
     Py_CLEAR(self->out);
     Py_CLEAR(self->table);
     Py_CLEAR(self->client);
+    wire_detach(&self->wire);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -2366,7 +2451,9 @@ static PyMethodDef engine_methods[] = {
     METHOD(goodbye, METH_VARARGS | METH_KEYWORDS),
     METHOD(consumed, METH_FASTCALL),
     METHOD(output, METH_NOARGS),
+    METHOD(attach, METH_FASTCALL),
     METHOD(turn, METH_FASTCALL),
+    METHOD(wake, METH_FASTCALL),
     METHOD(serve, METH_O),
     METHOD(backlog, METH_NOARGS),
     METHOD(reprioritize, METH_VARARGS),
@@ -2385,6 +2472,10 @@ static PyMemberDef engine_members[] = {
      "octets of bodies that were sent out of the table"},
     {"waiting", T_INT, offsetof(engine, waiting), READONLY,
      "number of streams that get their answer from the table"},
+    {"rests", T_BOOL, offsetof(engine, rests), 0,
+     "whether nothing is due until the peer says more"},
+    {"stirred", T_BOOL, offsetof(engine, stirred), 0,
+     "whether it said something since, and all is at rest again"},
     {"recalled", T_INT, offsetof(engine, recalled), READONLY,
      "newest stream that gets its answer from the table"},
     {NULL, 0, 0, 0, NULL}};
@@ -2406,26 +2497,23 @@ static PyType_Spec engine_spec = {
     .slots = engine_slots};
 
 PyDoc_STRVAR(bind_doc,
-             "bind(abi, events, gone, wants_read): the engine in the words of "
-             "room 5.\n\n"
+             "bind(abi, events, gone): the engine in the words of room 5.\n\n"
              "`events` are its named tuples in their order, `gone` is its "
-             "StreamGone,\n`wants_read` ssl.SSLWantReadError.\n"
+             "StreamGone.\n"
              "None when it was built for another ABI.");
 
 static PyObject *module_bind(PyObject *module, PyObject *args)
 {
     static const Py_ssize_t sizes[EVENTS] = {3, 2, 3, 2, 2, 2, 1, 2};
     words *state = PyModule_GetState(module);
-    PyObject *events, *gone, *wants_read = NULL;
+    PyObject *events, *gone;
     int abi;
-    if (!PyArg_ParseTuple(args, "iO!O|O", &abi, &PyTuple_Type, &events, &gone,
-                          &wants_read))
+    if (!PyArg_ParseTuple(args, "iO!O", &abi, &PyTuple_Type, &events, &gone))
         return NULL;
     if (abi != ABI)
         Py_RETURN_NONE;
     bool is_right = PyTuple_GET_SIZE(events) == EVENTS &&
-                    PyExceptionClass_Check(gone) &&
-                    wants_read && PyExceptionClass_Check(wants_read);
+                    PyExceptionClass_Check(gone);
     for (int n = 0; is_right && n < EVENTS; n++) {
         PyObject *event = PyTuple_GET_ITEM(events, n);
         PyObject *fields = PyObject_GetAttrString(event, "_fields");
@@ -2441,7 +2529,9 @@ static PyObject *module_bind(PyObject *module, PyObject *args)
     for (int n = 0; n < EVENTS; n++)
         Py_XSETREF(state->events[n], Py_NewRef(PyTuple_GET_ITEM(events, n)));
     Py_XSETREF(state->gone, Py_NewRef(gone));
-    if (wire_init(state->wire, wants_read) < 0)
+    if (!wire_find_library(&state->tls))
+        state->tls = (tls_library){NULL};
+    if (PyErr_Occurred())
         return NULL;
     return Py_NewRef(state->type);
 }
@@ -2480,8 +2570,6 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->gone);
     for (int n = 0; n < EVENTS; n++)
         Py_VISIT(state->events[n]);
-    for (int n = 0; n < WIRE_WORDS; n++)
-        Py_VISIT(state->wire[n]);
     return 0;
 }
 
@@ -2493,8 +2581,6 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->gone);
     for (int n = 0; n < EVENTS; n++)
         Py_CLEAR(state->events[n]);
-    for (int n = 0; n < WIRE_WORDS; n++)
-        Py_CLEAR(state->wire[n]);
     return 0;
 }
 

@@ -1,9 +1,15 @@
 /* Octets between a socket, Python's ssl and an engine.
  *
- * This is room 16c's TlsWire for turns that the engine takes alone: the same
- * calls of the same objects in the same order, without an interpreter between
- * them.  TLS itself stays Python's, whose ssl.SSLContext has the certificates
- * and the choice of versions; whose objects keep what is incomplete.
+ * This is room 16c's TlsWire for turns that the engine takes alone.  TLS stays
+ * Python's: ssl.SSLContext has the certificates and the choice of versions,
+ * ssl.SSLObject shakes hands, keeps what is incomplete and ends.  In between
+ * the same OpenSSL functions are called that its methods call, on the same
+ * objects, but without a bytes object for each step.
+ *
+ * OpenSSL is the one that is loaded already, whose functions are looked up in
+ * the _ssl module; so nothing is linked, and there are never two of them.  Its
+ * SSL object is found in Python's, of whose layout `wire_attach` makes sure
+ * before it goes by it.  Where either fails, turns are not taken alone.
  *
  * Contract.  The GIL is held throughout: no system call here waits.  The two
  * buffers are found empty and left empty, unless an error is set: then our
@@ -12,138 +18,177 @@
 
 #include "wire.h"
 
+#include <dlfcn.h>
 #include <errno.h>
 #include <sys/socket.h>
 
-/* What is read from the socket at a time; a record and a half. */
-#define SEALED_BYTES (24 * 1024)
-/* Octets of a TLS record, and of those that are sent at a time: so many stay
- * in the cache of a processor while they are sealed, copied and sent. */
-#define RECORD_BYTES 16384
+/* Octets that are sealed and sent at a time: so many stay in the cache of a
+ * processor meanwhile; and what TLS adds to a record, at most. */
 #define CHUNK_BYTES (4 * RECORD_BYTES)
+#define RECORD_ROOM 512
 
-int wire_init(PyObject **words, PyObject *wants_read)
+/* OpenSSL's; of its API since 1.1.1. */
+enum { SSL_WANTS_READ = 2, SSL_ZERO_RETURN = 6 };
+
+/* How an _ssl._SSLSocket begins, from Python 3.6 on. */
+typedef struct {
+    PyObject_HEAD
+    PyObject *socket; /* none: records go through memory */
+    void *ssl;
+    PyObject *context;
+} python_tls;
+
+/* Clears an error of a kind that a stranger makes. */
+static void forgive(PyObject *kind)
 {
-    PyObject *fresh[WIRE_WORDS] = {
-        Py_NewRef(wants_read), PyUnicode_InternFromString("read"),
-        PyUnicode_InternFromString("write"),
-        PyUnicode_InternFromString("pending"), PyLong_FromLong(RECORD_BYTES)};
-    for (int n = 0; n < WIRE_WORDS; n++)
-        Py_XSETREF(words[n], fresh[n]);
-    return PyErr_Occurred() ? -1 : 0;
+    if (PyErr_Occurred() && PyErr_ExceptionMatches(kind))
+        PyErr_Clear();
 }
 
-/* The number of octets in one of TLS' buffers, -1 with an error. */
-static Py_ssize_t count_pending(const wire *it, PyObject *buffer)
+bool wire_find_library(tls_library *to)
 {
-    PyObject *number = PyObject_GetAttr(buffer, it->words[PENDING]);
-    Py_ssize_t count = number ? PyLong_AsSsize_t(number) : -1;
-    Py_XDECREF(number);
-    return count;
+    struct { const char *name; void **to; } wanted[] = {
+        {"SSL_read_ex", (void **)&to->read},
+        {"SSL_write_ex", (void **)&to->write},
+        {"SSL_get_error", (void **)&to->get_error},
+        {"SSL_get_ex_data", (void **)&to->get_ex_data},
+        {"SSL_get_rbio", (void **)&to->get_rbio},
+        {"SSL_get_wbio", (void **)&to->get_wbio},
+        {"BIO_read", (void **)&to->bio_read},
+        {"BIO_write", (void **)&to->bio_write},
+        {"BIO_ctrl_pending", (void **)&to->bio_ctrl_pending}};
+    PyObject *module = PyImport_ImportModule("_ssl");
+    PyObject *path =
+        module ? PyObject_GetAttrString(module, "__file__") : NULL;
+    const char *file = path ? PyUnicode_AsUTF8(path) : NULL;
+    void *handle = file ? dlopen(file, RTLD_LAZY | RTLD_NOLOAD) : NULL;
+    bool found = handle != NULL;
+    for (size_t n = 0; found && n < sizeof(wanted) / sizeof(*wanted); n++)
+        found = (*wanted[n].to = dlsym(handle, wanted[n].name)) != NULL;
+    if (handle)
+        dlclose(handle);
+    Py_XDECREF(path);
+    Py_XDECREF(module);
+    forgive(PyExc_ImportError);
+    forgive(PyExc_AttributeError);
+    return found;
 }
 
-/* One record, opened: a new bytes object, NULL with an error. */
-static PyObject *open_record(const wire *it)
+/* Whether an object is laid out as we know it: `context` is where it belongs,
+ * and so what is before it, which knows the object. */
+static bool is_as_known(const tls_library *library, PyObject *tls)
 {
-    PyObject *octets = PyObject_CallMethodOneArg(it->tls, it->words[READ],
-                                                 it->words[RECORD]);
-    if (octets == NULL || PyBytes_CheckExact(octets))
-        return octets;
-    Py_DECREF(octets);
-    PyErr_SetString(PyExc_TypeError, "TLS reads bytes");
-    return NULL;
+    const python_tls *inner = (const python_tls *)tls;
+    if (strcmp(Py_TYPE(tls)->tp_name, "_ssl._SSLSocket") != 0 ||
+        Py_TYPE(tls)->tp_basicsize < (Py_ssize_t)sizeof(python_tls))
+        return false;
+    PyObject *context = PyObject_GetAttrString(tls, "context");
+    bool is_known = context && context == inner->context && inner->ssl &&
+                    inner->socket == NULL &&
+                    library->get_ex_data(inner->ssl, 0) == tls;
+    Py_XDECREF(context);
+    return is_known;
 }
 
-/* Opens all records; as wire_take. */
-static wire_news open_records(const wire *it, PyObject **opened, bool *ended)
+bool wire_attach(wire *it, const tls_library *library, PyObject *tls,
+                 int socket)
 {
-    *opened = NULL;
-    for (Py_ssize_t left = 1; left > 0 && !*ended;
-         left = count_pending(it, it->sealed)) {
-        PyObject *piece = open_record(it);
-        if (piece == NULL && PyErr_ExceptionMatches(it->words[WANTS_READ])) {
-            /* The rest of a record is to come. */
-            PyErr_Clear();
-            return *opened ? WIRE_GAVE : WIRE_SILENT;
-        }
-        *ended = piece && PyBytes_GET_SIZE(piece) == 0;
-        if (*opened == NULL)
-            *opened = piece;
-        else if (piece)
-            PyBytes_ConcatAndDel(opened, piece);
-        if (piece == NULL)
-            Py_CLEAR(*opened);
-        if (*opened == NULL)
-            return WIRE_BROKEN;
+    PyObject *inner = library->read ? PyObject_GetAttrString(tls, "_sslobj")
+                                    : NULL;
+    if (inner && is_as_known(library, inner)) {
+        void *ssl = ((python_tls *)inner)->ssl;
+        wire_detach(it);
+        *it = (wire){library, socket, inner, ssl, library->get_rbio(ssl),
+                     library->get_wbio(ssl)};
+        return true;
     }
-    if (!PyErr_Occurred())
-        return WIRE_GAVE;
-    Py_CLEAR(*opened);
+    forgive(PyExc_AttributeError);
+    Py_XDECREF(inner);
+    return false;
+}
+
+void wire_detach(wire *it)
+{
+    it->ssl = it->in = it->out = NULL;
+    Py_CLEAR(it->tls);
+}
+
+/* Has Python say what is wrong, which it reads off the same object. */
+static wire_news complain(const wire *it)
+{
+    PyObject *octets =
+        PyObject_CallMethod(it->tls, "read", "i", RECORD_BYTES);
+    if (octets)
+        PyErr_SetString(PyExc_OSError, "TLS neither reads nor says why");
+    Py_XDECREF(octets);
     return WIRE_BROKEN;
 }
 
-wire_news wire_take(const wire *it, PyObject **opened, bool *ended)
+/* Opens all records; as wire_take. */
+static wire_news open_records(const wire *it, uint8_t *opened, size_t *count,
+                              bool *ended)
 {
-    char octets[SEALED_BYTES];
-    ssize_t count = recv(it->socket, octets, sizeof(octets), MSG_DONTWAIT);
-    if (count == 0)
+    const tls_library *library = it->library;
+    do {
+        size_t more = 0;
+        int result = library->read(it->ssl, opened + *count,
+                                   OPENED_BYTES - *count, &more);
+        *count += more;
+        if (result > 0)
+            continue;
+        int reason = library->get_error(it->ssl, result);
+        *ended = reason == SSL_ZERO_RETURN;
+        if (*ended)
+            break;
+        /* If it is read, the rest of a record is to come. */
+        if (reason != SSL_WANTS_READ)
+            return complain(it);
+        return *count ? WIRE_GAVE : WIRE_SILENT;
+    } while (library->bio_ctrl_pending(it->in) && *count < OPENED_BYTES);
+    return WIRE_GAVE;
+}
+
+wire_news wire_take(const wire *it, uint8_t *opened, size_t *count,
+                    bool *ended)
+{
+    uint8_t sealed[SEALED_BYTES];
+    *count = 0;
+    ssize_t length = recv(it->socket, sealed, sizeof(sealed), MSG_DONTWAIT);
+    if (length == 0)
         return WIRE_CLOSED;
-    if (count < 0 && (errno == EAGAIN || errno == EINTR))
+    if (length < 0 && (errno == EAGAIN || errno == EINTR))
         return WIRE_SILENT;
-    if (count < 0) {
+    if (length < 0) {
         PyErr_SetFromErrno(PyExc_OSError);
         return WIRE_BROKEN;
     }
-    PyObject *came = PyBytes_FromStringAndSize(octets, count);
-    PyObject *done = came ? PyObject_CallMethodOneArg(
-                                it->sealed, it->words[WRITE], came)
-                          : NULL;
-    Py_XDECREF(came);
-    if (done == NULL)
+    if (it->library->bio_write(it->in, sealed, (int)length) != length) {
+        PyErr_NoMemory();
         return WIRE_BROKEN;
-    Py_DECREF(done);
-    return open_records(it, opened, ended);
+    }
+    return open_records(it, opened, count, ended);
 }
 
-/* Has TLS seal octets from `*from` on up to `end`. */
-static int seal(const wire *it, PyObject *octets, Py_ssize_t *from,
-                Py_ssize_t end)
+/* Sends as much as the socket takes: the rest as a new bytes object. */
+static PyObject *send_octets(const wire *it, const uint8_t *octets,
+                             size_t length)
 {
-    while (*from < end) {
-        PyObject *rest =
-            *from ? PyMemoryView_FromMemory(
-                        PyBytes_AS_STRING(octets) + *from,
-                        PyBytes_GET_SIZE(octets) - *from, PyBUF_READ)
-                  : Py_NewRef(octets);
-        PyObject *number =
-            rest ? PyObject_CallMethodOneArg(it->tls, it->words[WRITE], rest)
-                 : NULL;
-        Py_ssize_t count = number ? PyLong_AsSsize_t(number) : -1;
-        Py_XDECREF(number);
-        Py_XDECREF(rest);
-        if (count < 0)
-            return -1;
-        *from += count;
-    }
-    return 0;
+    ssize_t count =
+        send(it->socket, octets, length, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (count < 0 && errno != EAGAIN && errno != EINTR)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    if (count < 0)
+        count = 0;
+    return PyBytes_FromStringAndSize((const char *)octets + count,
+                                     (Py_ssize_t)length - count);
 }
 
 PyObject *wire_push(const wire *it, PyObject *sealed)
 {
     Py_buffer view;
-    PyObject *rest = NULL;
     if (PyObject_GetBuffer(sealed, &view, PyBUF_SIMPLE) < 0)
         return NULL;
-    ssize_t count = send(it->socket, view.buf, (size_t)view.len,
-                         MSG_DONTWAIT | MSG_NOSIGNAL);
-    if (count < 0 && errno != EAGAIN && errno != EINTR)
-        PyErr_SetFromErrno(PyExc_OSError);
-    else if (count <= 0 && PyBytes_CheckExact(sealed))
-        rest = Py_NewRef(sealed);
-    else
-        rest = PyBytes_FromStringAndSize(
-            (char *)view.buf + (count > 0 ? count : 0),
-            view.len - (count > 0 ? count : 0));
+    PyObject *rest = send_octets(it, view.buf, (size_t)view.len);
     PyBuffer_Release(&view);
     return rest;
 }
@@ -151,37 +196,35 @@ PyObject *wire_push(const wire *it, PyObject *sealed)
 /* Sends what TLS has sealed, behind what is unsent; steals that. */
 static PyObject *send_sealed(const wire *it, PyObject *unsent)
 {
-    PyObject *sealed =
-        PyObject_CallMethodNoArgs(it->to_send, it->words[READ]);
-    if (sealed && !PyBytes_CheckExact(sealed)) {
-        PyErr_SetString(PyExc_TypeError, "TLS writes bytes");
-        Py_CLEAR(sealed);
+    uint8_t octets[CHUNK_BYTES + CHUNK_BYTES / RECORD_BYTES * RECORD_ROOM];
+    int count;
+    while (unsent && (count = it->library->bio_read(
+                          it->out, octets, sizeof(octets))) > 0) {
+        PyObject *rest =
+            PyBytes_GET_SIZE(unsent)
+                ? PyBytes_FromStringAndSize((char *)octets, count)
+                : send_octets(it, octets, (size_t)count);
+        if (rest)
+            PyBytes_ConcatAndDel(&unsent, rest);
+        else
+            Py_CLEAR(unsent);
     }
-    if (sealed && PyBytes_GET_SIZE(unsent)) {
-        PyBytes_ConcatAndDel(&unsent, sealed);
-        return unsent;
-    }
-    Py_DECREF(unsent);
-    PyObject *rest = sealed ? wire_push(it, sealed) : NULL;
-    Py_XDECREF(sealed);
-    return rest;
+    return unsent;
 }
 
-PyObject *wire_put(const wire *it, PyObject *octets)
+PyObject *wire_put(const wire *it, const uint8_t *octets, size_t length)
 {
-    Py_ssize_t from = 0, length = octets ? PyBytes_GET_SIZE(octets) : 0;
     PyObject *unsent = PyBytes_FromStringAndSize(NULL, 0);
-    Py_ssize_t pending = 0;
     do {
-        Py_ssize_t end =
-            length - from > CHUNK_BYTES ? from + CHUNK_BYTES : length;
-        if (unsent && seal(it, octets, &from, end) < 0)
+        size_t chunk = length < CHUNK_BYTES ? length : CHUNK_BYTES;
+        size_t count = 0;
+        if (chunk && it->library->write(it->ssl, octets, chunk, &count) <= 0) {
+            complain(it);
             Py_CLEAR(unsent);
-        pending = unsent ? count_pending(it, it->to_send) : 0;
-        if (pending < 0)
-            Py_CLEAR(unsent);
-        if (unsent && pending)
-            unsent = send_sealed(it, unsent);
-    } while (unsent && from < length);
+        }
+        octets += count;
+        length -= count;
+        unsent = unsent ? send_sealed(it, unsent) : NULL;
+    } while (unsent && length);
     return unsent;
 }

@@ -7,16 +7,34 @@
 #include <Python.h>
 
 #include <stdbool.h>
+#include <stdint.h>
 
-/* What wire.c needs of Python: an exception, names, a number of octets. */
-enum { WANTS_READ, READ, WRITE, PENDING, RECORD, WIRE_WORDS };
+/* What is read from the socket at a time; a record and a half. */
+#define SEALED_BYTES (24 * 1024)
+/* Octets of a TLS record. */
+#define RECORD_BYTES 16384
+/* What can be opened of that, with a record that was complete but for its
+ * last octet before. */
+#define OPENED_BYTES (SEALED_BYTES + RECORD_BYTES)
+
+/* Functions of the OpenSSL that Python's ssl module is linked with. */
+typedef struct {
+    int (*read)(void *ssl, void *to, size_t room, size_t *count);
+    int (*write)(void *ssl, const void *from, size_t length, size_t *count);
+    int (*get_error)(const void *ssl, int result);
+    void *(*get_ex_data)(const void *ssl, int index);
+    void *(*get_rbio)(const void *ssl);
+    void *(*get_wbio)(const void *ssl);
+    int (*bio_read)(void *bio, void *to, int room);
+    int (*bio_write)(void *bio, const void *from, int length);
+    size_t (*bio_ctrl_pending)(void *bio);
+} tls_library;
 
 typedef struct {
+    const tls_library *library; /* borrowed */
     int socket;
-    /* Borrowed: an ssl.SSLObject and the ssl.MemoryBIO objects that it reads
-     * from and writes to. */
-    PyObject *tls, *sealed, *to_send;
-    PyObject *const *words;
+    PyObject *tls;        /* Python's, which keeps the others alive; or NULL */
+    void *ssl, *in, *out; /* SSL *, BIO * that it reads from and writes to */
 } wire;
 
 typedef enum {
@@ -26,19 +44,29 @@ typedef enum {
     WIRE_BROKEN  /* an ssl.SSLError or OSError is set, or memory is short */
 } wire_news;
 
-/* Fills an array of WIRE_WORDS; -1 with an error. */
-int wire_init(PyObject **words, PyObject *wants_read);
+/* Finds the functions; false where they are out of reach, with an error when
+ * memory is short. */
+bool wire_find_library(tls_library *to);
 
-/* Opens what came: a new bytes object, and whether TLS ends behind it. */
-wire_news wire_take(const wire *it, PyObject **opened, bool *ended);
+/* Attaches to an ssl.SSLObject over ssl.MemoryBIO objects, whose handshake is
+ * over, and to the socket below; false when that is no object that we can see
+ * into, with an error when memory is short. */
+bool wire_attach(wire *it, const tls_library *library, PyObject *tls,
+                 int socket);
+
+void wire_detach(wire *it);
+
+/* Opens what came, at most OPENED_BYTES, and tells whether TLS ends behind it.
+ */
+wire_news wire_take(const wire *it, uint8_t *opened, size_t *count,
+                    bool *ended);
 
 /* Sends sealed octets, a bytes-like object: the rest as a new bytes object;
  * NULL with an error. */
 PyObject *wire_push(const wire *it, PyObject *sealed);
 
-/* Sends octets, which may be NULL, and what TLS has to say by itself.  A new
- * bytes object with what the socket did not take, sealed; NULL with an error.
- */
-PyObject *wire_put(const wire *it, PyObject *octets);
+/* Sends octets, and what TLS has to say by itself.  A new bytes object with
+ * what the socket did not take, sealed; NULL with an error. */
+PyObject *wire_put(const wire *it, const uint8_t *octets, size_t length);
 
 #endif

@@ -6,11 +6,11 @@ import os
 import pathlib
 import random
 import shutil
-import ssl
 import subprocess
 import sys
 import sysconfig
 import tracemalloc
+import types
 
 import drive
 import frames as fr
@@ -77,13 +77,13 @@ def test_conversations_leave_nothing_behind(driven):
 
     tracemalloc.start()
     converse(range(50))
-    before, types = tracemalloc.get_traced_memory()[0], sys.getrefcount(driven)
+    before, uses = tracemalloc.get_traced_memory()[0], sys.getrefcount(driven)
     converse(range(150))
     after = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     # An engine is 30 KB: not one of 150 is left, nor a stream of each.
     assert after - before < 10_000
-    assert sys.getrefcount(driven) == types
+    assert sys.getrefcount(driven) == uses
 
 
 @needs_native
@@ -114,6 +114,8 @@ def test_what_is_given_to_an_engine_is_let_go_of(driven):
     lambda engine: engine.receive("text"),
     lambda engine: engine.reset(1),
     lambda engine: engine.sendable("1"),
+    lambda engine: engine.attach(None, "1"),
+    lambda engine: engine.wake(1, id, id),
 ])
 def test_a_wrong_call_is_a_type_error_and_breaks_nothing(call):
     engine = NATIVE_ENGINE(EngineLimits())
@@ -121,6 +123,23 @@ def test_a_wrong_call_is_a_type_error_and_breaks_nothing(call):
     with pytest.raises(TypeError):
         call(engine)
     engine.headers(1, [(b":status", b"200")], True)
+
+
+@needs_native
+def test_an_engine_sees_into_no_object_but_that_of_python_s_ssl():
+    engine = NATIVE_ENGINE(EngineLimits())
+    server, _, _ = drive.TLS.meet()
+    for stranger in (None, types.SimpleNamespace(_sslobj=server)):
+        assert not engine.attach(stranger, 0)
+        with pytest.raises(RuntimeError, match="attach comes first"):
+            engine.turn(b"", 1)
+
+
+@needs_native
+def test_an_engine_that_does_not_rest_leaves_the_turn_to_others():
+    engine, heard = NATIVE_ENGINE(EngineLimits()), []
+    engine.wake(3, heard.append, None, 0)
+    assert heard == [3]
 
 
 @needs_native
@@ -155,10 +174,9 @@ def test_the_words_of_another_program_are_refused():
     native = importlib.import_module("shimmercat_ext.native")
     with pytest.raises(TypeError):
         native.bind(native.ABI, (shimmercat.RequestEnded,) * 8,
-                    shimmercat.StreamGone, ssl.SSLWantReadError)
+                    shimmercat.StreamGone)
     with pytest.raises(TypeError):
-        native.bind(
-            native.ABI, (), shimmercat.StreamGone, ssl.SSLWantReadError)
+        native.bind(native.ABI, (), shimmercat.StreamGone)
     assert native.bind(native.ABI + 1, (), shimmercat.StreamGone) is None
 
 
