@@ -13044,7 +13044,8 @@ class Connection:
         if self._is_attached:
             self._watcher.start(
                 self._conversation.engine.wake, self._turn, self._take_over,
-                self._service.tweaks.send_chunk_bytes, pass_events=True)
+                self._service.tweaks.send_chunk_bytes, self._service.loop,
+                pass_events=True)
         else:
             self._watcher.start(self._turn, pass_events=True)
 

@@ -134,6 +134,7 @@ typedef struct {
     PyObject *table;            /* HotTable */
     PyObject *events[EVENTS];   /* named tuples */
     PyObject *gone;             /* the exception StreamGone */
+    PyObject *iteration;        /* the name of a loop's number */
     tls_library tls;            /* cleared where that is out of reach */
     uint8_t frame[FRAME_BUFFER_BYTES]; /* lent to all sessions */
 } words;
@@ -1476,8 +1477,6 @@ static outcome take_octets(engine *self, PyObject *events,
 {
     size_t taken = 0;
     bool is_rest = self->rest.used > 0;
-    if (self->table)
-        hot_begin(self->table);
     if (self->preface && count &&
         take_preface(self, octets, count, &taken) != GOOD)
         return FAULT;
@@ -1738,6 +1737,8 @@ static PyObject *engine_receive(engine *self, PyObject *data)
     PyObject *events = PyList_New(0);
     outcome result = events ? GOOD : BROKEN;
     if (result == GOOD && !self->faulty) {
+        if (self->table)
+            hot_begin(self->table);
         result = take_octets(self, events, view.buf, (size_t)view.len);
         if (result == FAULT)
             result = end_with_fault(self, events);
@@ -1955,14 +1956,23 @@ static bool is_at_rest(const engine *self)
            self->judged - self->nuisance < UNJUDGED_POINTS;
 }
 
-/* Takes what came and sends what there is, unless there are events. */
-static outcome take_turn(engine *self, const uint8_t *octets, size_t count,
-                         size_t most, PyObject *events, PyObject **unsent)
+/* Takes what came and sends what there is, unless there are events.
+ *
+ * In a `round` of the loop, a number, who looked at a source looked at it for
+ * all: the record for which the loop calls us had begun to come before, and so
+ * its requests had been made.  Records behind it may be newer than the look.
+ */
+static outcome take_turn(engine *self, const wire_input *input, size_t most,
+                         long round, PyObject *events, PyObject **unsent)
 {
     size_t served;
     outcome result = GOOD;
-    if (count)
-        result = take_octets(self, events, octets, count);
+    if (self->table && round >= 0 && input->records == 1)
+        hot_begin_in_round(self->table, round);
+    else if (self->table)
+        hot_begin(self->table);
+    if (input->count)
+        result = take_octets(self, events, input->octets, input->count);
     if (result == FAULT)
         result = end_with_fault(self, events);
     if (result != GOOD || PyList_GET_SIZE(events))
@@ -1992,11 +2002,13 @@ static PyObject *take_exception(void)
 }
 
 /* A turn: what `turn` returns, NULL with an error that is no OSError. */
-static PyObject *move_octets(engine *self, PyObject *pending, size_t most)
+static PyObject *move_octets(engine *self, PyObject *pending, size_t most,
+                             long round)
 {
-    uint8_t octets[OPENED_BYTES];
-    size_t count = 0;
-    bool ended = false;
+    wire_input input;
+    input.count = 0;
+    input.records = 0;
+    input.ended = false;
     PyObject *answer = NULL;
     PyObject *events = PyList_New(0);
     PyObject *unsent = events && pending ? wire_push(&self->wire, pending)
@@ -2005,18 +2017,18 @@ static PyObject *move_octets(engine *self, PyObject *pending, size_t most)
     outcome result = GOOD;
     if (news == WIRE_SILENT && (!unsent || !PyBytes_GET_SIZE(unsent))) {
         Py_CLEAR(unsent);
-        news = wire_take(&self->wire, octets, &count, &ended);
+        news = wire_take(&self->wire, &input);
         if (news == WIRE_GAVE || news == WIRE_SILENT)
-            result = take_turn(self, octets, count, most, events, &unsent);
+            result = take_turn(self, &input, most, round, events, &unsent);
     }
     if (news == WIRE_CLOSED)
         answer = Py_NewRef(Py_False);
-    else if (unsent && !PyBytes_GET_SIZE(unsent) && !ended &&
+    else if (unsent && !PyBytes_GET_SIZE(unsent) && !input.ended &&
              is_at_rest(self))
         answer = Py_NewRef(Py_True);
     else if (result == GOOD && !PyErr_Occurred())
         answer = Py_BuildValue("OOO", events, unsent ? unsent : Py_None,
-                               ended ? Py_True : Py_False);
+                               input.ended ? Py_True : Py_False);
     else if (result == GOOD && PyErr_ExceptionMatches(PyExc_OSError))
         answer = take_exception();
     Py_XDECREF(events);
@@ -2077,13 +2089,24 @@ static PyObject *engine_turn(engine *self, PyObject *const *args,
     if (PyErr_Occurred() || enter_turn(self) < 0)
         return NULL;
     PyObject *answer =
-        move_octets(self, is_pending ? args[0] : NULL, most);
+        move_octets(self, is_pending ? args[0] : NULL, most, -1);
     return leave(self, answer ? GOOD : BROKEN, answer);
 }
 
+/* Which round of a loop this is; negative when it does not count them. */
+static long round_of(engine *self, PyObject *loop)
+{
+    PyObject *number = PyObject_GetAttr(loop, self->words->iteration);
+    long round = number ? PyLong_AsLong(number) : -1;
+    Py_XDECREF(number);
+    if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_AttributeError))
+        PyErr_Clear();
+    return round;
+}
+
 PyDoc_STRVAR(wake_doc,
-             "wake(events, otherwise, go_on, most): for the loop to call "
-             "when the socket\nis ready.\n\n"
+             "wake(events, otherwise, go_on, most, loop): for the loop to call "
+             "when the\nsocket is ready.\n\n"
              "While `rests`, it takes a turn.  If all is at rest again, "
              "`stirred` becomes\ntrue and that was all; else it is "
              "go_on(what the turn returned).  While not,\nit is "
@@ -2092,17 +2115,18 @@ PyDoc_STRVAR(wake_doc,
 static PyObject *engine_wake(engine *self, PyObject *const *args,
                              Py_ssize_t count)
 {
-    if (count != 4) {
+    if (count != 5) {
         PyErr_SetString(PyExc_TypeError,
-                        "expected (events, otherwise, go_on, most)");
+                        "expected (events, otherwise, go_on, most, loop)");
         return NULL;
     }
     if (!self->rests)
         return PyObject_CallOneArg(args[1], args[0]);
     size_t most = PyLong_AsSize_t(args[3]);
+    long round = PyErr_Occurred() ? -1 : round_of(self, args[4]);
     if (PyErr_Occurred() || enter_turn(self) < 0)
         return NULL;
-    PyObject *answer = move_octets(self, NULL, most);
+    PyObject *answer = move_octets(self, NULL, most, round);
     answer = leave(self, answer ? GOOD : BROKEN, answer);
     if (answer == Py_True) {
         self->stirred = true;
@@ -2358,7 +2382,7 @@ static outcome announce(engine *self, uint32_t window)
 /* A number from EngineLimits, -1 with an error. */
 static int64_t read_limit(PyObject *limits, const char *name)
 {
-    PyObject *number = PyObject_GetAttrString(limits, name);
+    PyObject *number = attribute_of(limits, name);
     long long value = number ? PyLong_AsLongLong(number) : -1;
     Py_XDECREF(number);
     if (value >= 0 && value <= UINT32_MAX)
@@ -2549,7 +2573,8 @@ static int module_exec(PyObject *module)
     words *state = PyModule_GetState(module);
     state->type = PyType_FromModuleAndSpec(module, &engine_spec, NULL);
     state->table = PyType_FromModuleAndSpec(module, &hot_table_spec, NULL);
-    if (state->type == NULL || state->table == NULL)
+    state->iteration = PyUnicode_InternFromString("iteration");
+    if (!state->type || !state->table || !state->iteration)
         return -1;
     PyObject *protocol = PyUnicode_FromString("h2");
     PyObject *library =
@@ -2568,6 +2593,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->type);
     Py_VISIT(state->table);
     Py_VISIT(state->gone);
+    Py_VISIT(state->iteration);
     for (int n = 0; n < EVENTS; n++)
         Py_VISIT(state->events[n]);
     return 0;
@@ -2579,6 +2605,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->type);
     Py_CLEAR(state->table);
     Py_CLEAR(state->gone);
+    Py_CLEAR(state->iteration);
     for (int n = 0; n < EVENTS; n++)
         Py_CLEAR(state->events[n]);
     return 0;

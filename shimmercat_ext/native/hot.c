@@ -11,7 +11,9 @@
  *   at that answers from files, has no key; its urgency changes no more than
  *   the order of answers;
  * - the source is looked at behind each request (hot_confirm), just as
- *   Asset.is_current does in room 10b: once for all that came together;
+ *   Asset.is_current does in room 10b: once for all that came together.  What
+ *   made the loop call us was there before anything was done in its round, so
+ *   a look in the same round is behind it too (engine.c, wake);
  * - whoever changes what a file is answered with calls `drop`.
  *
  * `put` takes its key from a request that was answered, by the same function
@@ -66,6 +68,7 @@ struct hot_table {
     long long lost; /* records that found no room */
     long long hits;
     unsigned long long turn;
+    long round; /* that the turn was begun in; none if negative */
 };
 
 /* ------------------------------------------------------------------- keys */
@@ -281,6 +284,15 @@ PyObject *hot_find(hot_table *self, PyObject *const *fields, size_t count,
 void hot_begin(hot_table *self)
 {
     self->turn++;
+    self->round = -1;
+}
+
+void hot_begin_in_round(hot_table *self, long round)
+{
+    if (self->round == round)
+        return;
+    self->turn++;
+    self->round = round;
 }
 
 /* Nanoseconds, as a number without a sign. */

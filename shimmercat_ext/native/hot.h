@@ -55,6 +55,10 @@ hot_answer *hot_content(PyObject *capsule);
 /* Begins a turn: sources are looked at anew. */
 void hot_begin(hot_table *self);
 
+/* The same, but goes on with the turn before if that was begun by this
+ * function in the same round of the loop. */
+void hot_begin_in_round(hot_table *self, long round);
+
 /* Whether its source was as it is kept at some time in this turn; if not, the
  * table forgets the answer.  If so, that was of use. */
 bool hot_confirm(hot_table *self, hot_answer *it);

@@ -38,6 +38,14 @@ typedef struct {
     PyObject *context;
 } python_tls;
 
+PyObject *attribute_of(PyObject *object, const char *name)
+{
+    PyObject *key = PyUnicode_InternFromString(name);
+    PyObject *value = key ? PyObject_GetAttr(object, key) : NULL;
+    Py_XDECREF(key);
+    return value;
+}
+
 /* Clears an error of a kind that a stranger makes. */
 static void forgive(PyObject *kind)
 {
@@ -59,7 +67,7 @@ bool wire_find_library(tls_library *to)
         {"BIO_ctrl_pending", (void **)&to->bio_ctrl_pending}};
     PyObject *module = PyImport_ImportModule("_ssl");
     PyObject *path =
-        module ? PyObject_GetAttrString(module, "__file__") : NULL;
+        module ? attribute_of(module, "__file__") : NULL;
     const char *file = path ? PyUnicode_AsUTF8(path) : NULL;
     void *handle = file ? dlopen(file, RTLD_LAZY | RTLD_NOLOAD) : NULL;
     bool found = handle != NULL;
@@ -82,7 +90,7 @@ static bool is_as_known(const tls_library *library, PyObject *tls)
     if (strcmp(Py_TYPE(tls)->tp_name, "_ssl._SSLSocket") != 0 ||
         Py_TYPE(tls)->tp_basicsize < (Py_ssize_t)sizeof(python_tls))
         return false;
-    PyObject *context = PyObject_GetAttrString(tls, "context");
+    PyObject *context = attribute_of(tls, "context");
     bool is_known = context && context == inner->context && inner->ssl &&
                     inner->socket == NULL &&
                     library->get_ex_data(inner->ssl, 0) == tls;
@@ -93,7 +101,7 @@ static bool is_as_known(const tls_library *library, PyObject *tls)
 bool wire_attach(wire *it, const tls_library *library, PyObject *tls,
                  int socket)
 {
-    PyObject *inner = library->read ? PyObject_GetAttrString(tls, "_sslobj")
+    PyObject *inner = library->read ? attribute_of(tls, "_sslobj")
                                     : NULL;
     if (inner && is_as_known(library, inner)) {
         void *ssl = ((python_tls *)inner)->ssl;
@@ -125,34 +133,34 @@ static wire_news complain(const wire *it)
 }
 
 /* Opens all records; as wire_take. */
-static wire_news open_records(const wire *it, uint8_t *opened, size_t *count,
-                              bool *ended)
+static wire_news open_records(const wire *it, wire_input *input)
 {
     const tls_library *library = it->library;
     do {
         size_t more = 0;
-        int result = library->read(it->ssl, opened + *count,
-                                   OPENED_BYTES - *count, &more);
-        *count += more;
+        int result =
+            library->read(it->ssl, input->octets + input->count,
+                          OPENED_BYTES - input->count, &more);
+        input->count += more;
+        input->records += more > 0;
         if (result > 0)
             continue;
         int reason = library->get_error(it->ssl, result);
-        *ended = reason == SSL_ZERO_RETURN;
-        if (*ended)
+        input->ended = reason == SSL_ZERO_RETURN;
+        if (input->ended)
             break;
         /* If it is read, the rest of a record is to come. */
         if (reason != SSL_WANTS_READ)
             return complain(it);
-        return *count ? WIRE_GAVE : WIRE_SILENT;
-    } while (library->bio_ctrl_pending(it->in) && *count < OPENED_BYTES);
+        return input->count ? WIRE_GAVE : WIRE_SILENT;
+    } while (library->bio_ctrl_pending(it->in) &&
+             input->count < OPENED_BYTES);
     return WIRE_GAVE;
 }
 
-wire_news wire_take(const wire *it, uint8_t *opened, size_t *count,
-                    bool *ended)
+wire_news wire_take(const wire *it, wire_input *input)
 {
     uint8_t sealed[SEALED_BYTES];
-    *count = 0;
     ssize_t length = recv(it->socket, sealed, sizeof(sealed), MSG_DONTWAIT);
     if (length == 0)
         return WIRE_CLOSED;
@@ -166,7 +174,7 @@ wire_news wire_take(const wire *it, uint8_t *opened, size_t *count,
         PyErr_NoMemory();
         return WIRE_BROKEN;
     }
-    return open_records(it, opened, count, ended);
+    return open_records(it, input);
 }
 
 /* Sends as much as the socket takes: the rest as a new bytes object. */

@@ -44,6 +44,10 @@ typedef enum {
     WIRE_BROKEN  /* an ssl.SSLError or OSError is set, or memory is short */
 } wire_news;
 
+/* An attribute, new.  Its name is interned: Python's cache of attributes would
+ * keep each copy of it. */
+PyObject *attribute_of(PyObject *object, const char *name);
+
 /* Finds the functions; false where they are out of reach, with an error when
  * memory is short. */
 bool wire_find_library(tls_library *to);
@@ -56,10 +60,16 @@ bool wire_attach(wire *it, const tls_library *library, PyObject *tls,
 
 void wire_detach(wire *it);
 
-/* Opens what came, at most OPENED_BYTES, and tells whether TLS ends behind it.
- */
-wire_news wire_take(const wire *it, uint8_t *opened, size_t *count,
-                    bool *ended);
+/* What came. */
+typedef struct {
+    uint8_t octets[OPENED_BYTES];
+    size_t count;
+    int records; /* how many of TLS had octets */
+    bool ended;  /* whether TLS ends behind them */
+} wire_input;
+
+/* Opens what came, all of it, into an empty `input`. */
+wire_news wire_take(const wire *it, wire_input *input);
 
 /* Sends sealed octets, a bytes-like object: the rest as a new bytes object;
  * NULL with an error. */

@@ -12,6 +12,7 @@ import random
 import socket
 import ssl
 import sys
+import types
 import typing
 
 import frames as fr
@@ -59,14 +60,16 @@ class Tls:
         to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
         server = self._server.wrap_bio(to_server, to_client, server_side=True)
         client = self._client.wrap_bio(to_client, to_server)
-        for end in (client, server, client, server):
+        for end in (client, server, client):
             with contextlib.suppress(ssl.SSLWantReadError):
                 end.do_handshake()
-        to_client.read()
+        server.do_handshake()
+        client.do_handshake()
         return server, client, to_server
 
 
 TLS = Tls()
+LOOP = types.SimpleNamespace(iteration=5)
 
 
 def load(path):
@@ -150,7 +153,7 @@ def take_turns(engine, dice):
                 theirs.recv(dice.choice([1, 10_000]))
             most = dice.choice([0, 9, 65536])
             if engine.rests and not pending:
-                engine.wake(1, id, id, most)
+                engine.wake(1, id, id, most, LOOP)
             else:
                 done = engine.turn(pending, most)
                 pending = done[1] or b"" if isinstance(done, tuple) else b""

@@ -1,9 +1,12 @@
 """The hot table: which requests it knows, and what it keeps of answers."""
 
 import os
+import socket
 import sys
 import time
+import types
 
+import drive
 import frames as fr
 import hpack
 import pytest
@@ -61,6 +64,41 @@ class Place:
         events = engine.receive(fr.head(1, *fields))
         assert bool(engine.recalled) is not bool(events)
         return not events
+
+
+class Visitor:
+    """A connection whose engine is called by a loop."""
+
+    def __init__(self, place):
+        self.engine, self.stream = place.connect(), -1
+        self.engine.judged = self.engine.nuisance
+        self.ours, self.theirs = socket.socketpair()
+        server, self.tls, self.sealed = drive.TLS.meet()
+        assert self.engine.attach(server, self.ours.fileno())
+
+    def knows(self, iteration, before=b""):
+        """Whether the table has what is asked for, in a round of the loop."""
+        self.stream += 2
+        heard, self.engine.rests = [], True
+        for octets in filter(None, (before, fr.head(self.stream, *ASKED))):
+            self.tls.write(octets)
+        self.theirs.sendall(self.sealed.read())
+        self.engine.wake(1, heard.append, heard.append, 2**20,
+                         types.SimpleNamespace(iteration=iteration))
+        assert self.engine.rests is not bool(heard)
+        return not heard
+
+    def leave(self):
+        self.ours.close()
+        self.theirs.close()
+
+
+@pytest.fixture
+def visitors(place):
+    visitors = Visitor(place), Visitor(place)
+    yield visitors
+    for visitor in visitors:
+        visitor.leave()
 
 
 @pytest.fixture
@@ -249,6 +287,30 @@ def test_a_changed_file_ends_all_that_was_made_of_it(place, change):
     change(place.path)
     assert not place.knows(ASKED)
     assert len(place.table) == 0
+
+
+def test_one_look_does_for_all_whose_requests_were_there_before_it(
+        place, visitors):
+    assert visitors[0].knows(7)
+    time.sleep(0.02)
+    place.path.write_bytes(BODY)
+    assert visitors[1].knows(7)
+    assert not visitors[1].knows(8)
+
+
+def test_what_came_behind_the_first_record_may_be_newer_than_a_look(
+        place, visitors):
+    assert visitors[0].knows(7)
+    time.sleep(0.02)
+    place.path.write_bytes(BODY)
+    assert not visitors[1].knows(7, before=fr.frame(fr.PING, 1, 0, bytes(8)))
+
+
+def test_a_loop_that_counts_no_rounds_has_all_looked_at(place, visitors):
+    assert visitors[0].knows(-1)
+    time.sleep(0.02)
+    place.path.write_bytes(BODY)
+    assert not visitors[1].knows(-1)
 
 
 def test_what_is_dropped_is_asked_of_python(place):

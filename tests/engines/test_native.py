@@ -115,7 +115,7 @@ def test_what_is_given_to_an_engine_is_let_go_of(driven):
     lambda engine: engine.reset(1),
     lambda engine: engine.sendable("1"),
     lambda engine: engine.attach(None, "1"),
-    lambda engine: engine.wake(1, id, id),
+    lambda engine: engine.wake(1, id, id, 0),
 ])
 def test_a_wrong_call_is_a_type_error_and_breaks_nothing(call):
     engine = NATIVE_ENGINE(EngineLimits())
@@ -138,7 +138,7 @@ def test_an_engine_sees_into_no_object_but_that_of_python_s_ssl():
 @needs_native
 def test_an_engine_that_does_not_rest_leaves_the_turn_to_others():
     engine, heard = NATIVE_ENGINE(EngineLimits()), []
-    engine.wake(3, heard.append, None, 0)
+    engine.wake(3, heard.append, None, 0, None)
     assert heard == [3]
 
 
