@@ -165,7 +165,7 @@ __all__ = [
     "Tally", "WarmUp",
     "Service", "ConnectionTable", "connection_limit", "Pace",
     "Conversation",
-    "PlainWire", "TlsWire",
+    "PlainWire", "TlsWire", "SocketWatch", "READ", "WRITE", "WRONG_SCHEME",
     "Connection",
     "CannotListen", "TlsListener", "RedirectListener", "listen",
     "ProxyHeaderRefused", "ProxyHeader",
@@ -12798,7 +12798,7 @@ _RETRY = ((b"retry-after", b"2"),)
 # ---------------------------------------------------------------------------
 # 16c. Wires of clients: octets of a conversation, with TLS or without
 #
-#    Offers   PlainWire, TlsWire
+#    Offers   PlainWire, TlsWire, SocketWatch, READ, WRITE, WRONG_SCHEME
 #    Uses     no other room
 # ---------------------------------------------------------------------------
 
@@ -12957,6 +12957,46 @@ def _end_of_handshake():
     raise ConnectionResetError("the client left in the handshake")
 
 
+class SocketWatch:
+    """Whom the loop calls when a socket is ready."""
+
+    __slots__ = "_call", "_watcher", "events"
+
+    def __init__(self, loop: object, descriptor: int,
+                 turn: typing.Callable[[int], None]):
+        """Waits for octets and calls `turn` with what the socket is for."""
+        #: what is waited for: READ, WRITE, both or nothing
+        self.events = READ
+        self._watcher = loop.io(descriptor, READ)
+        self.call(turn)
+
+    def call(self, *call: object) -> None:
+        """Has the loop call another from now on, with these words behind."""
+        self._call = call
+        self._watcher.stop()
+        if self.events:
+            self._watcher.start(*call, pass_events=True)
+
+    def wait_for(self, events: int) -> None:
+        """Waits for something else."""
+        if events != self.events:
+            self.events = events
+            self._watcher.stop()
+            if events:
+                self._watcher.events = events
+                self._watcher.start(*self._call, pass_events=True)
+
+    def close(self) -> None:
+        """Waits no more."""
+        self._call = ()
+        self._watcher.stop()
+        self._watcher.close()
+
+
+READ, WRITE = 1, 2
+#: the answer to plain HTTP, for people whose browser left out the s
+WRONG_SCHEME = (b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n"
+                b"This port speaks HTTPS: begin the address with https://\n")
 #: records from a client that are not opened yet, and those for one
 _SEALED, _TO_SEND = ssl.MemoryBIO(), ssl.MemoryBIO()
 #: octets of one TLS record, and those that are read at a time
@@ -12975,9 +13015,9 @@ class Connection:
     """The socket of one client and the times it must keep."""
 
     __slots__ = ("_client", "_clock", "_conversation", "_deadline", "_ends",
-                 "_events", "_farewell", "_goes_on", "_has_parted",
+                 "_farewell", "_goes_on", "_has_parted",
                  "_has_room", "_is_alone", "_is_attached", "_pace",
-                 "_service", "_socket", "_stage", "_watcher", "_wire")
+                 "_service", "_socket", "_stage", "_watch", "_wire")
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext,
                  service: Service, ends: Ends):
@@ -12990,9 +13030,7 @@ class Connection:
         self._is_attached = self._is_alone = False
         sock.setblocking(False)
         self._stage = self._open(sock, context)
-        self._events = _READ
-        self._watcher = service.loop.io(self._socket.fileno(), _READ)
-        self._start_watcher()
+        self._watch = SocketWatch(service.loop, sock.fileno(), self._turn)
         #: whether the kernel has sent most of the chunk before
         self._has_room = False
         #: whether the engine takes more in the loop's next turn
@@ -13037,17 +13075,8 @@ class Connection:
 
     def _turn(self, events):
         """Goes on after the loop said that the socket is ready."""
-        self._has_room = bool(events & _WRITE)
+        self._has_room = bool(events & WRITE)
         self._guard(self._turn_alone if self._is_alone else self._stage)
-
-    def _start_watcher(self):
-        if self._is_attached:
-            self._watcher.start(
-                self._conversation.engine.wake, self._turn, self._take_over,
-                self._service.tweaks.send_chunk_bytes, self._service.loop,
-                pass_events=True)
-        else:
-            self._watcher.start(self._turn, pass_events=True)
 
     def _take_over(self, done):
         """Goes on with what the engine did when the loop called it."""
@@ -13063,7 +13092,7 @@ class Connection:
         events, talk = self._wire.follow(done), self._conversation
         if events is True and self._clock == "idle":
             talk.engine.stirred = True
-            talk.engine.rests = self._events == _READ
+            talk.engine.rests = self._watch.events == READ
             return
         self._is_alone = False
         if events is False:
@@ -13081,7 +13110,7 @@ class Connection:
     def _chunk(self):
         # Frames from the client must not push out the next chunk before the
         # kernel has sent the last one.
-        waits = self._events & _WRITE and not self._has_room
+        waits = self._watch.events & WRITE and not self._has_room
         return 0 if waits else self._service.tweaks.send_chunk_bytes
 
     def _guard(self, step):
@@ -13111,12 +13140,12 @@ class Connection:
                 self._service.settings.engine)
             self._begin(engine, self._service.site)
         else:
-            self._watch(_READ if self._write() else _READ | _WRITE)
+            self._watch.wait_for(READ if self._write() else READ | WRITE)
 
     def _explain(self):
         """Tells a client that forgot the s of https."""
         self._wire = PlainWire(self._socket)
-        self._wire.put(_WRONG_SCHEME)
+        self._wire.put(WRONG_SCHEME)
         self._write()
         self._part()
 
@@ -13127,8 +13156,9 @@ class Connection:
         self._stage = self._converse
         if self._wire.attach(engine):
             self._is_attached = True
-            self._watcher.stop()
-            self._start_watcher()
+            self._watch.call(
+                engine.wake, self._turn, self._take_over,
+                self._service.tweaks.send_chunk_bytes, self._service.loop)
         self._service.connections.end_handshake(self)
         if self._service.draining:
             self.drain()
@@ -13185,7 +13215,7 @@ class Connection:
     def _is_at_rest(self):
         """Whether nothing is to be done until the client says more."""
         wire = self._wire
-        if (self._events != _READ or self._has_parted or wire.has_ended
+        if (self._watch.events != READ or self._has_parted or wire.has_ended
                 or wire.pending or not self._conversation.is_idle()):
             return False
         self._clock = None
@@ -13263,7 +13293,8 @@ class Connection:
         # After a chunk the next one waits for the kernel to have sent it;
         # while a window is shut only the client can help.
         writing = unsent or (talk.is_sending() and talk.can_send())
-        self._watch((_READ if reading else 0) | (_WRITE if writing else 0))
+        self._watch.wait_for(
+            (READ if reading else 0) | (WRITE if writing else 0))
         if not (unsent or self._goes_on or talk.engine.hungry()
                 or talk.engine.protocol != "h2"):
             # Others first.
@@ -13296,14 +13327,6 @@ class Connection:
     def _set_clock(self, clock, seconds):
         if self._clock != clock:
             self._clock, self._deadline = clock, Deadline(seconds)
-
-    def _watch(self, events):
-        if events != self._events:
-            self._events = events
-            self._watcher.stop()
-            if events:
-                self._watcher.events = events
-                self._start_watcher()
 
     def look_after_time(self, now: float) -> None:
         """Ends what takes too long; the sweep calls it."""
@@ -13373,11 +13396,8 @@ class Connection:
         return True
 
     def _say_goodbye(self):
-        engine = self._conversation.engine
-        engine.goodbye()
-        if data := engine.output():
-            self._wire.put(data)
-            self._wire.push()
+        self._conversation.engine.goodbye()
+        self._answer_at_once()
         self._wire.part()
 
     def _begin_farewell(self):
@@ -13400,7 +13420,7 @@ class Connection:
         self._socket.shutdown(socket.SHUT_WR)
         self._stage = self._linger
         self._set_clock("linger", _LINGER_SECONDS)
-        self._watch(_READ)
+        self._watch.wait_for(READ)
 
     def _linger(self):
         """Swallows what the client still sends: a reset would lose ours."""
@@ -13411,8 +13431,7 @@ class Connection:
         """Ends the connection here and now; again does nothing."""
         if self._socket is None:
             return
-        self._watcher.stop()
-        self._watcher.close()
+        self._watch.close()
         self._socket.close()
         self._socket = None
         self._service.connections.discard(self)
@@ -13421,13 +13440,9 @@ class Connection:
         LOG.say(2, self._client)
 
 
-_READ, _WRITE = 1, 2
 #: tweaks for the times in which a connection costs no more than its place
 _IDLE_CLOCKS = {"handshake": "handshake_seconds", "head": "header_seconds",
                 "idle": "idle_seconds"}
-#: the answer to plain HTTP, for people whose browser left out the s
-_WRONG_SCHEME = (b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n"
-                 b"This port speaks HTTPS: begin the address with https://\n")
 _FAREWELL_SECONDS, _LINGER_SECONDS = 1, 2
 _READS_A_TURN = 64
 
@@ -13456,7 +13471,7 @@ class TlsListener:
         """`sock` is non-blocking and not patched."""
         self._socket, self._context, self._service = sock, context, service
         self._family = sock.family
-        self._watcher = service.loop.io(sock.fileno(), _READ)
+        self._watcher = service.loop.io(sock.fileno(), READ)
         self._pause, self._is_short = None, False
         if sock.family != socket.AF_UNIX:
             tcp, tweaks = socket.IPPROTO_TCP, service.tweaks
