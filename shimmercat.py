@@ -4900,8 +4900,6 @@ def _pem_flaw(text, wanted, error):
     labels = [label.decode() for label in _PEM_BEGIN.findall(text)]
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror}"
-    if not text:
-        return "is empty"
     if not labels:
         return "has no line -----BEGIN ...-----"
     kind = wanted.lstrip(string.ascii_lowercase + " ")
@@ -13340,7 +13338,9 @@ class Connection:
         if talk and talk.engine.stirred and self._clock == "idle":
             talk.engine.stirred, self._clock = False, None
             self._set_clock("idle", self._service.tweaks.idle_seconds)
-        if self._deadline.moment <= now or not self._is_read():
+        is_late = self._deadline.moment <= now and not (
+            self._clock in _IDLE_CLOCKS and self._has_unread())
+        if is_late or not self._is_read():
             LOG.say(6, self._client, self._clock)
             polite = self._clock in ("head", "idle")
             self._guard(self._give_up if polite else self.close)
@@ -13381,19 +13381,21 @@ class Connection:
         return self._deadline.moment - getattr(self._service.tweaks, seconds)
 
     def make_way(self) -> bool:
-        """Ends an idle connection at once; whether it was one.
-
-        It is not when its next request has come already.
-        """
-        try:
-            if self._socket.recv(1, socket.MSG_PEEK):
-                return False
-        except OSError:
-            # Nothing has come, or nothing will.
-            if self._conversation:
-                self._guard(self._say_goodbye)
+        """Ends an idle connection at once; whether it was one still."""
+        if self._has_unread():
+            return False
+        if self._conversation:
+            self._guard(self._say_goodbye)
         self.close()
         return True
+
+    def _has_unread(self):
+        """Whether the client has spoken, and it is we who are late."""
+        try:
+            return bool(self._socket.recv(1, socket.MSG_PEEK))
+        except OSError:
+            # Nothing has come, or nothing will.
+            return False
 
     def _say_goodbye(self):
         self._conversation.engine.goodbye()

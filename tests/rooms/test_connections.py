@@ -1,5 +1,6 @@
 """Room 16, Connections: the program over real sockets."""
 
+import concurrent.futures
 import contextlib
 import fcntl
 import io
@@ -7,6 +8,7 @@ import itertools
 import os
 import pathlib
 import random
+import signal
 import socket
 import ssl
 import struct
@@ -397,6 +399,30 @@ def test_a_handshake_has_its_time(quick_server, hello):
         sock.sendall(hello)
         assert sock.recv(1000) == b""
     assert 0.2 < time.monotonic() - begin < 3
+
+
+def test_what_came_while_the_server_stood_still_is_not_late(tmp_path):
+    folder = make_files(tmp_path, {
+        "handshake-seconds": "2", "header-seconds": "2", "idle-seconds": "2"})
+    with (Server(folder, "--log-codes", "all", mode="devlove") as server,
+          socket.create_connection(("127.0.0.1", server.port)) as fresh,
+          dial(server) as idle, dial(server) as half,
+          concurrent.futures.ThreadPoolExecutor(1) as other):
+        half.sendall(b"GET /a.css HTTP/1.1\r\n")
+        server.await_line("M00001", 3)
+        server.signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        shaken = other.submit(
+            trusting_context().wrap_socket, fresh, server_hostname=DOMAIN)
+        half.sendall(f"Host: {DOMAIN}\r\n\r\n".encode())
+        idle.sendall(request("GET /a.css HTTP/1.1"))
+        eventually(lambda: time.monotonic() - stopped > 2.5)
+        server.signal(signal.SIGCONT)
+        with shaken.result(PATIENCE_SECONDS) as answered:
+            answered.sendall(request("GET /a.css HTTP/1.1"))
+            for sock in (answered, half, idle):
+                assert sock.recv(12) == b"HTTP/1.1 200"
+        assert not server.lines("M00006")
 
 
 @pytest.mark.parametrize("method", [b"GET", b"POST"])

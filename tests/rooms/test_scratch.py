@@ -538,7 +538,7 @@ class TestProblems:
                 store.context()
 
     @pytest.mark.parametrize("spoil, words", [
-        (lambda pem, _: b"", "is empty"),
+        (lambda pem, _: b"", "has no line -----BEGIN ...-----"),
         (lambda pem, _: ssl.PEM_cert_to_DER_cert(pem.decode()),
          "has no line -----BEGIN ...-----"),
         (lambda _, key: key, "has PRIVATE KEY only"),
