@@ -96,7 +96,7 @@ __all__ = [
     "OutOfDescriptors", "ConfigurationError", "Deadline", "NetworkAddress",
     "YamlSheet", "YamlEntry", "http_date", "parse_http_date", "parse_size",
     "size_text", "file_identity", "file_state", "open_to_read", "exit_text",
-    "nearest", "Crew", "in_thread",
+    "nearest", "do_nothing", "Crew", "in_thread",
     "MESSAGES", "Severity", "Message", "LogRecord", "MalformedRecord",
     "CodeSet", "Console", "wants_colour", "Log", "LOG",
     "Repeats",
@@ -231,6 +231,7 @@ import json
 import math
 import mimetypes
 import mmap
+import operator
 import os
 import random
 import re
@@ -319,7 +320,7 @@ _plain = functools.cache(gevent.monkey.get_original)
 #             OutOfDescriptors, ConfigurationError, Deadline, NetworkAddress,
 #             YamlSheet, YamlEntry, http_date, parse_http_date, parse_size,
 #             size_text, file_identity, file_state, open_to_read, exit_text,
-#             nearest, Crew, in_thread
+#             nearest, do_nothing, Crew, in_thread
 #    Uses     no other room
 # ---------------------------------------------------------------------------
 
@@ -374,6 +375,10 @@ class ConfigurationError(ShimmerCatError):
     """What an operator wrote is wrong: a line for each mistake."""
 
     exit_code = 78
+
+
+def do_nothing(*_words):
+    """Has no effect, whatever is said."""
 
 
 class Deadline:
@@ -1870,7 +1875,7 @@ class Request:
         #: None; and `trailers`, fields, when all was read
         request.body = None
         #: sends an interim response (RFC 9110 section 15.2), if anybody does
-        request.inform = lambda status, fields: None
+        request.inform = do_nothing
         #: called when the client leaves before it was answered, if anything
         request.withdraw = None
         return request
@@ -7221,12 +7226,12 @@ class Question:
     #: limit for the first byte and between bytes; None is the consultant's
     seconds: float | None = None
     #: called with status and fields of each interim response
-    inform: typing.Callable = lambda status, fields: None
+    inform: typing.Callable = do_nothing
     upgrade: str | None = None  #: "websocket" where a tunnel is wanted
     request: Request | None = None  #: the request it is asked for, if any
     is_withdrawn: bool = False
     #: closes what works for it, while something does
-    cut: typing.Callable = lambda: None
+    cut: typing.Callable = do_nothing
 
     def withdraw(self) -> None:
         """Lets whoever works for it stop: nobody wants the answer."""
@@ -7243,7 +7248,7 @@ class Stream:
     __slots__ = ("_close", "is_framed", "pieces", "trailers")
 
     def __init__(self, pieces: typing.Iterator[bytes],
-                 close: typing.Callable = lambda: None):
+                 close: typing.Callable = do_nothing):
         """`pieces` may wait, and raise ShimmerCatError when it breaks off."""
         self.pieces, self._close = pieces, close
         #: whether one that breaks off is told from one that ends
@@ -7253,7 +7258,7 @@ class Stream:
 
     def close(self) -> None:
         """Lets go of where the pieces come from, once."""
-        close, self._close = self._close, lambda: None
+        close, self._close = self._close, do_nothing
         close()
 
 
@@ -7358,8 +7363,7 @@ class Consultant:
         seconds = question.seconds or self.settings.first_byte_timeout
         upstream.outstanding += 1
         try:
-            reply = wire.ask(question, seconds, functools.partial(
-                self._release, upstream, wire))
+            reply = wire.ask(question, seconds, self._release)
         except BaseException:
             upstream.outstanding -= 1
             wire.close()
@@ -7367,12 +7371,12 @@ class Consultant:
         upstream.note_success()
         return reply
 
-    def _release(self, upstream, wire, is_reusable):
+    def _release(self, wire, is_reusable):
         """Takes a connection back once its answer is over."""
-        upstream.outstanding -= 1
+        wire.upstream.outstanding -= 1
         self._places.release()
         if is_reusable:
-            upstream.keep(wire)
+            wire.upstream.keep(wire)
         else:
             wire.close()
 
@@ -7450,7 +7454,7 @@ class _Upstream:
         #: questions in hand
         self.outstanding = 0
         self._failures, self.pause = 0, Deadline(0)
-        #: (wire, when it is too old), the newest last
+        #: (wire, when it is too old on the monotonic clock), the newest last
         self._idle = collections.deque()
 
     def __str__(self):
@@ -7483,8 +7487,8 @@ class _Upstream:
     def idle_wire(self):
         """A connection that can be used again, or None."""
         while self._idle:
-            wire, age = self._idle.pop()
-            if not age.passed() and wire.is_fit():
+            wire, end = self._idle.pop()
+            if time.monotonic() < end and wire.is_fit():
                 return wire
             wire.close()
         return None
@@ -7496,9 +7500,10 @@ class _Upstream:
     def keep(self, wire):
         """Has a connection wait for more; there are max-connections at most.
         """
-        self._idle.append((wire, Deadline(_IDLE_SECONDS)))
+        now = time.monotonic()
+        self._idle.append((wire, now + _IDLE_SECONDS))
         # The newest is used first: what was not needed for long is here.
-        while self._idle[0][1].passed():
+        while self._idle[0][1] <= now:
             self._idle.popleft()[0].close()
 
 
@@ -7541,7 +7546,9 @@ class HttpWire:
     """A connection to an application that speaks HTTP/1.1 (RFC 9112)."""
 
     def __init__(self, sock, upstream, consultant):
-        self._socket, self._upstream = sock, upstream
+        self._socket, self.upstream = sock, upstream
+        #: longest silence that the socket bears
+        self._seconds = None
         self._tunnel_seconds = consultant.tunnel_seconds
         self._poll = _plain("select", "poll")()
         self._poll.register(sock.fileno(), select.POLLIN)
@@ -7556,13 +7563,14 @@ class HttpWire:
         self._socket.close()
 
     def ask(self, question: Question, seconds: float,
-            finish: typing.Callable[[bool], None]) -> Reply:
+            finish: typing.Callable) -> Reply:
         """The reply, as soon as its head is there; raises UpstreamFailed.
 
         Waits up to `seconds` for each piece.  `finish` is called once, when
-        the reply is over, and told whether the wire can be used again.
+        the reply is over, with the wire and whether it can be used again.
         """
-        self._socket.settimeout(seconds)
+        if seconds != self._seconds:
+            self._bear(seconds)
         self._question, self._finish = question, finish
         self._answer = answer = self._new_answer(question)
         self._sender = None
@@ -7575,6 +7583,10 @@ class HttpWire:
         if answer.is_tunnel:
             self._open_tunnel(question.body)
         return self._reply(answer)
+
+    def _bear(self, seconds):
+        self._socket.settimeout(seconds)
+        self._seconds = seconds
 
     def _new_answer(self, question):
         answer = self._answer or _Answer()
@@ -7616,7 +7628,7 @@ class HttpWire:
             while piece := body.read():
                 self._socket.sendall(self._framed(body, piece))
             self._socket.sendall(self._ending(body))
-            self._quiet = Deadline(self._socket.gettimeout())
+            self._quiet = Deadline(self._seconds)
         except ClientGone:
             # Whoever waits for the answer hears of it by this.
             self._question.withdraw()
@@ -7639,7 +7651,7 @@ class HttpWire:
 
     def _open_tunnel(self, body):
         """Begins to pass on what the client says."""
-        self._socket.settimeout(self._tunnel_seconds)
+        self._bear(self._tunnel_seconds)
         self._quiet = Deadline(self._tunnel_seconds)
         self._sender = gevent.spawn(self._send_raw, body)
 
@@ -7665,29 +7677,22 @@ class HttpWire:
             self._sender.ready() and self._quiet.passed())
 
     def _receive(self):
-        """Takes what comes next; raises UpstreamFailed."""
+        """Takes what comes next, if anything; raises UpstreamFailed."""
         try:
-            self._answer.feed(self._read())
+            self._answer.feed(self._socket.recv(_READ_BYTES))
         except (*_CLOSED, httptools.HttpParserError, _Garbled) as error:
-            raise self._failure(error) from error
-
-    def _read(self):
-        while True:
-            try:
-                return self._socket.recv(_READ_BYTES)
-            except TimeoutError:
-                if self._is_silent():
-                    raise
+            if not isinstance(error, TimeoutError) or self._is_silent():
+                raise self._failure(error) from error
 
     def _failure(self, error):
         """What to raise for what went wrong on the connection."""
         if isinstance(error, TimeoutError):
-            seconds = self._socket.gettimeout()
-            return UpstreamSlow(f"{self._upstream}: silent for {seconds:g} s")
-        return UpstreamFailed(f"{self._upstream}: {error}")
+            return UpstreamSlow(
+                f"{self.upstream}: silent for {self._seconds:g} s")
+        return UpstreamFailed(f"{self.upstream}: {error}")
 
     def _reply(self, answer):
-        fields = answer.end_to_end_fields()
+        fields = answer.fields
         if answer.is_complete and not answer.trailers:
             body = b"".join(answer.pieces)
             self._end()
@@ -7724,8 +7729,8 @@ class HttpWire:
     def _leave(self, is_reusable):
         finish, self._finish = self._finish, None
         if finish:
-            self._question.cut = lambda: None
-            finish(is_reusable)
+            self._question.cut = do_nothing
+            finish(self, is_reusable)
 
 
 class _Garbled(ShimmerCatError):
@@ -7755,7 +7760,7 @@ class _Answer:
         self.status, self.trailers = 0, []
         #: fields of a head or trailer that is not complete, and those of the
         #: last head that go to a client
-        self._lines, self._end_to_end = [], []
+        self._lines, self.fields = [], []
         self.pieces = collections.deque()
         #: octets so far, of the body and of all else; those since a piece
         self.size = self._overhead = 0
@@ -7806,10 +7811,6 @@ class _Answer:
                               else "without an answer"))
         self.is_complete = True
 
-    def end_to_end_fields(self):
-        """Fields that are not about this one connection."""
-        return self._end_to_end
-
     def on_message_begin(self):
         self._is_between = False
         if self.is_complete:
@@ -7826,7 +7827,7 @@ class _Answer:
         get = self._take_head().get
         if self.go_ahead:
             self.go_ahead.set()
-        is_odd = has_odd_field(self._end_to_end)
+        is_odd = has_odd_field(self.fields)
         if status < 200 and not (status == 101 and self._may_be_tunnel):
             self._take_interim(status, is_odd)
             return
@@ -7857,7 +7858,7 @@ class _Answer:
         if self.status == 204:
             # RFC 9110 section 8.6
             dropped = dropped.union((b"content-length",))
-        self._end_to_end = [x for x in fields if x[0] not in dropped]
+        self.fields = [x for x in fields if x[0] not in dropped]
         return known
 
     def _take_framing(self, status, coding, length):
@@ -7880,7 +7881,7 @@ class _Answer:
         if status < 100:
             self._fault = f"status {status}"
         elif status > 101 and not is_odd:
-            self._inform(status, self._end_to_end)
+            self._inform(status, self.fields)
 
     def on_body(self, piece):
         if self.is_complete:
@@ -7953,7 +7954,7 @@ class FastCgiWire(HttpWire):
 
     def _new_answer(self, question):
         return _RecordedAnswer(question, functools.partial(
-            LOG.say, 40028, self._upstream.name))
+            LOG.say, 40028, self.upstream.name))
 
     def _send(self, question):
         body = question.body
@@ -8004,6 +8005,10 @@ class _RecordedAnswer:
     is_tunnel, is_framed = False, True
     #: whether it has a body is told by `is_chunked`
     is_bodiless = False
+    #: whether the head is known; what it says
+    has_head, status, fields = (
+        property(operator.attrgetter(f"_http.{name}"))
+        for name in ("has_head", "status", "fields"))
 
     def __init__(self, question, tell):
         """`tell` is called with what the application complains of."""
@@ -8016,21 +8021,10 @@ class _RecordedAnswer:
         self.size = 0
         self.is_complete = self.is_clean = self.is_chunked = False
         self.pieces, self.trailers = self._http.pieces, self._http.trailers
-        self.end_to_end_fields = self._http.end_to_end_fields
         # Nobody answers `Expect: 100-continue` here.
         self.go_ahead = self._http.go_ahead
         if self.go_ahead:
             self.go_ahead.set()
-
-    @property
-    def has_head(self):
-        """Whether status and fields are known."""
-        return self._http.has_head
-
-    @property
-    def status(self):
-        """The status; 0 before it is known."""
-        return self._http.status
 
     def feed(self, data):
         """Takes octets, none at the end; raises what an _Answer raises."""
@@ -8305,7 +8299,7 @@ class TlsTunnel:
         self._tls = context.wrap_bio(
             self._came, self._to_send, server_hostname=server_hostname)
         self.fileno, self.close = sock.fileno, sock.close
-        self.settimeout, self.gettimeout = sock.settimeout, sock.gettimeout
+        self.settimeout = sock.settimeout
         self._await(self._tls.do_handshake)
 
     def recv(self, count: int) -> bytes:
@@ -10888,7 +10882,8 @@ class Site:
         if domain is None:
             known = ", ".join(self._settings.domains)
             raise NotServed(421, f"{request.host} is none of {known}")
-        request.note(f"domain {domain.name}, from {domain.place}")
+        if request.trail is not None:
+            request.note(f"domain {domain.name}, from {domain.place}")
         if domain.kind == "api":
             return self._ask(request, domain, None, request.target)
         if request.target == "*":
@@ -12266,6 +12261,8 @@ class _Outgoing:
 
     #: whether all octets of the body are there, or in `left`
     is_whole = True
+    #: lets go of who waits for it
+    close = do_nothing
 
     def __init__(self, request, response):
         self.request, self.response = request, response
@@ -12284,9 +12281,6 @@ class _Outgoing:
         self.sent += count
         self.left -= count
         return piece
-
-    def close(self):
-        self.response.close()
 
 
 class _Relay(_Outgoing):
@@ -12322,22 +12316,17 @@ class _Relay(_Outgoing):
 
     def close(self):
         self._room.set()
-        super().close()
-
-
-def _break_off_body(request):
-    """Lets go of what is left of a request's body."""
-    if request.body:
-        request.body.break_off("the request was answered already")
 
 
 class _Unread:
     """Stands in the log for a request whose head could not be read."""
 
     method = host = target = "-"
-    started, body = math.inf, None
+    started, body, headers = math.inf, None, Headers([])
 
 
+#: why nobody may read on in a request's body
+_ANSWERED = "the request was answered already"
 #: octets of a body from elsewhere that wait to be sent at most, and a piece
 _RELAY_BYTES = 64 * KIB
 _SWEEP_SECONDS = 0.5
@@ -12452,8 +12441,7 @@ class Conversation:
 
     def _on_request(self, event):
         stream, service = event.stream, self._service
-        self._newest = stream
-        request = None
+        self._newest, request = stream, _Unread
         try:
             request = Request.from_fields(
                 event.fields, self.engine.protocol, self._client)
@@ -12568,35 +12556,33 @@ class Conversation:
 
         The relay whose body the caller has to pass on, or None.
         """
-        fields = [(b":status", b"%d" % response.status), *response.fields,
-                  self._service.date]
-        if response.is_dated:
-            fields.pop()
-        bodiless = not response.body or (request and request.method == "HEAD")
-        is_relayed = isinstance(response.body, Stream)
-        outgoing = (_Relay if is_relayed else _Outgoing)(request, response)
-        if not is_relayed:
-            _break_off_body(request or _Unread)
+        fields = [(b":status", b"%d" % response.status), *response.fields]
+        if not response.is_dated:
+            fields.append(self._service.date)
+        body = response.body
+        is_whole = not body or request.method == "HEAD"
+        is_relayed, sent, answered = isinstance(body, Stream), 0, None
+        if request.body and not is_relayed:
+            request.body.break_off(_ANSWERED)
         try:
-            self.engine.headers(stream, fields, bodiless)
+            self.engine.headers(stream, fields, is_whole)
+            if not is_whole and self._goes_at_once(stream, body):
+                self.engine.body(stream, body, True)
+                is_whole, sent = True, len(body)
         except StreamGone:
             # The same octets that asked for this broke the connection.
-            self._end(stream, outgoing, "cut")
+            is_whole, answered = True, "cut"
+        if is_whole:
+            self._account(stream, request, response, sent, answered)
             return None
-        if not bodiless and self._goes_at_once(stream, response.body):
-            self.engine.body(stream, response.body, True)
-            outgoing.sent, bodiless = len(response.body), True
-        if bodiless:
-            self._end(stream, outgoing)
-            return None
+        outgoing = (_Relay if is_relayed else _Outgoing)(request, response)
         urgency = self._early.pop(stream, None)
         if urgency is None:
-            urgency = urgency_of(request, response) if request else Urgency()
+            urgency = urgency_of(request, response)
         outgoing.urgency, self._outgoing[stream] = urgency, outgoing
-        if is_relayed:
-            return outgoing
-        self._scheduler.add(stream, urgency)
-        return None
+        if not is_relayed:
+            self._scheduler.add(stream, urgency)
+        return outgoing if is_relayed else None
 
     def _goes_at_once(self, stream, body):
         """Whether a body is small, and no other waits for its turn."""
@@ -12605,22 +12591,29 @@ class Conversation:
                 and len(body) <= self.engine.sendable(stream))
 
     def _end(self, stream, outgoing, answered=None):
-        """Accounts for an exchange that is over."""
+        """Ends what was under way, and accounts for it."""
         outgoing.close()
-        request, response = outgoing.request or _Unread, outgoing.response
-        _break_off_body(request)
-        if self._bodies.pop(stream, None):
+        self._account(stream, outgoing.request, outgoing.response,
+                      outgoing.sent, answered)
+
+    def _account(self, stream, request, response, sent, answered=None):
+        """Accounts for an exchange that is over."""
+        response.close()
+        if request.body:
+            request.body.break_off(_ANSWERED)
+        if stream in self._bodies:
+            del self._bodies[stream]
             self._parting[stream] = Deadline(_PARTING_SECONDS)
         spent = max(0, time.monotonic() - request.started) * 1000
         LOG.say(50001, self._client, request.method, request.host,
-                request.target, response.status, outgoing.sent,
+                request.target, response.status, sent,
                 f"{spent:.1f}", self.engine.protocol,
                 answered or response.answered, response.representation)
 
     def _on_refused(self, event):
         reason = f"the request's head ends in status {event.status}"
         error = NotServed(event.status, reason)
-        self._respond(event.stream, None, self._site.refuse(error))
+        self._respond(event.stream, _Unread, self._site.refuse(error))
 
     def _on_body(self, event):
         stream, body = event.stream, self._bodies.get(event.stream)
