@@ -96,25 +96,31 @@ def test_an_artisan_goes_on_unless_its_own_settings_change(server, site):
     assert os.getpriority(os.PRIO_PROCESS, server.artisan()) == 11
 
 
-@pytest.mark.parametrize("spoil", [
+SPOILT = [
     lambda site: add_domain(site, root="no-such-folder"),
     lambda site: write_tweaks(site, backlock=16, body_seconds="long"),
     lambda site: (site / "devlove.yaml").write_text("{"),
     lambda site: (site / "devlove.yaml").unlink(),
-])
+]
+
+
 def test_wrong_settings_change_nothing_and_are_told_as_check_tells_them(
-        server, site, spoil):
-    before = server.workers()
-    spoil(site)
-    server.signal(signal.SIGHUP)
-    server.await_line("M60013")
-    check = subprocess.run(
-        [sys.executable, PROGRAM, "check"], cwd=site, text=True,
-        capture_output=True)
-    assert check.returncode == 78
-    said = server.output.read_text()
-    assert all(line in said for line in check.stderr.splitlines())
-    assert server.fetch().status_code == 200
+        server, site):
+    before, right = server.workers(), (site / "devlove.yaml").read_text()
+    for count, spoil in enumerate(SPOILT, 1):
+        spoil(site)
+        server.signal(signal.SIGHUP)
+        told = server.await_line("M60013", count)
+        check = subprocess.run(
+            [sys.executable, PROGRAM, "check"], cwd=site, text=True,
+            capture_output=True)
+        assert check.returncode == 78
+        # Its other lines follow, and are indented.
+        said = server.output.read_text().partition(told[-1].text)[2]
+        assert all(line in said for line in check.stderr.splitlines())
+        assert server.fetch().status_code == 200
+        (site / "devlove.yaml").write_text(right)
+        write_tweaks(site)
     assert server.workers() == before
     assert not server.lines("M40001")
 

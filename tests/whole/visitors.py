@@ -1,4 +1,4 @@
-"""Visitors who ask without a pause, and remember who was not answered."""
+"""Visitors who ask again and again, and remember who was not answered."""
 
 import contextlib
 import re
@@ -8,6 +8,8 @@ from h2_client import H2Client
 from harness import DOMAIN
 
 _AT_ONCE = 4
+#: between two turns of one, so that the server is what has the processor
+_PAUSE_SECONDS = 0.005
 
 
 class Visitors:
@@ -60,6 +62,7 @@ class Visitors:
                     asked.append(client.get(self._path))
                 if not client.turn():
                     break
+                self._stop.wait(_PAUSE_SECONDS)
             client.finish()
             answered = [stream for stream in asked
                         if stream not in client.open
@@ -81,6 +84,7 @@ class Visitors:
                     head = _answer(client)
                     assert head.startswith(b"HTTP/1.1 200 "), head
                     self._count(1)
+                    self._stop.wait(_PAUSE_SECONDS)
                     if b"connection: close" in head.lower():
                         break
                 with contextlib.suppress(OSError):
