@@ -12914,7 +12914,7 @@ class TlsWire(PlainWire):
         """Takes over what an engine that is attached did in a turn.
 
         True when nothing is left to be done, False at the end of the socket,
-        else events.  Raises ssl.SSLError, OSError.
+        else events.  Raises what went wrong.
         """
         if isinstance(done, bool):
             self.pending, self.is_cut = b"", not done
@@ -13006,9 +13006,9 @@ class Connection:
     """The socket of one client and the times it must keep."""
 
     __slots__ = ("_client", "_clock", "_conversation", "_deadline", "_ends",
-                 "_farewell", "_goes_on", "_has_parted",
-                 "_has_room", "_is_alone", "_is_attached", "_pace",
-                 "_service", "_socket", "_stage", "_watch", "_wire")
+                 "_farewell", "_goes_on", "_has_parted", "_has_room",
+                 "_is_alone", "_is_attached", "_pace", "_service", "_socket",
+                 "_stage", "_watch", "_wire")
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext,
                  service: Service, ends: Ends):
@@ -13022,10 +13022,9 @@ class Connection:
         sock.setblocking(False)
         self._stage = self._open(sock, context)
         self._watch = SocketWatch(service.loop, sock.fileno(), self._turn)
-        #: whether the kernel has sent most of the chunk before
-        self._has_room = False
-        #: whether the engine takes more in the loop's next turn
-        self._goes_on = False
+        #: whether the kernel has sent most of the chunk before; whether the
+        #: engine takes more in the loop's next turn
+        self._has_room = self._goes_on = False
         #: the client's Pace, from sweep to sweep while there is a body to send
         self._pace = None
         service.connections.add(self, ends.client)
@@ -13116,6 +13115,8 @@ class Connection:
                 self._guard(self._explain)
             else:
                 self.close()
+            # Those of its frames that refer to it would keep all of them.
+            error.__traceback__ = None
         except Exception:
             # The loop calls us: beyond here nobody could end the connection.
             LOG.say(60001, self._client, traceback.format_exc())
@@ -13225,13 +13226,10 @@ class Connection:
                 and not wire.pending):
             self.close()
             return True
-        self._stage = self._finish_up
+        # It will say no more; what is ours to send is sent.
+        self._stage = self._send
         talk.hear_end()
         return False
-
-    def _finish_up(self):
-        """The client will say no more; what is ours to send is sent."""
-        self._send()
 
     def flush(self) -> None:
         """Writes what there is to say, as far as the socket takes it."""
@@ -13263,7 +13261,7 @@ class Connection:
 
     def _is_over(self):
         """Whether nothing is in hand and nothing more will come."""
-        leaving = self._stage == self._finish_up or self._has_parted
+        leaving = self._stage == self._send or self._has_parted
         return leaving and not self._conversation.is_busy()
 
     def _write(self):
@@ -13320,7 +13318,7 @@ class Connection:
             self._clock, self._deadline = clock, Deadline(seconds)
 
     def look_after_time(self, now: float) -> None:
-        """Ends what takes too long; the sweep calls it."""
+        """Ends what takes too long; sweeps call it, after the end as well."""
         if self._farewell and self._farewell.moment < now:
             self._farewell = None
             self._guard(self._say_last_stream)
@@ -13432,12 +13430,16 @@ class Connection:
         self._service.connections.discard(self)
         if self._conversation:
             self._conversation.abandon_all()
+        # What refers to us would keep all until there is a collection.
+        self._conversation = self._stage = self._farewell = None
+        self._clock, self._deadline = None, _NO_DEADLINE
         LOG.say(2, self._client)
 
 
 #: tweaks for the times in which a connection costs no more than its place
 _IDLE_CLOCKS = {"handshake": "handshake_seconds", "head": "header_seconds",
                 "idle": "idle_seconds"}
+_NO_DEADLINE = Deadline(math.inf)
 _FAREWELL_SECONDS, _LINGER_SECONDS = 1, 2
 _READS_A_TURN = 64
 

@@ -115,7 +115,7 @@ class Server:
     def __init__(self, folder, *flags, mode="internet", program=PROGRAM,
                  environment=None, stdout=None, port=None, pass_fds=(),
                  through=()):
-        self.folder = pathlib.Path(folder)
+        self.folder, self.mode = pathlib.Path(folder), mode
         self.port = port or free_port()
         self.mark = uuid.uuid4().hex
         self.status = None
@@ -241,6 +241,13 @@ class Server:
         """Return the process id of Redis, or None while there is none."""
         pid = dict(self.started()).get("redis")
         return pid if pid and is_alive(pid) else None
+
+    def memory(self):
+        """Bytes of the process that serves, or of one of them (PSS)."""
+        pid = (self.pid if self.mode == "devlove"
+               else next(iter(self.workers().values())))
+        rollup = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
+        return 1024 * int(rollup.partition("\nPss:")[2].split()[0])
 
     def client(self, protocol="h2", domain=DOMAIN, **options):
         """Return an httpx.Client that trusts the development CA."""

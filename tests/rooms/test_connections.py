@@ -965,3 +965,41 @@ def test_sessions_are_resumed_at_every_worker(public_server, version):
             reused.append(sock.session_reused)
             session = sock.session
     assert reused == [False] + [True] * 7
+
+
+def end_usually(server):
+    with contextlib.closing(dial(server)) as client:
+        client.sendall(request("GET /a.css HTTP/1.1", "Connection: close"))
+        while client.recv(65536):
+            pass
+
+
+def end_by_reset(server):
+    client = dial(server, "h2")
+    client.setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+def end_before_tls(server):
+    address = "127.0.0.1", server.port
+    with socket.create_connection(address, PATIENCE_SECONDS) as client:
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        while client.recv(65536):
+            pass
+
+
+@pytest.mark.parametrize("end", [end_usually, end_by_reset, end_before_tls])
+def test_connections_that_end_leave_nothing_for_the_garbage_collector(
+        tmp_path, configuration_home, end):
+    (tmp_path / "sitecustomize.py").write_text("import gc\ngc.disable()\n")
+    folder = make_site(tmp_path / "site", FILES)
+    environment = {"PYTHONPATH": str(tmp_path)}
+    with Server(folder, mode="devlove", environment=environment) as running:
+        for _ in range(50):
+            end(running)
+        before = running.memory()
+        for _ in range(200):
+            end(running)
+        # One that waits for the collector holds 30 to 60 KB.
+        assert running.memory() - before < 2 << 20

@@ -83,7 +83,6 @@ def server(request, tmp_path_factory, animal, configuration_home):
         make_domains(folder, "max-body-bytes: 64 MiB\nbody-seconds: 0.5\n",
                      shop=port, zoo=animal.port, nobody=free_port())
         with Server(folder, *flags, mode=request.param) as running:
-            running.mode = request.param
             yield running
             assert not running.lines("M60001"), running.explained("a fault")
 
@@ -138,22 +137,14 @@ def test_uploads_arrive_whole(server, protocol, framing):
     assert said["sha"] == hashlib.sha256(body).hexdigest()
 
 
-def memory_of(server):
-    """Bytes of the process that serves (PSS)."""
-    pid = (server.pid if server.mode == "devlove"
-           else next(iter(server.workers().values())))
-    rollup = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return 1024 * int(rollup.partition("\nPss:")[2].split()[0])
-
-
 @contextlib.contextmanager
 def watched_memory(server):
     """Watch a server's memory; the list gets its peak growth at the end."""
-    before, found, done = memory_of(server), [0], threading.Event()
+    before, found, done = server.memory(), [0], threading.Event()
 
     def watch():
         while not done.wait(0.05):
-            found[0] = max(found[0], memory_of(server) - before)
+            found[0] = max(found[0], server.memory() - before)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
