@@ -78,10 +78,11 @@ NATIVE = Extension(
     depends=["shimmercat_ext/native/hot.h", "shimmercat_ext/native/wire.h"],
     extra_compile_args=COMPILER_FLAGS, optional=True)
 
-#: lines of the log; needs nothing but a compiler
-LINES = Extension(
-    "shimmercat_ext.native.lines", ["shimmercat_ext/native/lines.c"],
+#: lines of the log, and fields of HTTP; they need nothing but a compiler
+PLAIN = [Extension(
+    f"shimmercat_ext.native.{name}", [f"shimmercat_ext/native/{name}.c"],
     extra_compile_args=COMPILER_FLAGS, optional=True)
+    for name in ("lines", "fields")]
 
 
 class BuildNative(build_ext):
@@ -132,7 +133,7 @@ def install(scratch):
         license="MIT",
         py_modules=["shimmercat"],
         packages=find_packages(include=["shimmercat_ext*"]),
-        ext_modules=[NATIVE, LINES],
+        ext_modules=[NATIVE, *PLAIN],
         cmdclass={"build_ext": BuildNative},
         python_requires=">=3.11",
         install_requires=INSTALL_REQUIRES,

@@ -308,6 +308,10 @@ try:
     from shimmercat_ext.native.lines import pack as _native_pack
 except ImportError:
     _native_bundles = _native_lines = _native_pack = None
+try:
+    from shimmercat_ext.native import fields as _native_fields
+except ImportError:
+    _native_fields = None
 
 #: gevent's saved original of a patched name, for what must not touch the hub
 _plain = functools.cache(gevent.monkey.get_original)
@@ -1810,11 +1814,11 @@ class ClientGone(BadRequest):
 class Headers:
     """Fields in their order, looked up by lower-case name."""
 
-    __slots__ = ("_fields", "_index")
+    __slots__ = ("_index", "fields")
 
     def __init__(self, fields: list[tuple[bytes, bytes]]):
         """Keeps the list, which nobody may change any more."""
-        self._fields = fields
+        self.fields = fields
         self._index = dict(fields)
         if len(self._index) < len(fields):
             self._index = _joined(fields)
@@ -1824,7 +1828,7 @@ class Headers:
         return self._index.get(name, default)
 
     def __iter__(self):
-        return iter(self._fields)
+        return iter(self.fields)
 
 
 class Ends(typing.NamedTuple):
@@ -1853,16 +1857,15 @@ class Request:
                     client: str) -> "Request":
         """The request whose head is `fields`; raises BadRequest."""
         request = cls()
-        pseudo, plain = _split(fields)
-        request.method, request.scheme, request.target = _read_line(pseudo)
-        request.upgrade = pseudo.get(b":protocol")
+        (request.method, request.scheme, request.target, authority,
+         request.upgrade, plain) = _read_head(fields)
         if request.upgrade is not None:
             _read_tunnel(request)
         request.path, mark, query = request.target.partition("?")
         request.query = query if mark else None
         request.headers = Headers(plain)
         named = request.headers.get(b"host")
-        authority = pseudo.get(b":authority") or named or b""
+        authority = authority or named or b""
         origin = _origin(authority)
         if named not in (None, authority) and _origin(named) != origin:
             # RFC 9113 8.3.1: one request cannot be for two hosts
@@ -2077,18 +2080,18 @@ def _joined(fields):
     return index
 
 
-def _split(fields):
-    """Pseudo-fields as a dictionary, and the list of the others."""
+def _read_head(fields):
+    """Method, scheme, target, authority and protocol; the other fields.
+
+    The target is in origin form (RFC 9112 section 3.2).
+    """
+    if _native_fields and (read := _native_fields.request(fields)):
+        return read
     plain = [field for field in fields if field[0][:1] != b":"]
     count = len(fields) - len(plain)
     pseudo = dict(fields[:count])
     if len(pseudo) < count or not _PSEUDO.issuperset(pseudo):
         raise BadRequest("a pseudo-field is odd, doubled or not in front")
-    return pseudo, plain
-
-
-def _read_line(pseudo):
-    """Method, scheme and target in origin form (RFC 9112 section 3.2)."""
     method, target = pseudo.get(b":method", b""), pseudo.get(b":path", b"")
     scheme = pseudo.get(b":scheme", b"").decode("latin-1").lower()
     if not _TOKEN.fullmatch(method):
@@ -2100,7 +2103,8 @@ def _read_line(pseudo):
     is_path = _TARGET.fullmatch(target)
     if not is_path and (method, target) != (b"OPTIONS", b"*"):
         raise BadRequest("the target is missing or is no path")
-    return method.decode("ascii"), scheme, target.decode("ascii")
+    return (method.decode("ascii"), scheme, target.decode("ascii"),
+            pseudo.get(b":authority"), pseudo.get(b":protocol"), plain)
 
 
 def _read_tunnel(request):
@@ -2336,8 +2340,11 @@ def upstream_fields(request: Request, trusted: bool,
     get = request.headers.get
     nominated = _members(get(b"connection"))
     fields = [(b"host", (use_host or request.authority).encode("ascii"))]
-    fields += [field for field in request.headers
-               if _may_pass(field[0], trusted) and field[0] not in nominated]
+    passed = _native_fields and _native_fields.passed(
+        request.headers.fields, trusted)
+    fields += [
+        field for field in request.headers if _may_pass(field[0], trusted)
+        and field[0] not in nominated] if passed is None else passed
     cookie = get(b"cookie")
     if cookie is not None and b"cookie" not in nominated:
         # RFC 9113 section 8.2.3: HTTP/1.1 knows no cookies in pieces
@@ -7773,8 +7780,7 @@ class _Answer:
         self._fault = ""
 
     def feed(self, data):
-        """Takes octets, none at the end; raises _Garbled or HttpParserError.
-        """
+        """Takes octets, or the end; raises _Garbled or HttpParserError."""
         if not data:
             self._take_end()
             return
@@ -7792,9 +7798,8 @@ class _Answer:
                 raise
             self.is_clean = False
         if self._overhead > _HEAD_BYTES:
-            self._fault = (
-                f"the {'trailer' if self.has_head else 'head'} of the answer"
-                " does not end")
+            part = "trailer" if self.has_head else "head"
+            self._fault = f"the {part} of the answer does not end"
         if self._fault:
             raise _Garbled(self._fault)
 
@@ -7824,10 +7829,10 @@ class _Answer:
         if self.is_complete:
             return
         status = self.status = self._parser.get_status_code()
-        get = self._take_head().get
+        self.fields, upgrade, coding, length, is_odd = _read_answer(
+            self._taken_lines(), status)
         if self.go_ahead:
             self.go_ahead.set()
-        is_odd = has_odd_field(self.fields)
         if status < 200 and not (status == 101 and self._may_be_tunnel):
             self._take_interim(status, is_odd)
             return
@@ -7835,31 +7840,16 @@ class _Answer:
         if is_odd or status > 599:
             self._fault = f"status {status} or a field that HTTP forbids"
         if status == 101:
-            self._take_tunnel(get(b"upgrade", b""))
+            self._take_tunnel(upgrade or b"")
         else:
-            self._take_framing(status, get(b"transfer-encoding"),
-                               get(b"content-length"))
+            self._take_framing(status, coding, length)
 
-    def _take_lines(self):
+    def _taken_lines(self):
         """The fields since the last head or trailer; notes a fault."""
         lines, self._lines = self._lines, []
         if len(lines) > _MOST_FIELDS:
             self._fault = f"more than {_MOST_FIELDS} fields"
-        return [(name.lower(), value.strip(b" \t")) for name, value in lines]
-
-    def _take_head(self):
-        """All fields, after noting which are not about this connection."""
-        fields = self._take_lines()
-        known = Headers(fields)
-        dropped, named = _OF_A_HOP, known.get(b"connection", b"keep-alive")
-        if named != b"keep-alive":
-            dropped = dropped.union(
-                map(bytes.strip, named.lower().split(b",")))
-        if self.status == 204:
-            # RFC 9110 section 8.6
-            dropped = dropped.union((b"content-length",))
-        self.fields = [x for x in fields if x[0] not in dropped]
-        return known
+        return lines
 
     def _take_framing(self, status, coding, length):
         self.is_clean = self._parser.should_keep_alive()
@@ -7893,9 +7883,29 @@ class _Answer:
     def on_message_complete(self):
         self._is_between = True
         if self._lines and not self.is_complete:
-            self.trailers += [field for field in self._take_lines()
+            self.trailers += [field for field in _trimmed(self._taken_lines())
                               if not has_odd_field([field])]
         self.is_complete = self.has_head and not self.is_tunnel
+
+
+def _read_answer(lines, status):
+    """Fields that go on, three of the framing, and whether one is odd."""
+    if _native_fields and (read := _native_fields.answer(lines, status)):
+        return read
+    fields = _trimmed(lines)
+    get = Headers(fields).get
+    dropped = _OF_A_HOP.union(map(
+        bytes.strip, get(b"connection", b"").lower().split(b",")))
+    if status == 204:
+        # RFC 9110 section 8.6
+        dropped |= {b"content-length"}
+    kept = [x for x in fields if x[0] not in dropped]
+    return (kept, get(b"upgrade"), get(b"transfer-encoding"),
+            get(b"content-length"), has_odd_field(kept))
+
+
+def _trimmed(lines):
+    return [(name.lower(), value.strip(b" \t")) for name, value in lines]
 
 
 #: what comes of using a socket that is closed, be it of TLS (ValueError)
@@ -8382,7 +8392,7 @@ class PatientSocket(gevent.socket.socket):
         """As any socket, not connected yet."""
         super().__init__(family, kind)
         loop = self.hub.loop
-        self._watcher = loop.io(self.fileno(), _READABLE)
+        self._watcher = loop.io(self.fileno(), select.EPOLLIN)
         self._alarm = loop.timer(0)
         #: who waits; till when, and when the alarm goes off
         self._waiter, self._due, self._alarm_due = None, 0.0, math.inf
@@ -8469,10 +8479,6 @@ def _look_up(address):
     except socket.gaierror:
         # Each time anew: who a name stands for may have moved.
         return gevent.socket.getaddrinfo(*words)[0]
-
-
-#: an event of the loop
-_READABLE = 1
 
 
 # ---------------------------------------------------------------------------
@@ -11015,11 +11021,9 @@ class Site:
             request.body, inform=request.inform, upgrade=request.upgrade,
             request=request)
         request.withdraw = question.withdraw
-        ask = consultant.ask
-        if request.upgrade:
-            ask = functools.partial(
-                open_tunnel, consultant, request.protocol)
-        status, fields, body = ask(question)
+        status, fields, body = (
+            open_tunnel(consultant, request.protocol, question)
+            if request.upgrade else consultant.ask(question))
         if isinstance(body, bytes):
             # A question that is over and its request would keep each other.
             request.withdraw = None
@@ -12576,9 +12580,8 @@ class Conversation:
             self._account(stream, request, response, sent, answered)
             return None
         outgoing = (_Relay if is_relayed else _Outgoing)(request, response)
-        urgency = self._early.pop(stream, None)
-        if urgency is None:
-            urgency = urgency_of(request, response)
+        urgency = (self._early.pop(stream, None)
+                   or urgency_of(request, response))
         outgoing.urgency, self._outgoing[stream] = urgency, outgoing
         if not is_relayed:
             self._scheduler.add(stream, urgency)

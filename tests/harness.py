@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import pathlib
+import random
 import re
 import shutil
 import signal
@@ -16,10 +17,12 @@ import socket
 import ssl
 import subprocess
 import sys
+import sysconfig
 import time
 import uuid
 
 import httpx
+import pytest
 
 PROGRAM = pathlib.Path(__file__).resolve().parent.parent / "shimmercat.py"
 DEMO = PROGRAM.parent / "conf" / "demo"
@@ -297,6 +300,45 @@ def trusting_context():
 def json_lines(text):
     """Return the objects of a log in JSON."""
     return [json.loads(line) for line in text.splitlines()]
+
+
+#: makes `module` of the compiled file, and `letters` to choose at random
+SANITIZED = """
+import importlib.util, random, sys
+spec = importlib.util.spec_from_file_location(
+    "shimmercat_ext.native." + sys.argv[1].split("/")[-1][:-3], sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+letters = random.Random(int(sys.argv[2]))
+"""
+
+
+def run_sanitized(folder, name, driver, *words):
+    """Run Python code on a native module built with the sanitizers.
+
+    The code knows `module`, `letters`, a random.Random, and sys.argv[3:].
+    """
+    if not shutil.which("gcc"):
+        pytest.skip("no compiler")
+    source = PROGRAM.parent / "shimmercat_ext" / "native" / f"{name}.c"
+    module = folder / f"{name}.so"
+    subprocess.run(
+        ["gcc", "-std=c11", "-g", "-O1", "-Wall", "-Wextra", "-Werror",
+         "-fno-strict-aliasing", "-fsanitize=address,undefined",
+         "-fno-sanitize-recover=undefined", "-fPIC", "-shared",
+         f"-I{sysconfig.get_paths()['include']}", str(source),
+         "-o", str(module)],
+        check=True, timeout=120)
+    libraries = [subprocess.check_output(
+        ["gcc", f"-print-file-name={library}"], text=True).strip()
+        for library in ("libasan.so", "libubsan.so")]
+    run = subprocess.run(
+        [sys.executable, "-c", SANITIZED + driver, str(module),
+         str(random.randrange(1 << 30)), *words],
+        env={**os.environ, "LD_PRELOAD": " ".join(libraries),
+             "PYTHONMALLOC": "malloc", "ASAN_OPTIONS": "detect_leaks=0"},
+        capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 @contextlib.contextmanager

@@ -2,12 +2,7 @@
 
 import itertools
 import os
-import random
-import shutil
 import struct
-import subprocess
-import sys
-import sysconfig
 
 import harness
 import pytest
@@ -17,7 +12,6 @@ from hypothesis import strategies as st
 import shimmercat
 from shimmercat import MESSAGES, Console, LogRecord, Severity
 
-SOURCE = (harness.PROGRAM.parent / "shimmercat_ext" / "native" / "lines.c")
 STYLES = list(itertools.product(("text", "json"), (False, True)))
 PIECES = ("192.0.2.7", "GET", "www.example.com", "/a.css?v=3", "200", "1024",
           "0.5", "h2", "static", "br")
@@ -174,12 +168,6 @@ def test_what_is_not_whole_is_put_into_no_message(packed):
 
 # Random octets, most of them nearly records, under the sanitizers.
 DRIVER = """
-import importlib.util, random, sys
-spec = importlib.util.spec_from_file_location(
-    "shimmercat_ext.native.lines", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-letters = random.Random(int(sys.argv[2]))
 good = bytes.fromhex(sys.argv[3])
 for _ in range(20_000):
     packed = bytearray(good * letters.randrange(1, 4))
@@ -223,24 +211,6 @@ for _ in range(5_000):
 """
 
 
+@needs_native
 def test_no_octets_break_a_rule_of_c(tmp_path):
-    if shimmercat._native_lines is None or not shutil.which("gcc"):
-        pytest.skip("no compiler, or the extension is not built")
-    module = tmp_path / "lines.so"
-    include = sysconfig.get_paths()["include"]
-    subprocess.run(
-        ["gcc", "-std=c11", "-g", "-O1", "-Wall", "-Wextra", "-Werror",
-         "-fno-strict-aliasing", "-fsanitize=address,undefined",
-         "-fno-sanitize-recover=undefined", "-fPIC", "-shared",
-         f"-I{include}", str(SOURCE), "-o", str(module)],
-        check=True, timeout=120)
-    libraries = [subprocess.check_output(
-        ["gcc", f"-print-file-name={name}"], text=True).strip()
-        for name in ("libasan.so", "libubsan.so")]
-    run = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(module),
-         str(random.randrange(1 << 30)), request().pack().hex()],
-        env={**os.environ, "LD_PRELOAD": " ".join(libraries),
-             "PYTHONMALLOC": "malloc", "ASAN_OPTIONS": "detect_leaks=0"},
-        capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr[-3000:]
+    harness.run_sanitized(tmp_path, "lines", DRIVER, request().pack().hex())
