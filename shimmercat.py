@@ -13273,7 +13273,6 @@ class Connection:
         while wire.pending:
             if not wire.push():
                 return False
-            self._clock = None
         return True
 
     def _settle(self):
