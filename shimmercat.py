@@ -4689,7 +4689,8 @@ class CertificateStore:
 
         # gevent's own setter expects gevent's sockets, but wires (room 16)
         # move the octets themselves.
-        _plain("ssl", "SSLContext").sni_callback.__set__(context, choose)
+        _plain("ssl", "SSLContext").sni_callback.__set__(
+            context, choose if others else None)
         self._before = None
         return context
 
