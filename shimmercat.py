@@ -176,7 +176,8 @@ __all__ = [
     "BootFailure", "Arbiter",
     "Slot",
     "LogFanIn",
-    "Upgrade", "inherited", "adopt", "pass_on",
+    "HERITAGE_VARIABLE", "Upgrade", "inherited", "adopt", "stand_by",
+    "pass_on",
     "LoneWorker",
     "main",
 ]
@@ -737,9 +738,9 @@ MESSAGES = {
     30001: Message("{} left {}", "it was told to, and it has finished"),
     30002: Message("log file {} opened again", "USR1, after a rotation"),
     30003: Message("development certificate {} for {}", "not for real use"),
-    40001: Message("settings and certificates were read: one worker after the"
-                   " other takes them; flags stay those of the start",
-                   "HUP, or a new certificate; USR2 does not change flags"),
+    40001: Message("{}: settings and certificates were read, one worker after"
+                   " the other takes them; flags stay those of the start",
+                   "HUP, how often, or a new certificate"),
     40002: Message("one worker more: {}", "TTIN"),
     40003: Message("one worker less: {}", "TTOU; one always stays"),
     40004: Message("graceful end: {} workers finish what they have",
@@ -818,6 +819,8 @@ MESSAGES = {
                    "see the lines before"),
     60016: Message("the program file does not take over, nothing changes:\n{}",
                    "what its trial run has said last; correct it"),
+    60017: Message("the program cannot take over yet, workers serve on:\n{}",
+                   "correct it; it is tried time and again"),
     60025: Message("mistake in a view: {}", "its requests end in 500"),
     60026: Message("no page: {}", "what the application said does not fit"),
 }
@@ -4430,8 +4433,8 @@ class ScratchFolder:
         self.press_socket = self.path / "press.sock"
         #: shared with all processes forked later
         self.trouble = DiskTrouble()
-        #: descriptor of the file whose lock keeps others out
-        self._lock = None
+        #: descriptor of the file whose lock keeps others out, while we have it
+        self.lock = None
         #: what tells those who may be here at the same time
         self.door = secrets.token_hex(8)
         longest = self._of_process(self.redis_socket, 2 ** 22)
@@ -4514,7 +4517,7 @@ class ScratchFolder:
 
     def claim(self) -> bool:
         """Whether nobody else has the folder from here on."""
-        if self._lock is None:
+        if self.lock is None:
             # A POSIX lock, not flock: forks do not inherit it, so workers
             # that outlive a killed arbiter do not keep its successor from
             # starting.  To close any descriptor of the file gives it back.
@@ -4529,25 +4532,21 @@ class ScratchFolder:
 
     def _sign(self, lock):
         """Keeps the lock, and writes into it who has it."""
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, b"%d\n%s\n%s\n" % (
+        # On a full disk there is room for what takes the place of as much.
+        os.ftruncate(lock, os.pwrite(lock, b"%d\n%s\n%s\n" % (
             os.getpid(), os.fsencode(self.redis_socket),
-            self.door.encode()), 0)
-        self._lock = lock
-
-    def lock(self) -> int | None:
-        """Descriptor of the lock; None while a predecessor has it."""
-        return self._lock
+            self.door.encode()), 0))
+        self.lock = lock
 
     def release(self) -> None:
         """Leaves the folder to a successor, who may be waiting for it."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
     def tidy(self) -> None:
         """Removes what processes of ours did not come to finish writing."""
-        if self._lock is not None:
+        if self.lock is not None:
             for draft in itertools.chain(self.path.glob(".draft-*"),
                                          self.cache.rglob(".draft-*")):
                 draft.unlink(missing_ok=True)
@@ -4699,10 +4698,15 @@ class CertificateStore:
         state, before = _pair_state(folder), self._before
         if before:
             known = before._contexts.get(folder, ("", None))
-            if known[0] != state and (
+            is_same = known[0] == state
+            if is_same:
+                # It is judged for those whose own certificate has gone.
+                others = before._contexts.keys() - {folder}
+                names = [x for x in names if self._sni_folder / x in others]
+            if (names or not is_same) and (
                     problems := _pair_problems(folder, names)):
                 raise CertificateError("; ".join(problems))
-            if known[0] == state and before._tls_minimum == self._tls_minimum:
+            if is_same and before._tls_minimum == self._tls_minimum:
                 return known
         return state, _tls_context(folder, self._tls_minimum)
 
@@ -5026,7 +5030,7 @@ _CROWD = 0.25  #: or until so much of the limit is taken
 _BATCH_RECORDS = 400
 _BATCH_MESSAGES = 4
 _MESSAGE_BYTES = 32 * KIB  #: of records; a longer one is alone in its message
-_AGAIN_SECONDS = 0.25  #: until a Redis that was away is tried again
+_STAND_BY_SECONDS = 0.25  #: until a Redis that was away is tried again
 _ANSWER_SECONDS = 2.0  #: a Redis silent for so long is away
 #: giving up an unanswered batch may double its lines: better to wait long
 _STALL_SECONDS = 30.0
@@ -5221,7 +5225,7 @@ class LogTap:
                     self._publish_all(wire)
                     self._filled.wait()
                     self._crowded.wait(_TICK_SECONDS)
-            gevent.sleep(_AGAIN_SECONDS)
+            gevent.sleep(_STAND_BY_SECONDS)
 
     def flush(self, deadline: Deadline) -> int:
         """Publishes what waits until the deadline; the number that stays."""
@@ -5519,7 +5523,7 @@ class Announcements:
                         self._link.call("EXPIRE", place, _ANSWERS_SECONDS)
                     else:
                         callback(text)
-            gevent.sleep(_AGAIN_SECONDS)
+            gevent.sleep(_STAND_BY_SECONDS)
 
     def _heard(self):
         """Texts as they come; raises RedisAway when the link ends."""
@@ -11750,12 +11754,6 @@ class WarmUp:
         """Bytes that the smallest forms so far save."""
         return sum(x.before - x.after for x in self.tallies.values())
 
-    def left_out(self) -> typing.Iterator[str]:
-        """Lines on what visitors may ask for and is not made ahead."""
-        for name, domain in self._settings.domains.items():
-            if domain.root_dir is None:
-                yield f"{name}: left out, has no statics on this machine"
-
     def _files(self):
         """(path, assets of the file) of all that may be served."""
         for domain in self._settings.domains.values():
@@ -13778,15 +13776,6 @@ class WorkerLine:
         ours, theirs = _socket.socketpair()
         return cls(ours), cls(theirs)
 
-    @classmethod
-    def of(cls, fd: int) -> "WorkerLine":
-        """The end with a descriptor; one that has ended if that is none."""
-        if fd >= 0:
-            return cls(_socket.socket(fileno=fd))
-        ours, theirs = cls.pair()
-        theirs.close()
-        return ours
-
     def __init__(self, end: _socket.socket):
         """Owns `end`, a connected socket."""
         end.setblocking(False)
@@ -13838,7 +13827,7 @@ class Child:
         self.status = 0
         self.wants_successor = False
         self.born = time.monotonic()
-        self.steady = self._limit = self._lingers = Deadline(math.inf)
+        self.steady = self._limit = self.soon = Deadline(math.inf)
         self._silence = Deadline(terms.start)
         #: the signal that comes next, and when
         self._next, self._due = None, None
@@ -13878,16 +13867,12 @@ class Child:
     def retire(self, seconds: float, number: int = signal.SIGTERM) -> bool:
         """Makes it leave within `seconds`; whether it had more till now."""
         if self.stage != "retiring":
-            self.stage, self._lingers = "retiring", Deadline(_SOON_SECONDS)
+            self.stage, self.soon = "retiring", Deadline(_SOON_SECONDS)
         if seconds >= self._limit.left():
             return False
         self._limit = Deadline(seconds)
         self._press(number, seconds)
         return True
-
-    def lingers(self) -> bool:
-        """Whether it was told to leave, and has not done so soon."""
-        return self._lingers.passed()
 
     def _press(self, number, seconds):
         """Sends a signal, and after `seconds` a harder one."""
@@ -13942,7 +13927,13 @@ class Worker:
         service = Service(self._settings, site, self._table)
         service.start()
         self._services.append(service)
-        self._accept(service)
+        context = self._premises.context
+        self._listeners = [TlsListener(doors.secure, context, service)
+                           for doors in self._doors]
+        self._listeners += [RedirectListener(doors.redirect, service)
+                            for doors in self._doors if doors.redirect]
+        for listener in self._listeners:
+            listener.start()
 
     def _take_signals(self):
         """What reaches a whole group is the arbiter's business."""
@@ -13966,21 +13957,17 @@ class Worker:
         repository = Repository(tweaks, self._store, JobQueue(
             link, tweaks.artisan_queue_jobs, lease_seconds(tweaks)),
             PressLink(self._premises.scratch.press_socket).press)
-        self._make_table(repository)
+        if make := http2_engine(self._settings.engine).hot_table:
+            # The engine answers by itself, till assets change.
+            table = self._table = make(
+                tweaks.memory_cache_bytes, self._name, 50001 in LOG.enabled)
+            repository.on_change = lambda path: table.drop(os.fsencode(path))
+            self._spawn(self._log_hits)
         larder = Larder(tweaks, self._store, Notes(link))
         self._spawn(Announcements(link).run, functools.partial(
             self._hear, repository, larder))
         return repository, larder, Health(
             self._premises.board, self._store, link)
-
-    def _make_table(self, repository):
-        """Has the engine answer by itself, if it can, till assets change."""
-        if make := http2_engine(self._settings.engine).hot_table:
-            table = self._table = make(
-                self._settings.tweaks.memory_cache_bytes, self._name,
-                50001 in LOG.enabled)
-            repository.on_change = lambda path: table.drop(os.fsencode(path))
-            self._spawn(self._log_hits)
 
     def _log_hits(self):
         """Hands on what the log is to say of the table's answers, for ever."""
@@ -14004,16 +13991,6 @@ class Worker:
         gone = repository.purge(selection.takes) + larder.purge(
             selection.takes)
         return json.dumps(gone[:_MOST_PURGED])
-
-    def _accept(self, service):
-        """Begins to accept connections."""
-        context = self._premises.context
-        self._listeners = [TlsListener(doors.secure, context, service)
-                           for doors in self._doors]
-        self._listeners += [RedirectListener(doors.redirect, service)
-                            for doors in self._doors if doors.redirect]
-        for listener in self._listeners:
-            listener.start()
 
     def _report_ready(self):
         """Tells the arbiter, and goes on telling it."""
@@ -14059,7 +14036,8 @@ class Worker:
             service.drain()
         wait, story = _LEAST_WAIT, 3
         due = Deadline(story)
-        while (count := self._active()) and not self._limit.passed():
+        while (count := sum(service.active for service in self._services)
+               ) and not self._limit.passed():
             gevent.sleep(wait)
             wait = min(wait * 1.1, _LONGEST_WAIT)
             if due.passed():
@@ -14070,10 +14048,6 @@ class Worker:
             LOG.say(40019, count)
             for service in self._services:
                 service.close_all()
-
-    def _active(self):
-        """Number of open connections."""
-        return sum(service.active for service in self._services)
 
     def _part(self):
         """Says the last words."""
@@ -14126,20 +14100,9 @@ class Doors(typing.NamedTuple):
                 for addresses in ((settings.listen, settings.redirect), *(
                     (also, None) for also in settings.also_listen))]
 
-    @classmethod
-    def of(cls, fds: list[int | None]) -> "Doors":
-        """The doors with such descriptors."""
-        return cls(*(None if fd is None else _plain("socket", "socket")(
-            fileno=fd) for fd in fds))
-
     def fds(self) -> list[int | None]:
         """The descriptors of both sockets."""
         return [door and door.fileno() for door in self]
-
-    def tune(self, backlog: int) -> None:
-        """Lets so many connections wait to be accepted."""
-        for door in filter(None, self):
-            door.listen(backlog)
 
     def close(self) -> None:
         """Closes the sockets; other processes keep theirs."""
@@ -14189,6 +14152,15 @@ class Premises:
         premises.settings = settings
         premises._certify(self.certificates)
         return premises
+
+    def reread(self, read: typing.Callable[[], Settings]
+               ) -> "Premises | None":
+        """`renewed` with what `read` gives; says it where that is wrong."""
+        try:
+            return self.renewed(read())
+        except ShimmerCatError as error:
+            LOG.say(60013, error)
+            return None
 
     def announce(self) -> None:
         """Says what is served, where, and what is wrong with certificates."""
@@ -14291,6 +14263,7 @@ class Supervisor:
         #: a number of what is understood, what a trial run has in common with
         #: who tries it, and a line to there; empty in an earnest run
         self._trial = environ.get(TRIAL_VARIABLE, "").split()
+        self.is_trial = bool(self._trial)
         if self._trial[:1] not in ([], [HERITAGE_FORMAT]):
             raise ConfigurationError(
                 "the program that runs and this one are too different for"
@@ -14317,18 +14290,10 @@ class Supervisor:
         self._address = environ.get("NOTIFY_SOCKET", "").replace("@", "\0", 1)
         is_ours = environ.get("WATCHDOG_PID", str(os.getpid())) == (
             str(os.getpid()))
+        #: whether it starts a successor itself, and HUP means to leave
+        self.replaces_us = self.giver == "socketmaster"
         self._pause = beat / 3 if beat and is_ours else math.inf
         self._beat_due = Deadline(0)
-
-    @property
-    def replaces_us(self) -> bool:
-        """Whether it starts a successor itself, and HUP means to leave."""
-        return self.giver == "socketmaster"
-
-    @property
-    def is_trial(self) -> bool:
-        """Whether this run is to show that the program can start."""
-        return bool(self._trial)
 
     def report(self) -> None:
         """Tells who tries us that all has gone well."""
@@ -14428,6 +14393,8 @@ def _with_port(address):
 #: no turn lasts longer, so no signal waits longer
 _TURN_SECONDS = 0.1
 _ARTISAN_SECONDS = 120
+#: from one HUP that is heeded to the next; those between are one
+_HUP_SECONDS = 0.5
 #: in a trial run the worker lives so long
 _TRIAL_SERVES_SECONDS = 1
 
@@ -14457,6 +14424,8 @@ class Arbiter:
         #: what the program before us has left; nothing at a real start
         self._heritage = inherited()
         self._upgrade = None
+        #: HUPs that nothing was done about, and when something may be
+        self._hups, self._hup_due = [], Deadline(0)
         self._numbers = itertools.count(self._heritage.get("number", 0))
         self._born = self._heritage.get("born", time.monotonic())
         self._is_ending = self._is_ready = self._is_finished = False
@@ -14465,7 +14434,7 @@ class Arbiter:
             signal.SIGTERM: self._finish, signal.SIGINT: self._end_now,
             signal.SIGQUIT: self._end_now,
             signal.SIGUSR1: lambda: self._premises.console.reopen(),
-            signal.SIGHUP: lambda: self._renew(self._reread),
+            signal.SIGHUP: lambda: self._hups.append("HUP"),
             signal.SIGUSR2: self._try_program,
             signal.SIGTTIN: self._grow, signal.SIGTTOU: self._shrink}
         if self._supervisor.replaces_us:
@@ -14501,8 +14470,9 @@ class Arbiter:
         self._artisan = Slot("artisan", self._encode, lambda: Terms(
             _ARTISAN_SECONDS, self._settings.tweaks))
         self._press = Slot("press", lambda name, line: Press(
-            *self._press.doors, line.end, self._press_limit()).run(),
-            lambda: self._terms(self._press_limit()))
+            *self._press.doors, line.end, self._press.terms().generation
+            ).run(), lambda: self._terms(
+                self._settings.tweaks.quick_compress_limit_bytes))
         self._log = LogFanIn(path, self._redis)
         if self._heritage:
             self._slots, self._closed, self._press.doors = adopt(
@@ -14536,9 +14506,6 @@ class Arbiter:
         tweaks = self._settings.tweaks
         return Terms(tweaks.heartbeat_seconds, self._premises,
                      tweaks.replacement_seconds, tweaks.lingering_workers)
-
-    def _press_limit(self):
-        return self._settings.tweaks.quick_compress_limit_bytes
 
     def _all_slots(self):
         trial = [self._upgrade.slot] if self._upgrade else []
@@ -14577,7 +14544,7 @@ class Arbiter:
         while found := signal.sigtimedwait(self._handlers, 0):
             try:
                 self._handlers[found.si_signo]()
-            except (OSError, CannotListen) as error:
+            except (OSError, ShimmerCatError) as error:
                 LOG.say(40021, signal.Signals(found.si_signo).name, error)
 
     def _private(self):
@@ -14600,8 +14567,12 @@ class Arbiter:
         if not self._redis.is_proven:
             return
         self._empty_closed()
-        if self._watch.has_changed():
-            self._renew(lambda: self._settings)
+        if self._hups and self._hup_due.passed():
+            self._hup_due = Deadline(_HUP_SECONDS)
+            self._renew(f"HUP ({len(self._hups)})", self._reread)
+            self._hups.clear()
+        elif self._watch.has_changed():
+            self._renew("a new certificate", lambda: self._settings)
         if self._upgrade and not self._upgrade.slot.children:
             self._conclude(self._upgrade)
         slots = self._all_slots()
@@ -14611,7 +14582,7 @@ class Arbiter:
             # One replacement at a time, over all slots.
             slot.tend(self._private, is_settled and is_calm, is_calm)
             is_calm = is_calm and not slot.find("starting")
-        if not self._is_ready and all(
+        if not (self._is_ready or self._hups) and all(
                 slot.is_current() for slot in self._slots):
             self._say_ready()
         if self._supervisor.is_trial and self._is_ready:
@@ -14637,33 +14608,28 @@ class Arbiter:
             self._was_ready = True
             LOG.say(50003, workers, os.getpid())
 
-    def _renew(self, read):
+    def _renew(self, why, read):
         """Has new workers take over settings, and certificates as they are.
 
         Where something is wrong nothing changes, and it is said what.
         """
-        if self._is_ending:
-            return
         self._supervisor.tell_reloading()
-        try:
-            premises = self._premises.renewed(read())
-        except ShimmerCatError as error:
-            LOG.say(60013, error)
-            self._watch.settle()
-            self._supervisor.tell(READY=1)
-        else:
-            LOG.say(40001)
+        if premises := self._premises.reread(read):
+            LOG.say(40001, why)
             self._before = self._before or self._premises
             self._move(premises)
             premises.say_problems()
+        else:
+            self._watch.settle()
+            self._supervisor.tell(READY=1)
 
     def _move(self, premises):
         """Makes other premises those of all workers that are forked."""
         self._premises, self._settings = premises, premises.settings
         self._is_ready = False
         for slot in self._slots:
-            for doors in slot.doors:
-                doors.tune(self._settings.tweaks.backlog)
+            for door in filter(None, itertools.chain(*slot.doors)):
+                door.listen(self._settings.tweaks.backlog)
         self._settle_in()
 
     def _judge(self):
@@ -14683,8 +14649,12 @@ class Arbiter:
             self._is_ready = True
 
     def _try_program(self):
-        """Begins a trial run of the program file, unless there is one."""
+        """Begins a trial run of the program file, unless there is one.
+
+        Raises CertificateError where it would show other certificates.
+        """
         if not (self._is_ending or self._upgrade):
+            self._premises.renewed(self._settings)
             LOG.say(40020)
             self._supervisor.tell_reloading()
             self._upgrade = Upgrade(self._premises.scratch.door)
@@ -14693,19 +14663,21 @@ class Arbiter:
     def _conclude(self, upgrade):
         """Gives way to a program that did well, or says what it said."""
         self._upgrade = None
-        problem = upgrade.problem()
-        if not problem:
+        try:
+            upgrade.judge()
+            self._premises.renewed(self._settings)
             LOG.say(40030, os.getpid())
             self._log.leave(self._premises.console)
             self._premises.console.settle()
             scratch = self._premises.scratch
-            problem = pass_on(
-                self._slots, self._closed,
-                [self._press, self._artisan, self._redis],
-                number=next(self._numbers), born=self._born,
-                press_socket=str(scratch.press_socket), lock=scratch.lock())
-        LOG.say(60016, problem)
-        self._supervisor.tell(READY=1)
+            pass_on(self._slots, self._closed,
+                    [self._press, self._artisan, self._redis],
+                    number=next(self._numbers), born=self._born,
+                    press_socket=str(scratch.press_socket),
+                    lock=scratch.lock)
+        except (OSError, ShimmerCatError) as error:
+            LOG.say(60016, error)
+            self._supervisor.tell(READY=1)
 
     def _show(self):
         """Has all workers know how the instance stands."""
@@ -14733,7 +14705,7 @@ class Arbiter:
                   for child in slot.find("serving") for doors in child.doors}
         for slot in self._closed:
             if tended.issuperset(slot.doors):
-                slot.leave()
+                slot.retire(self._worker_terms().farewell)
         self._closed = [slot for slot in self._closed if slot.children]
 
     def _end(self, seconds, number=signal.SIGTERM):
@@ -14757,7 +14729,7 @@ class Arbiter:
         if any(slot.children for slot in self._all_slots()[:-3]):
             return
         for slot in (self._press, self._artisan, self._redis):
-            if slot is self._redis and not self._log.is_quiet():
+            if slot is self._redis and not self._log.quiet.passed():
                 return
             slot.retire(PRESS_SECONDS / 4)
             if slot.children:
@@ -14868,7 +14840,7 @@ class Slot:
         self.children = []
         #: the terms of the last one that was never ready
         self.fallen = None
-        self._live, self._terms, self._failure = live, terms, failure
+        self._live, self.terms, self._failure = live, terms, failure
         self._count = 0
         self._falls, self._pause = 0, Deadline(0)
 
@@ -14878,11 +14850,11 @@ class Slot:
 
     def is_settled(self) -> bool:
         """Whether it has one process, beside those that linger."""
-        return sum(not child.lingers() for child in self.children) <= 1
+        return sum(not child.soon.passed() for child in self.children) <= 1
 
     def is_current(self) -> bool:
         """Whether what serves here is of the generation that it should be."""
-        generation = self._terms().generation
+        generation = self.terms().generation
         return any(child.terms.generation == generation
                    for child in self.find("serving"))
 
@@ -14901,10 +14873,6 @@ class Slot:
             else:
                 child.press_on()
 
-    def patience(self) -> float:
-        """Seconds of silence after which a process is taken to stall."""
-        return self._terms().patience
-
     def confirm(self) -> None:
         """Its processes live: something was heard of them otherwise."""
         for child in self.children:
@@ -14917,7 +14885,7 @@ class Slot:
         One that has grown old, or lacks doors, is replaced if it may, one
         whose generation is another if it may be renewed.
         """
-        terms = self._terms()
+        terms = self.terms()
         *replaced, last = self.find("serving") or [None]
         for child in replaced:
             age = int(time.monotonic() - child.born)
@@ -14937,10 +14905,6 @@ class Slot:
         for child in self.children:
             child.retire(seconds, number)
 
-    def leave(self) -> None:
-        """Has its processes leave as replaced ones do."""
-        self.retire(self._terms().farewell)
-
     def inherit(self, doors: list[Doors]) -> None:
         """Its next process, who is wanted soon, takes more doors."""
         self.doors += [found for found in doors if found not in self.doors]
@@ -14957,9 +14921,11 @@ class Slot:
     def adopt(self, count: int, children: list, generation: object) -> None:
         """Takes processes from a bequest; `generation` is theirs."""
         self._count, self.is_proven = count, True
-        terms = self._terms()
+        terms = self.terms()
         for name, pid, fd, stage, born in children:
-            child = Child(name, pid, WorkerLine.of(fd), (),
+            # Without a descriptor it is a line that has ended.
+            line = WorkerLine(_socket.socket(fileno=None if fd < 0 else fd))
+            child = Child(name, pid, line, (),
                           terms._replace(generation=generation))
             self.children.append(child)
             if stage == "retiring":
@@ -14969,7 +14935,7 @@ class Slot:
     def hire(self, private: list) -> None:
         """Forks a process, which keeps nothing private but the doors."""
         self._count += 1
-        terms = self._terms()
+        terms = self.terms()
         name = f"{self.name}-{self._count}" if self.doors else self.name
         try:
             pid, line = _fork(name, self._live, [
@@ -15110,7 +15076,8 @@ class LogFanIn:
         self.is_listening = False
         #: whether Redis owes a sign of life
         self._is_asking = False
-        self._quiet = self._ping_due = Deadline(0)
+        #: until when silence does not mean that nothing is to come
+        self.quiet = self._ping_due = Deadline(0)
 
     def take(self, console: Console) -> None:
         """Writes records that have arrived, and what waited to be written."""
@@ -15130,10 +15097,6 @@ class LogFanIn:
             self.is_listening = False
         console.pump()
 
-    def is_quiet(self) -> bool:
-        """Whether nothing has come for so long that nothing will."""
-        return self._quiet.passed()
-
     def leave(self, console: Console) -> None:
         """Hears no more; what comes from here on waits where it was said."""
         if self.is_listening:
@@ -15145,11 +15108,11 @@ class LogFanIn:
     def _hand_on(self, messages, console):
         for channel, packed in messages:
             console.take(packed, channel)
-            self._quiet = Deadline(_QUIET_SECONDS)
+            self.quiet = Deadline(_QUIET_SECONDS)
 
     def _ping(self):
         """Asks for a sign of life; raises RedisAway."""
-        self._ping_due = Deadline(self._redis.patience() / _PINGS)
+        self._ping_due = Deadline(self._redis.terms().patience / _PINGS)
         if not self._is_asking:
             # Its silence counts from the question on: we may have been
             # suspended.
@@ -15161,7 +15124,7 @@ class LogFanIn:
 # ---------------------------------------------------------------------------
 # 18d. Upgrades: another program takes over all that there is
 #
-#    Offers   Upgrade, inherited, adopt, pass_on
+#    Offers   HERITAGE_VARIABLE, Upgrade, inherited, adopt, stand_by, pass_on
 #    Uses     1 Words, 17 Worker
 # ---------------------------------------------------------------------------
 #
@@ -15174,16 +15137,20 @@ class LogFanIn:
 # scratch folder and all children stay; what the program must know of them is
 # in a file without a name.  It replaces workers one by one, as after HUP.
 # Signals are blocked in the meantime, and wait for it.
+# What the old one knew is gone: a program that cannot take over after all says
+# why and begins anew, till it can.  Nobody looks after children meanwhile.
 
 #: seconds for a trial run
 _TRIAL_SECONDS = 60
 #: the variable with the descriptor of what is passed on
-_HERITAGE_VARIABLE = "SHIMMERCAT_HERITAGE"
+HERITAGE_VARIABLE = "SHIMMERCAT_HERITAGE"
 #: what a trial run must not believe to be meant for it
 _NOT_FOR_TRIALS = ("EINHORN_FDS", "LISTEN_PID", "NOTIFY_SOCKET",
                    "WATCHDOG_USEC")
 #: of what a trial run has said last
 _TOLD_BYTES = 2000
+#: until a program that cannot take over begins once more
+_ANEW_SECONDS = 5
 
 
 class Upgrade:
@@ -15192,6 +15159,7 @@ class Upgrade:
     def __init__(self, door: str):
         """The run may use the scratch folder of who has the same `door`."""
         self._door, self._output = door, os.memfd_create("trial")
+        self._file = file_state(Path(__file__))
         self.slot = Slot("trial", self._become_trial, lambda: Terms(
             _TRIAL_SECONDS, start=_TRIAL_SECONDS))
 
@@ -15206,28 +15174,27 @@ class Upgrade:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.execve(sys.executable, _command(), environ)
 
-    def problem(self) -> str:
-        """Why it has failed; empty if it has done well."""
+    def judge(self) -> None:
+        """Raises ShimmerCatError unless what is there has done well."""
         size = os.fstat(self._output).st_size
         said = os.pread(self._output, _TOLD_BYTES, max(0, size - _TOLD_BYTES))
         os.close(self._output)
-        if self.slot.is_proven:
-            return ""
-        text = said.decode("utf-8", "replace").strip()
-        return text or "the trial run has said nothing"
+        if not self.slot.is_proven:
+            text = said.decode("utf-8", "replace").strip()
+            raise ShimmerCatError(text or "the trial run has said nothing")
+        if file_state(Path(__file__)) != self._file:
+            raise ShimmerCatError(f"{__file__} has changed since the trial run"
+                                  " began: send USR2 again")
 
 
 def inherited() -> dict:
     """What this process was given by the program that it ran before."""
-    fd = os.environ.pop(_HERITAGE_VARIABLE, None)
+    fd = os.environ.get(HERITAGE_VARIABLE)
     if fd is None:
         return {}
-    with open(int(fd), "rb") as file:
+    with open(int(fd), "rb", closefd=False) as file:
         file.seek(0)
-        heritage = json.load(file)
-    for fd in _descriptors(heritage):
-        os.set_inheritable(fd, False)
-    return heritage
+        return json.load(file)
 
 
 def adopt(heritage: dict, make_slot: typing.Callable, press: Slot,
@@ -15241,7 +15208,8 @@ def adopt(heritage: dict, make_slot: typing.Callable, press: Slot,
     for _, _, places, _ in (*heritage["slots"], *heritage["closed"]):
         for fds in map(tuple, places):
             # Slots may share sockets.
-            doors[fds] = doors.get(fds) or Doors.of(fds)
+            doors[fds] = doors.get(fds) or Doors(*(
+                fd and _plain("socket", "socket")(fileno=fd) for fd in fds))
     for found, records in zip(workers, (
             heritage["slots"], heritage["closed"]), strict=True):
         for name, count, places, children in records:
@@ -15253,15 +15221,46 @@ def adopt(heritage: dict, make_slot: typing.Callable, press: Slot,
             (redis, None)):
         _, count, _, children = heritage[slot.name]
         slot.adopt(count, children, generation)
+    # From here on there is no other program that could take over.
+    os.close(int(os.environ.pop(HERITAGE_VARIABLE)))
+    for fd in _descriptors(heritage):
+        os.set_inheritable(fd, False)
     (fd,), = heritage["press"][2]
     return *workers, [PressDoor(Path(heritage["press_socket"]), fd)]
 
 
+def stand_by(error: Exception) -> None:
+    """Begins anew, time and again, where this program cannot take over.
+
+    Ends with all that was inherited at TERM, INT or QUIT, which are blocked.
+    Returns where nothing is to be taken over.
+    """
+    if HERITAGE_VARIABLE not in os.environ:
+        return
+    _leave_hub()
+    LOG.say(60017, error if isinstance(error, ShimmerCatError)
+            else traceback.format_exc())
+    if not signal.sigtimedwait((signal.SIGTERM, signal.SIGINT,
+                                signal.SIGQUIT), _ANEW_SECONDS):
+        os.execve(sys.executable, _command(), os.environ)
+    heritage = inherited()
+    for fd in _descriptors(heritage):
+        # The end of its line makes a child leave gracefully.
+        os.close(fd)
+    for *_, children in (*heritage["slots"], *heritage["closed"],
+                         heritage["press"], heritage["artisan"]):
+        for _, pid, *_ in children:
+            _plain("os", "waitpid")(pid, 0)
+    Path(heritage["press_socket"]).unlink(missing_ok=True)
+    # Redis hears TERM as we end.
+    os._exit(0)
+
+
 def pass_on(slots: list[Slot], closed: list[Slot], others: list[Slot],
-            **words: object) -> str:
+            **words: object) -> None:
     """Becomes the program file, to which slots and words are told.
 
-    Returns only if that cannot be done, and then why.
+    Raises OSError if that cannot be done.
     """
     heritage = {"slots": [slot.bequest() for slot in slots],
                 "closed": [slot.bequest() for slot in closed],
@@ -15274,11 +15273,10 @@ def pass_on(slots: list[Slot], closed: list[Slot], others: list[Slot],
             for fd in fds:
                 os.set_inheritable(fd, True)
             os.execve(sys.executable, _command(), {
-                **os.environ, _HERITAGE_VARIABLE: str(file.fileno())})
-    except OSError as error:
+                **os.environ, HERITAGE_VARIABLE: str(file.fileno())})
+    finally:
         for fd in fds:
             os.set_inheritable(fd, False)
-        return str(error)
 
 
 def _command():
@@ -15310,9 +15308,8 @@ def _descriptors(heritage):
 # process for each job of the artisan.  These are forked in the midst of
 # serving; they inherit a hub, and never run it.
 
-#: seconds between two looks at the press
-_TEND_SECONDS = 1.0
-#: seconds between two looks at what settings are made of, and at who is left
+#: seconds between two looks at the press, at what settings are made of, and
+#: at who is left
 _LOOK_OUT_SECONDS = 0.25
 
 
@@ -15326,7 +15323,9 @@ class LoneWorker(Worker):
         `reread` gives the settings as they are written then.
         """
         self._born = time.monotonic()
-        self._supervisor, self._reread = Supervisor(os.environ), reread
+        self._supervisor = Supervisor(os.environ)
+        self._is_asked = gevent.event.Event()
+        self._reread = lambda: self._supervisor.settings(reread())
         settings = self._supervisor.settings(settings)
         super().__init__(Premises(settings), Doors.open(settings), "devlove",
                          None)
@@ -15346,7 +15345,7 @@ class LoneWorker(Worker):
             self._finish, self._settings.tweaks.replacement_seconds)
         gevent.signal_handler(
             signal.SIGHUP,
-            leave if self._supervisor.replaces_us else self._reload)
+            leave if self._supervisor.replaces_us else self._is_asked.set)
         gevent.signal_handler(signal.SIGUSR1, self._premises.console.reopen)
         gevent.signal_handler(
             signal.SIGUSR2, leave if self._supervisor.replaces_us else
@@ -15390,18 +15389,13 @@ class LoneWorker(Worker):
         Those that are connected come back to it as soon as they have what
         they asked for; who does not ask any more has `replacement-seconds`.
         """
-        if self._leaving.is_set():
-            return
-        try:
-            settings = self._supervisor.settings(self._reread())
-            premises = self._premises.renewed(settings)
-        except ShimmerCatError as error:
-            LOG.say(60013, error)
+        premises = self._premises.reread(self._reread)
+        if premises is None:
             self._watch.settle()
             return
         listeners, service, jobs = (
             self._listeners, self._services[-1], self._jobs)
-        self._premises, self._settings = premises, settings
+        self._premises, self._settings = premises, premises.settings
         self._watch_files()
         self._open()
         for listener in listeners:
@@ -15429,28 +15423,24 @@ class LoneWorker(Worker):
         self._premises.board.write("ready", 1)
         self._premises.announce()
         LOG.say(50003, "1 process", os.getpid())
-        self._spawn(self._tend_press)
         self._spawn(self._look_out)
 
     def _look_out(self):
-        """Takes over what a developer changes, until we leave."""
-        while not self._leaving.wait(_LOOK_OUT_SECONDS):
-            if self._watch.has_changed():
-                self._reload()
-
-    def _finish(self, seconds):
-        self._premises.board.write("draining", 1)
-        super()._finish(seconds)
-
-    def _tend_press(self):
-        """Sees to it that there is a press, until we leave."""
+        """Keeps a press, and takes over what is changed, until we leave."""
+        scratch = self._premises.scratch
         while not self._leaving.is_set():
-            scratch = self._premises.scratch
             if not scratch.is_whole(scratch.press_socket):
                 _restore(scratch, self._press)
             self._press.attend()
             self._press.tend(list, may_renew=True)
-            self._leaving.wait(_TEND_SECONDS)
+            if self._is_asked.is_set() or self._watch.has_changed():
+                self._is_asked.clear()
+                self._reload()
+            self._leaving.wait(_LOOK_OUT_SECONDS)
+
+    def _finish(self, seconds):
+        self._premises.board.write("draining", 1)
+        super()._finish(seconds)
 
     def _live_as_press(self, _name, line):
         """The life of the press, which holds nothing of ours but its door."""
@@ -15465,8 +15455,7 @@ class LoneWorker(Worker):
                 2, door.socket.fileno(), line.end.fileno(),
                 os.sysconf("SC_OPEN_MAX")))):
             os.closerange(low + 1, high)
-        limit = self._settings.tweaks.quick_compress_limit_bytes
-        return Press(door, line.end, limit).run()
+        return Press(door, line.end, self._press.terms().generation).run()
 
     def _part(self):
         self._jobs.close()
@@ -15634,8 +15623,13 @@ def _read(option, text):
 def _serve(server, flags):
     """Serves until told to leave; `server` is the class of the mode."""
     _refuse_late_patching()
-    reread = functools.partial(_settings, flags)
-    return server(reread(), reread).run()
+    reread = functools.partial(_settings, flags, True)
+    is_running = {TRIAL_VARIABLE, HERITAGE_VARIABLE} & os.environ.keys()
+    try:
+        return server(_settings(flags, is_running), reread).run()
+    except Exception as error:
+        stand_by(error)
+        raise
 
 
 def _check(flags):
@@ -15712,8 +15706,10 @@ def _warm(flags):
     settings = _settings(flags)
     LOG.configure(enabled=frozenset())
     work = WarmUp(settings, flags.folder, flags.again)
-    for line in work.left_out():
-        print(line, file=sys.stderr)
+    for name, domain in settings.domains.items():
+        if domain.root_dir is None:
+            print(f"{name}: left out, has no statics on this machine",
+                  file=sys.stderr)
     progress = gevent.spawn(_show_progress, work)
     work.run()
     progress.kill()
@@ -15857,9 +15853,14 @@ def _code_list(codes):
     return " ".join(f"M{code:05}" for code in sorted(codes))
 
 
-def _settings(flags):
+def _settings(flags, is_running=False):
     """Settings without lives that would wear out the machine."""
     settings = load_settings(flags, RewriteRule.parse, _view_mistakes)
+    # Of what a start makes nothing must have gone while there is an instance.
+    for name in ("tweaks.yaml", "cert.pem") if is_running else ():
+        if not (file := settings.scratch_dir / name).exists():
+            raise ConfigurationError(
+                f"{file}: is gone; put it back, or start again without it")
     least, _ = settings.apoptosis_seconds
     is_unsafe = hasattr(flags, "unsafe_fast_apoptosis")
     if least < _LEAST_APOPTOSIS_SECONDS and not is_unsafe:

@@ -205,7 +205,7 @@ class TestScratchFolder:
             guest.occupy(door="7")
             assert guest.redis_socket != plain.redis_socket
             assert not guest.claim()
-            assert guest.lock() is None
+            assert guest.lock is None
             assert plain.holder() == str(holder.pid)
             assert plain.redis_socket.name == f"redis-{holder.pid}.sock"
         assert guest.claim()
@@ -216,7 +216,7 @@ class TestScratchFolder:
         first, second = ScratchFolder(tmp_path), ScratchFolder(tmp_path)
         first.occupy()
         before = (tmp_path / "lock").read_text()
-        second.occupy(lock=first.lock())
+        second.occupy(lock=first.lock)
         assert second.claim()
         assert (tmp_path / "lock").read_text() != before
         second.release()
@@ -486,6 +486,21 @@ class TestRenewal:
         with pytest.raises(CertificateError, match="two.example/cert.pem is"):
             make_store(self.NAMES, before=first).ensure()
         make_store(["one.example"], before=first).ensure()
+
+    def test_who_loses_a_certificate_of_its_own_needs_another(
+            self, stores, scratch, make_store):
+        first, context, renewed = stores
+        (scratch.sni_certificates / "two.example" / "cert.pem").unlink()
+        assert renewed().context() is context
+        write_operators_pair(scratch.path, ["one.example"])
+        write_operators_pair(scratch.sni_certificates / "two.example",
+                             ["two.example"])
+        before = make_store(self.NAMES)
+        before.context()
+        (scratch.sni_certificates / "two.example" / "cert.pem").unlink()
+        with pytest.raises(CertificateError, match="misses the domain two"):
+            make_store(self.NAMES, before=before).context()
+        make_store(["one.example"], before=before).context()
 
     def test_what_was_wrong_before_is_no_reason_against_another_change(
             self, scratch, make_store):

@@ -204,12 +204,12 @@ def test_who_does_not_leave_soon_lingers(tmp_path, said, monkeypatch):
     child = started(tmp_path, "signal.signal(signal.SIGTERM, lambda *_: None)"
                     "\nsay(b'r')\nwhile True: time.sleep(60)")
     await_stage(child, "serving")
-    assert not child.lingers()
+    assert not child.soon.passed()
     child.retire(300)
-    assert not child.lingers()
+    assert not child.soon.passed()
     later = time.monotonic() + 6
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert child.lingers()
+    assert child.soon.passed()
     monkeypatch.undo()
     child.retire(0, signal.SIGKILL)
     await_death(child)

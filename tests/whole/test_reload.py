@@ -10,7 +10,9 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 
+import httpx
 import pytest
 import websockets.exceptions
 from h2_client import H2Client
@@ -125,6 +127,26 @@ def test_wrong_settings_change_nothing_and_are_told_as_check_tells_them(
     assert not server.lines("M40001")
 
 
+@pytest.mark.parametrize("name", ["tweaks.yaml", "cert.pem"])
+def test_a_file_that_has_gone_is_no_wish_for_what_would_be_made_instead(
+        certified, site, name):
+    file, shown_before = site / ".shimmercat.loves.devs" / name, shown(
+        certified)
+    text = file.read_bytes()
+    file.unlink()
+    for number, code in (signal.SIGHUP, "M60013"), (signal.SIGUSR2, "M60016"):
+        count = len(certified.lines("M40021"))
+        certified.signal(number)
+        eventually(lambda code=code, count=count: certified.lines(code) or
+                   len(certified.lines("M40021")) > count, 60)
+    assert str(file) in certified.output.read_text()
+    assert not file.exists()
+    assert shown(certified) == shown_before
+    file.write_bytes(text)
+    reload(certified)
+    assert shown(certified) == shown_before
+
+
 def test_no_request_fails_over_reloads(server, site):
     with Visitors(server) as visitors:
         for n in range(5):
@@ -137,13 +159,23 @@ def test_no_request_fails_over_reloads(server, site):
     assert not server.lines("M60002") + server.lines("M40019")
 
 
-def test_hups_that_come_in_a_burst_are_all_heeded(server, site):
-    with Visitors(server, 2) as visitors:
-        for _ in range(10):
+@pytest.mark.parametrize("mode", ["internet", "devlove"])
+def test_hups_that_come_in_a_storm_are_few_changes_and_all_heeded(site, mode):
+    with Server(site, mode=mode) as server, Visitors(server, 2) as visitors:
+        begin = time.monotonic()
+        for n in range(100):
             server.signal(signal.SIGHUP)
+            eventually(lambda n=n: time.monotonic() > begin + n / 100)
         add_domain(site)
-        reload(server)
-        assert server.fetch(domain=OTHER).status_code == 200
+        server.signal(signal.SIGHUP)
+
+        def is_served():
+            with contextlib.suppress(httpx.ConnectError):
+                return server.fetch(domain=OTHER).status_code == 200
+        eventually(is_served, 20)
+        taken = time.monotonic() - begin
+        changes = server.lines("M40001") or server.lines("M50004")
+        assert len(changes) <= 2 + taken * (2 if mode == "internet" else 4)
     assert not visitors.failures
 
 
@@ -296,6 +328,27 @@ def test_a_certificate_that_misses_a_domain_is_not_taken(certified, site):
     certified.await_line("M60013")
     assert f"misses the domain {DOMAIN}" in certified.output.read_text()
     assert shown(certified) == before
+
+
+def test_a_certificate_of_a_domain_is_kept_where_no_other_is_for_it(
+        certified, site):
+    add_domain(site)
+    scratch = site / ".shimmercat.loves.devs"
+    own = make_pair(scratch / "sni-certs" / OTHER, OTHER)
+    reload(certified)
+    before = shown(certified, OTHER)
+    own.rename(site / "away")
+    certified.await_line("M60013")
+    for number, code in (signal.SIGHUP, "M60013"), (signal.SIGUSR2, "M40021"):
+        count = len(certified.lines(code))
+        certified.signal(number)
+        certified.await_line(code, count + 1)
+    assert (f"{scratch}/cert.pem misses the domain {OTHER}"
+            in certified.lines("M40021")[0].message)
+    assert shown(certified, OTHER) == before
+    (site / "away").rename(own)
+    reload(certified)
+    assert shown(certified, OTHER) == before
 
 
 def test_a_certificate_that_is_gone_is_served_until_there_is_another(

@@ -135,6 +135,79 @@ def test_a_program_that_cannot_start_changes_nothing(
     assert not visitors.failures
 
 
+def test_only_what_was_tried_takes_over(dropped):
+    with dropped as server:
+        before = server.workers()
+        install(server.folder, "1.0.1", sign=(
+            "import argparse\n", "import argparse\nopen('tried', 'w')\n"))
+        server.signal(signal.SIGUSR2)
+        eventually((server.folder / "tried").exists, 60)
+        install(server.folder, fault=("import argparse\n", "import oh\n"))
+        server.await_line("M60016", seconds=60)
+        assert "has changed since the trial" in server.output.read_text()
+        assert server.workers() == before
+        install(server.folder, "1.0.2")
+        upgrade(server)
+        assert "shimmercat 1.0.2 " in server.lines("M10001")[-1].text
+
+
+#: at the moment of the take-over, a configuration that is gone
+LOSE_CONFIGURATION = ("import argparse\n", """import argparse
+import os
+if "SHIMMERCAT_HERITAGE" in os.environ and os.path.exists("lose"):
+    os.rename("lose", "lost")
+    os.rename("devlove.yaml", "away.yaml")
+""")
+FAULT = ("    with open(int(fd), \"rb\", closefd=False) as file:\n",
+         "    with oven(int(fd)) as file:\n")
+
+
+@pytest.mark.parametrize(("spoil", "words"), [
+    (LOSE_CONFIGURATION, "devlove.yaml: cannot be read"), (FAULT, "oven")])
+def test_a_program_that_cannot_take_over_tries_again_while_workers_serve(
+        dropped, spoil, words):
+    with dropped as server, Visitors(server, 2) as visitors:
+        before, redis = server.workers(), server.redis()
+        (server.folder / "lose").touch()
+        install(server.folder, fault=spoil)
+        server.signal(signal.SIGUSR2)
+        server.await_line("M60017", 2, 60)
+        assert words in server.output.read_text().partition("M60017")[2]
+        asked = visitors.answered
+        eventually(lambda: visitors.answered > asked + 20)
+        assert server.workers() == before
+        install(server.folder, "1.0.1")
+        if spoil is LOSE_CONFIGURATION:
+            (server.folder / "away.yaml").rename(
+                server.folder / "devlove.yaml")
+        server.await_line("M50004", seconds=60)
+        assert "shimmercat 1.0.1 " in server.lines("M10001")[-1].text
+        assert server.redis() == redis
+        eventually(lambda: len(server.processes()) == 6)
+        assert not set(server.workers()) & set(before)
+    assert not visitors.failures
+
+
+def test_term_ends_a_program_that_cannot_take_over_and_its_workers(dropped):
+    with dropped as server:
+        client = server.connect()
+        client.sendall(f"GET /big.bin HTTP/1.1\r\nHost: {DOMAIN}\r\n\r\n"
+                       .encode())
+        count = len(client.recv(16))
+        (server.folder / "lose").touch()
+        install(server.folder, fault=LOSE_CONFIGURATION)
+        server.signal(signal.SIGUSR2)
+        server.await_line("M60017", seconds=60)
+        server.signal(signal.SIGTERM)
+        with client:
+            while piece := client.recv(1 << 16):
+                count += len(piece)
+        assert count > len(BIG)
+        assert server.wait(30) == 0
+        scratch = server.folder / ".shimmercat.loves.devs"
+        assert not list(scratch.glob("*.sock"))
+
+
 def test_after_a_wrong_configuration_an_upgrade_may_be_tried_again(dropped):
     with dropped as server:
         before = (server.folder / "devlove.yaml").read_text()
