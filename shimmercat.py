@@ -15713,7 +15713,7 @@ def _warm(flags):
     progress = gevent.spawn(_show_progress, work)
     work.run()
     progress.kill()
-    _draw_progress(work, time.monotonic())
+    _draw_progress(work)
     rows = [("type", "files", "bytes before", "after", "saved")]
     for kind, (files, before, after) in sorted(work.tallies.items()):
         share = f"{100 * (before - after) / max(1, before):.1f} %"
@@ -15806,20 +15806,23 @@ def _show_progress(work):
         _draw_progress(work, begin)
 
 
-def _draw_progress(work, begin):
-    """Says how far a warm-up is."""
-    share = work.done / max(1, work.total)
-    left = (time.monotonic() - begin) * (1 / share - 1) if share else math.inf
+def _draw_progress(work, begin=None):
+    """Says how far a warm-up is and, unless it is over, what time is left."""
+    left = ""
+    if begin and work.done:
+        seconds = (time.monotonic() - begin) * (work.total / work.done - 1)
+        left = f", {seconds:.0f} s left"
     _draw_bar(work.done, work.total, f"files, {work.saved() / MIB:.1f} MiB"
-              f" saved, {left:.0f} s left   ")
+              f" saved{left}", is_last=not begin)
 
 
-def _draw_bar(done, total, text):
-    """Writes a bar: in place on a terminal, else as a line."""
-    share = done / max(1, total)
-    bar = "#" * int(30 * share)
-    mark, end = ("\r", "") if sys.stderr.isatty() and share < 1 else ("", "\n")
-    print(f"{mark}[{bar:30}] {done}/{total} {text}", end=end,
+def _draw_bar(done, total, text, is_last=False):
+    """Writes a bar: on a terminal over the one before, else as a line."""
+    bar = "#" * (30 * done // max(1, total))
+    # ESC [ K erases what a longer one has left.
+    mark, end = ("\r", "\x1b[K") if sys.stderr.isatty() else ("", "\n")
+    print(f"{mark}[{bar:30}] {done}/{total} {text}",
+          end=f"{end}\n" if is_last and mark else end,
           file=sys.stderr, flush=True)
 
 

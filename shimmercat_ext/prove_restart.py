@@ -559,7 +559,7 @@ def _files(root):
 
 
 def prove(program: Path, settings, requests: int, restarts: int,
-          draw: typing.Callable[[int, int, str], None]) -> int:
+          draw: typing.Callable[..., None]) -> int:
     """Proves and prints; 1 where a planned restart has cost a request.
 
     `restarts` planned ones, and `requests` during them, at the least; then
@@ -577,11 +577,11 @@ def prove(program: Path, settings, requests: int, restarts: int,
             crowd.start()
             for count, name in enumerate(names):
                 draw(count, len(names),
-                     f"restarts, {crowd.total} requests, {name:20}")
+                     f"restarts, {crowd.total} requests, {name}")
                 proof.run(name)
             crowd.stop()
             draw(len(names), len(names),
-                 f"restarts, {crowd.total} requests, {'done':20}")
+                 f"restarts, {crowd.total} requests, done", is_last=True)
     except ProofBroken as error:
         print(f"\nnot proved: {error}", file=sys.stderr)
         return 1

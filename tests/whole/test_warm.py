@@ -2,10 +2,12 @@
 
 import base64
 import collections
+import contextlib
 import hashlib
 import io
 import os
 import pathlib
+import pty
 import re
 import resource
 import signal
@@ -167,6 +169,24 @@ def test_a_warm_up_may_be_ended_any_number_of_times(tmp_path, number, status):
     assert (done.returncode, "died" in done.stderr) == (0, False)
     for source in files.values():
         assert {"jpeg", "webp", "avif"} <= stored(tmp_path, source).keys()
+
+
+def test_the_bar_of_a_warm_up_stays_in_its_place_on_a_terminal(tmp_path):
+    make_site(tmp_path, album(2, size=(128, 96)))
+    terminal, its_end = pty.openpty()
+    with subprocess.Popen(command("warm"), cwd=tmp_path, stderr=its_end,
+                          stdout=subprocess.DEVNULL) as process:
+        os.close(its_end)
+        shown = b""
+        # A terminal ends with an error: EIO.
+        with contextlib.suppress(OSError):
+            while piece := os.read(terminal, 4096):
+                shown += piece
+    os.close(terminal)
+    assert process.returncode == 0
+    bar = rb"\r\[[# ]{30}\] \d/2 files, \d\.\d MiB saved"
+    assert re.fullmatch(
+        rb"(%b(, \d+ s left)?\x1b\[K)*%b\x1b\[K\r\n" % (bar, bar), shown)
 
 
 def children(pid):
