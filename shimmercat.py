@@ -4973,8 +4973,8 @@ class DiskTrouble:
     def note(self, place: Path, error: OSError) -> None:
         """Says why nothing can be written there, unless that was said."""
         number = error.errno or 0
-        if number in OUT_OF_RESOURCES:
-            # That is not the disk's trouble, and others tell of it.
+        if number in OUT_OF_RESOURCES or number == errno.ENOENT:
+            # Others tell of the first; what was removed is made anew.
             return
         is_known = self._page[number]
         self._page[number] = 1
