@@ -14735,6 +14735,8 @@ class Arbiter:
             if slot.children:
                 return
         self._press.doors[0].remove()
+        # One that was killed has left it.
+        self._premises.scratch.redis_socket.unlink(missing_ok=True)
         self._premises.scratch.tidy()
         LOG.say(40005, int(time.monotonic() - self._born))
         self._is_finished = True
