@@ -55,7 +55,7 @@ class Supervised(Server):
     def __init__(self, folder):
         super().__init__(folder)
         (folder / "program.conf").write_text(adapted("supervisord.conf", {
-            f"{PYTHON} -m shimmercat": f"{sys.executable} {PROGRAM}",
+            f"{PYTHON} -P -m shimmercat": f"{sys.executable} {PROGRAM}",
             "0.0.0.0:4043": f"127.0.0.1:{self.port}",
             "/srv/site": folder, "user=shimmercat\n": "",
             "startsecs=5": "startsecs=1",
