@@ -4491,7 +4491,8 @@ class ScratchFolder:
             yield
         except OSError as error:
             raise ScratchError(
-                f"scratch folder {self.path}: {error}") from error
+                f"scratch folder {error.filename or self.path}:"
+                f" {error.strerror}") from error
 
     def is_whole(self, *sockets: Path) -> bool:
         """Whether nobody has removed what an instance at work needs there."""
@@ -8532,7 +8533,8 @@ class FilesystemBackend:
         try:
             fd = open_to_read(path)
         except (OSError, ValueError) as error:
-            missing = AssetMissing(f"{path}: {error}")
+            missing = AssetMissing(
+                f"{path}: {getattr(error, 'strerror', error)}")
             missing.is_gone = isinstance(error, FileNotFoundError)
             raise missing from error
         try:

@@ -56,7 +56,7 @@ def test_a_scratch_folder_that_cannot_be_made_is_named(site):
     (site / "occupied").write_text("")
     status, said = refused(Server(site, "--scratch-dir-name", "occupied"))
     assert status == 73
-    assert f"scratch folder {site}/occupied: " in said
+    assert f"scratch folder {site}/occupied: File exists\n" in said
 
 
 def test_a_first_start_writes_tweaks_yaml(site):

@@ -501,7 +501,8 @@ def test_explain_tells_what_was_not_made_yet_and_what_will_not_be(tmp_path):
 
 
 @pytest.mark.parametrize("url, answer, reason", [
-    (f"https://{DOMAIN}/missing.png", "404 Not Found", "missing.png"),
+    (f"https://{DOMAIN}/missing.png", "404 Not Found",
+     "www/missing.png: No such file or directory\n"),
     ("https://foreign.test/photo.jpg", "421 Misdirected Request",
      "foreign.test")])
 def test_explain_tells_what_is_not_served(warm_site, url, answer, reason):
