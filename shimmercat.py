@@ -1830,9 +1830,6 @@ class Headers:
         """The value; several of one name are joined (RFC 9110 5.3)."""
         return self._index.get(name, default)
 
-    def __iter__(self):
-        return iter(self.fields)
-
 
 class Ends(typing.NamedTuple):
     """The ends of a connection: addresses and a port, empty if unknown."""
@@ -2340,14 +2337,14 @@ def upstream_fields(request: Request, trusted: bool,
     tells whether the client is a proxy that may speak for others.  Raises
     BadRequest.
     """
-    get = request.headers.get
+    own, get = request.headers.fields, request.headers.get
     nominated = _members(get(b"connection"))
-    fields = [(b"host", (use_host or request.authority).encode("ascii"))]
-    passed = _native_fields and _native_fields.passed(
-        request.headers.fields, trusted)
-    fields += [
-        field for field in request.headers if _may_pass(field[0], trusted)
-        and field[0] not in nominated] if passed is None else passed
+    passed = _native_fields and _native_fields.passed(own, trusted)
+    if passed is None:
+        passed = [field for field in own if _may_pass(field[0], trusted)
+                  and field[0] not in nominated]
+    fields = [(b"host", (use_host or request.authority).encode("ascii")),
+              *passed]
     cookie = get(b"cookie")
     if cookie is not None and b"cookie" not in nominated:
         # RFC 9113 section 8.2.3: HTTP/1.1 knows no cookies in pieces
@@ -8981,7 +8978,7 @@ class _Spool:
 
     def passing(self, reply):
         """An answer as it comes, without what is for one hop or client."""
-        fields = [(name, value) for name, value in reply.headers
+        fields = [(name, value) for name, value in reply.headers.fields
                   if name in _PASSED_FIELDS]
         if reply.length is not None:
             fields.append((b"content-length", b"%d" % reply.length))
@@ -11511,7 +11508,7 @@ class Pages:
 def _unconditional(request, method=None, codings=None, accept=None):
     """The request without what the client knows of another body."""
     replaced = {b"accept-encoding": codings, b"accept": accept}
-    fields = [field for field in request.headers
+    fields = [field for field in request.headers.fields
               if field[0] not in _CONDITIONS and not replaced.get(field[0])]
     fields += [field for field in replaced.items() if field[1]]
     asked = copy.copy(request)
@@ -13084,7 +13081,7 @@ class Connection:
 
     def _follow(self, done):
         events, talk = self._wire.follow(done), self._conversation
-        if events is True and self._clock == "idle":
+        if events is True and (self._clock == "idle" or self._is_at_rest()):
             talk.engine.stirred = True
             talk.engine.rests = self._watch.events == READ
             return
@@ -13199,10 +13196,7 @@ class Connection:
         return False
 
     def _answer_at_once(self):
-        """Writes what the engine says; whether the connection is idle then.
-
-        What most turns come to: the rest of the way is for all others.
-        """
+        """Writes what the engine says; whether the connection is idle then."""
         if data := self._conversation.engine.output():
             self._wire.put(data)
             self._wire.push()
@@ -13237,7 +13231,11 @@ class Connection:
 
     def flush(self) -> None:
         """Writes what there is to say, as far as the socket takes it."""
-        self._guard(self._send)
+        # An answer that was waited for, and nothing else in hand.
+        is_quick = (self._is_attached and self._clock == "work"
+                    and self._watch.events == READ and not self._has_parted
+                    and self._conversation.is_alone())
+        self._guard(self._turn_alone if is_quick else self._send)
 
     def _send(self):
         talk = self._conversation
@@ -13443,8 +13441,7 @@ class Connection:
 _IDLE_CLOCKS = {"handshake": "handshake_seconds", "head": "header_seconds",
                 "idle": "idle_seconds"}
 _NO_DEADLINE = Deadline(math.inf)
-_FAREWELL_SECONDS, _LINGER_SECONDS = 1, 2
-_READS_A_TURN = 64
+_FAREWELL_SECONDS, _LINGER_SECONDS, _READS_A_TURN = 1, 2, 64
 
 
 # ---------------------------------------------------------------------------
