@@ -192,10 +192,11 @@ def _arguments():
 
 
 def _positive(text):
-    value = float(text)
-    if not 0 < value < 1e9:
-        raise ValueError
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e9:
+            return float(text)
+    raise argparse.ArgumentTypeError(
+        f"{text!r}; expected a number above 0, below 1e9")
 
 
 def main() -> int:

@@ -242,6 +242,15 @@ def test_a_second_agent_of_a_folder_is_refused(watched):
     assert "locked" in done.stderr
 
 
+def test_a_time_that_is_none_is_named(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "shimmercat_ext.changelist_agent",
+         str(tmp_path), "--keep-days", "0"], cwd=TOP, capture_output=True,
+        text=True, timeout=30)
+    assert done.returncode == 2
+    assert "argument --keep-days: '0'; expected a number above" in done.stderr
+
+
 @pytest.mark.parametrize("words, status", [
     (["/nonexistent"], os.EX_NOINPUT),
     ([".", "--refresh-seconds", "-1"], 2)])
