@@ -12,7 +12,8 @@
  * A request that was answered before may be answered here, from hot.c's
  * table; of such a one our caller hears by `recalled` alone.  Its answer waits
  * until `serve` or `turn` finds it to be the most urgent one that the windows
- * let pass; `turn` moves the octets too, by wire.c.
+ * let pass; `turn` moves the octets too, by wire.c, and `wake` is a turn that
+ * the loop asks for.
  *
  * Whatever is submitted to nghttp2 is at once written to `out`, so that its
  * state is never behind ours, and the order of bytes is our caller's alone.

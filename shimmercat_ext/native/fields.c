@@ -225,7 +225,7 @@ unusual:
 /* The fields of an answer, as far as they are read. */
 typedef struct {
     PyObject *kept;
-    PyObject *upgrade, *coding, *length; /* borrowed from lines or `kept` */
+    PyObject *upgrade, *coding, *length; /* values, or NULL */
     bool is_odd;
 } head;
 
