@@ -2970,7 +2970,7 @@ _PREFACE_BYTES, _FRAME_BYTES = 24, 16384
 _WINDOWS = 4  #: the connection's window in those of streams
 #: frames other than DATA that are taken at a time; h2 needs some 0.1 ms for
 #: each, and clients of other connections wait meanwhile
-_FRAMES_A_TURN = 16
+_FRAMES_A_TURN = 8
 #: payload octets of the frames that have a fixed size
 _SIZES = {_RST_STREAM: 4, 0x6: 8, _WINDOW_UPDATE: 4}
 #: frames that one header block may come in

@@ -509,7 +509,7 @@ def test_a_store_that_is_cleared_away_amid_a_fetch_fails_no_visitor(
     monkeypatch.setattr(shimmercat, "_WHOLE_SECONDS", 10)
     here = house(clearing, missing_seconds=0.1)
     assert here.get("/a.css").body == CSS
-    assert [record.code for record in said] == [60014]
+    assert not said
     here.origin.animal = zoo.Files(FILES)
     eventually(lambda: here.cache_status("/a.css").startswith("hit"))
 

@@ -529,7 +529,7 @@ def test_a_full_disk_is_survived_and_the_loss_bounded():
 
 def test_rows_with_line_ends_are_the_only_kind_that_shows_them():
     assert [code for code, row in MESSAGES.items() if "\n" in row.format
-            ] == [60001, 60013, 60016]
+            ] == [60001, 60013, 60016, 60017]
     assert isinstance(MESSAGES[60001], Message)
     assert shimmercat.LOG.enabled
 

@@ -183,8 +183,8 @@ def test_a_program_that_cannot_take_over_tries_again_while_workers_serve(
         server.await_line("M50004", seconds=60)
         assert "shimmercat 1.0.1 " in server.lines("M10001")[-1].text
         assert server.redis() == redis
+        eventually(lambda: not set(server.workers()) & set(before), 60)
         eventually(lambda: len(server.processes()) == 6)
-        assert not set(server.workers()) & set(before)
     assert not visitors.failures
 
 
